@@ -1,0 +1,50 @@
+# Needs only python3 (3.11 or newer), make and a PyPI index.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint types check cov fmt bench clean
+
+help: ## List the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "%-10s %s\n", $$1, $$2}'
+
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "tortoise-auth needs Python 3.11 or newer; choose one with: make PYTHON=python3.12")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
+	$(BIN)/python -m pip install --quiet --editable ".[bcrypt,postgres]" --group dev
+	@touch $@
+
+install: $(STAMP) ## Make .venv with the package and the development tools
+
+demo: $(STAMP) ## Run the quickstart: every step of a session, every hook heard
+	$(BIN)/python examples/quickstart.py
+
+test: $(STAMP) ## Run the tests (make test ARGS="-k login")
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(STAMP) ## Style and layers
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+types: $(STAMP) ## mypy, strict, on package, examples and tests
+	$(BIN)/mypy
+
+check: lint types test ## All that CI runs
+
+cov: $(STAMP) ## Branch coverage
+	$(BIN)/coverage run -m pytest -q
+	$(BIN)/coverage report
+
+fmt: $(STAMP) ## Rewrite to style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(STAMP) ## Measure hashing, login storms and the event loop
+	$(BIN)/python tests/benchmarks/hashing.py
+
+clean: ## Remove the environment and build products
+	rm -rf $(VENV) dist .coverage .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

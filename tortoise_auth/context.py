@@ -1,0 +1,48 @@
+"""Who is asking: the circumstances of a request, as every event carries them."""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestContext:
+    """The circumstances of one request. Bounded and cleaned: clients choose most of it.
+
+    Example:
+        ``await auth.login(email, password, context=RequestContext(ip=request.client.host))``
+
+    Attributes:
+        ip: The client's address. Warning: take it from the connection or from a proxy you run;
+            an ``X-Forwarded-For`` header that anybody may send is not evidence.
+        user_agent: The client's own description of itself.
+        request_id: Correlates events with your own logs.
+    """
+
+    ip: str | None = None
+    user_agent: str | None = None
+    request_id: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, limit in (("ip", 64), ("user_agent", 255), ("request_id", 128)):
+            value = getattr(self, name)
+            if value is not None:
+                object.__setattr__(self, name, storable(str(value), limit))
+
+
+request_context: ContextVar[RequestContext] = ContextVar("tortoise_auth_request_context")
+"""Set this once a request, in a middleware, and no call needs ``context=``."""
+
+
+def current_context(explicit: RequestContext | None = None) -> RequestContext:
+    """Return *explicit*, or what the context variable holds, or an empty context."""
+    return explicit if explicit is not None else request_context.get(RequestContext())
+
+
+def storable(text: str, limit: int) -> str:
+    """Return at most *limit* characters of *text*, with what no database can store replaced."""
+    return "".join(
+        "\ufffd" if character == "\0" or "\ud800" <= character <= "\udfff" else character
+        for character in text[:limit]
+    )

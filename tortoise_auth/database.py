@@ -1,0 +1,243 @@
+"""The one module that knows how Tortoise really opens transactions.
+
+Tortoise 1.1 has three traps: cancelling ``in_transaction().__aenter__`` leaks the connection (on
+SQLite it leaves a lock that blocks the process for ever), a task started inside a transaction
+keeps the dead connection, and a second connection inside a transaction deadlocks. What is private
+in Tortoise is used here alone, and a canary test watches each name.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import functools
+import sqlite3
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import asynccontextmanager, suppress
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+from tortoise.backends.base.client import (
+    BaseDBAsyncClient,
+    NestedTransactionContext,
+    TransactionalDBClient,
+    TransactionContext,
+)
+from tortoise.connection import get_connections
+from tortoise.context import get_current_context
+from tortoise.exceptions import BaseORMException
+from tortoise.exceptions import ConfigurationError as TortoiseConfigurationError
+from tortoise.models import Model
+
+from tortoise_auth.exceptions import ConfigurationError, ServiceUnavailableError
+
+P = ParamSpec("P")
+ReturnT = TypeVar("ReturnT")
+SelfT = TypeVar("SelfT")
+
+_background: set[asyncio.Task[Any]] = set()
+
+
+def connection_for(model: type[Model]) -> BaseDBAsyncClient:
+    """Return the connection on which to read and write *model* now.
+
+    Inside a transaction of the caller it is that transaction. In a task that was started inside a
+    transaction which is over by now, it is the database itself and not the dead transaction.
+
+    Raises:
+        ConfigurationError: No database is set up, or the model is not registered.
+    """
+    if get_current_context() is None:
+        raise ConfigurationError(
+            "Tortoise ORM is not initialised here. Call `await Tortoise.init(...)` first; under a "
+            "web server use tortoise.contrib.fastapi.RegisterTortoise, or pass "
+            "`_enable_global_fallback=True`, because requests run in another context than the "
+            "start-up code."
+        )
+    try:
+        connection: BaseDBAsyncClient = model._choose_db(True)
+    except TortoiseConfigurationError:
+        raise ConfigurationError(_how_to_register(model)) from None
+    while isinstance(connection, TransactionalDBClient) and connection._finalized:
+        connection = connection._parent
+    return connection
+
+
+@asynccontextmanager
+async def transaction(connection: BaseDBAsyncClient) -> AsyncIterator[TransactionalDBClient]:
+    """Open a transaction on *connection*, or a savepoint if it is in one, safe under cancellation.
+
+    Cancelled while it opens or runs, the transaction is rolled back and its connection returned.
+    Cancelled while it commits, the commit is awaited, and the cancellation raised afterwards.
+    """
+    # Tortoise restores the current connection when a block ends, and can only do so in the
+    # context in which the block began; so both ends run in a context of their own.
+    context = contextvars.copy_context()
+    nested = isinstance(connection, TransactionalDBClient)
+    block = connection._in_transaction()
+    opened = await _open(block, context, wait_even_if_cancelled=nested)
+    # A savepoint is never made current by Tortoise either: it is the same connection.
+    current = None if nested else get_connections().set(connection.connection_name, opened)
+    try:
+        yield opened
+    except BaseException as error:
+        await _uninterrupted(block.__aexit__(type(error), error, error.__traceback__), context)
+        raise
+    else:
+        await _uninterrupted(_commit(block, opened, nested=nested), context)
+    finally:
+        get_connections().reset(current)
+
+
+def guarded(
+    method: Callable[Concatenate[SelfT, P], Awaitable[ReturnT]],
+) -> Callable[Concatenate[SelfT, P], Coroutine[Any, Any, ReturnT]]:
+    """Turn whatever the database or its driver raises into `ServiceUnavailableError`.
+
+    A database that is down must never look like wrong credentials.
+    """
+
+    @functools.wraps(method)
+    async def guarding(self: SelfT, /, *args: P.args, **kwargs: P.kwargs) -> ReturnT:
+        try:
+            return await method(self, *args, **kwargs)
+        except Exception as error:
+            if not _is_database_failure(error):
+                raise
+            # Drivers put values into their messages; neither text nor cause may leave.
+            failure = _translated(error, method.__name__)
+        raise failure
+
+    return guarding
+
+
+def _translated(error: Exception, doing: str) -> Exception:
+    if _is_missing_table(error):
+        return ConfigurationError(
+            "A table of tortoise_auth is missing or outdated. Run your migrations, or "
+            "`await Tortoise.generate_schemas()` in a test."
+        )
+    kind = type(error.args[0] if error.args and isinstance(error.args[0], Exception) else error)
+    return ServiceUnavailableError(f"The database failed during {doing} ({kind.__name__})")
+
+
+async def _open(
+    block: TransactionContext, context: contextvars.Context, *, wait_even_if_cancelled: bool
+) -> TransactionalDBClient:
+    entering = asyncio.get_running_loop().create_task(_enter(block), context=context)
+    try:
+        return await asyncio.shield(entering)
+    except asyncio.CancelledError as cancelled:
+        if entering.cancelled():
+            raise
+        undoing = _spawn(_undo_open(entering, block, cancelled), context)
+        if wait_even_if_cancelled:
+            # On the caller's own connection: it must be quiet before the caller goes on with it.
+            await _wait_for(undoing)
+        raise
+
+
+async def _enter(block: TransactionContext) -> TransactionalDBClient:
+    """Enter *block*; if that fails half-way, give back what it had taken, which Tortoise does not."""
+    try:
+        return await block.__aenter__()
+    except Exception as error:
+        client = getattr(block, "client", None) or getattr(block, "connection", None)
+        holds_lock = hasattr(block, "_trxlock")
+        holds_connection = getattr(client, "_connection", None) is not None
+        nested = isinstance(block, NestedTransactionContext)
+        if client is not None and not nested and (holds_lock or holds_connection):
+            client._finalized = True  # nothing to roll back
+            if not hasattr(block, "token"):
+                block.token = None  # type: ignore[attr-defined]
+            await block.__aexit__(type(error), error, error.__traceback__)
+        raise
+
+
+async def _commit(
+    block: TransactionContext, opened: TransactionalDBClient, *, nested: bool
+) -> None:
+    """Commit and leave *block*; roll back if the commit fails.
+
+    Tortoise leaves a transaction open whose COMMIT failed, and on SQLite the next transaction
+    would commit it.
+    """
+    if not nested:
+        try:
+            await opened.commit()
+        except BaseException as error:
+            with suppress(Exception):
+                await block.__aexit__(type(error), error, error.__traceback__)
+            raise
+    await block.__aexit__(None, None, None)
+
+
+async def _undo_open(
+    entering: asyncio.Task[TransactionalDBClient],
+    block: TransactionContext,
+    cancelled: asyncio.CancelledError,
+) -> None:
+    await asyncio.wait([entering])
+    if entering.cancelled() or entering.exception() is not None:
+        return
+    await block.__aexit__(type(cancelled), cancelled, None)
+
+
+async def _uninterrupted(ending: Awaitable[ReturnT], context: contextvars.Context) -> ReturnT:
+    """Await *ending* to its end, even if cancelled meanwhile; raise the cancellation after."""
+    task = asyncio.get_running_loop().create_task(_as_coroutine(ending), context=context)
+    await _wait_for(task)
+    return task.result()
+
+
+async def _wait_for(task: asyncio.Task[Any]) -> None:
+    cancelled: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.wait([task])
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is not None:
+        if not task.cancelled():
+            task.exception()
+        raise cancelled
+
+
+def _spawn(work: Coroutine[Any, Any, None], context: contextvars.Context) -> asyncio.Task[None]:
+    task = asyncio.get_running_loop().create_task(work, context=context)
+    _background.add(task)  # the loop itself keeps only weak references
+    task.add_done_callback(_background.discard)
+    return task
+
+
+async def _as_coroutine(awaitable: Awaitable[ReturnT]) -> ReturnT:
+    return await awaitable
+
+
+def _is_database_failure(error: Exception) -> bool:
+    module = type(error).__module__.partition(".")[0]
+    return (
+        isinstance(error, BaseORMException | sqlite3.Error | OSError | TimeoutError)
+        or module in {"asyncpg", "psycopg", "psycopg_pool", "asyncmy", "aiomysql", "pymysql"}
+        or (
+            isinstance(error, ValueError)
+            and str(error) in {"no active connection", "Connection closed"}
+        )
+    )
+
+
+def _is_missing_table(error: Exception) -> bool:
+    cause = error.args[0] if error.args and isinstance(error.args[0], Exception) else error
+    return getattr(cause, "sqlstate", None) in {"42P01", "42703"} or (
+        isinstance(cause, sqlite3.OperationalError)
+        and str(cause).startswith(("no such table", "no such column", "table "))
+    )
+
+
+def _how_to_register(model: type[Model]) -> str:
+    module = model.__module__
+    return (
+        f"{model.__name__} is not registered with Tortoise. Name its module in Tortoise.init: "
+        f'modules={{"models": ["{module}", ...]}}. The tables of tortoise_auth are registered by '
+        'the string "tortoise_auth.models" beside your own models, or as an app of their own: '
+        'apps={..., "tortoise_auth": tortoise_auth.app_config()}.'
+    )

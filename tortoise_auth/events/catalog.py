@@ -1,0 +1,219 @@
+"""What can happen: one frozen dataclass per lifecycle event. This page is the published interface.
+
+An event names something that *did* happen. It carries ids and plain values; the live ``user`` is
+along for handlers in this process and never part of ``to_dict()``. No event has a field for a
+password, token, key or hash.
+
+Define your own events the same way::
+
+    @dataclass(frozen=True, kw_only=True)
+    class InvoicePaid(Event):
+        invoice_id: int
+
+    await emitter.emit(InvoicePaid(invoice_id=7))     # heard by @on(InvoicePaid) and @on("invoice_paid")
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field, fields
+from datetime import datetime
+from typing import Any, ClassVar, Generic, Literal, TypeAlias
+from uuid import UUID, uuid4
+
+from tortoise.models import Model
+from typing_extensions import TypeVar
+
+from tortoise_auth.clock import utc_now
+from tortoise_auth.context import RequestContext
+
+UserT = TypeVar("UserT", bound=Model, default=Model)
+"""The host's user model: annotate a handler with ``UserLogin[User]`` to have ``event.user`` typed."""
+
+Actor: TypeAlias = Literal["user", "admin", "system", "unauthenticated"]
+FailureReason: TypeAlias = Literal["not_found", "inactive", "bad_password", "throttled"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """Something that happened.
+
+    Attributes:
+        id: Unique; recognise a repeated delivery by it.
+        occurred_at: When it happened, aware UTC.
+        subject_id: ``str(user.pk)`` of the account it happened to, if there is one.
+        actor: Who did it.
+        context: Circumstances of the request.
+    """
+
+    name: ClassVar[str] = "event"
+    schema_version: ClassVar[int] = 1
+    positional: ClassVar[tuple[str, ...]] = ()
+    """Fields that a handler subscribed by name receives as positional arguments."""
+    keywords: ClassVar[tuple[str, ...]] = ()
+    """Fields that it receives as keyword arguments. By default all that the class adds."""
+
+    id: UUID = field(default_factory=uuid4)
+    occurred_at: datetime = field(default_factory=utc_now)
+    subject_id: str | None = None
+    actor: Actor = "system"
+    context: RequestContext = field(default_factory=RequestContext)
+
+    def __init_subclass__(cls, **kwargs: object) -> None:
+        super().__init_subclass__(**kwargs)
+        if "name" not in cls.__dict__:
+            cls.name = re.sub(r"(?<!^)(?=[A-Z])", "_", cls.__name__).lower()
+
+    def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return what a handler subscribed by name is called with."""
+        return (
+            tuple(getattr(self, name) for name in self.positional),
+            {name: getattr(self, name) for name in self.keywords or self._added_fields()},
+        )
+
+    @classmethod
+    def _added_fields(cls) -> tuple[str, ...]:
+        if cls.positional:
+            return ()
+        common = {each.name for each in fields(Event)}
+        return tuple(each.name for each in fields(cls) if each.name not in common)
+
+
+@dataclass(frozen=True, kw_only=True)
+class UserEvent(Event, Generic[UserT]):
+    """Something that happened to an account.
+
+    Attributes:
+        user: The account. ``None`` only in an event that was rebuilt from JSON after the account
+            was deleted.
+    """
+
+    positional: ClassVar[tuple[str, ...]] = ("user",)
+
+    user: UserT = field(repr=False, compare=False)
+    actor: Actor = "user"
+
+
+@dataclass(frozen=True, kw_only=True)
+class UserLogin(UserEvent[UserT]):
+    """A session was opened.
+
+    Attributes:
+        session_id: The public id of the session.
+        method: How the person proved who they are.
+    """
+
+    session_id: str
+    method: str = "password"
+
+
+@dataclass(frozen=True, kw_only=True)
+class UserLoginFailed(Event):
+    """A login was refused.
+
+    Attributes:
+        identifier: What was typed, bounded, NUL and lone surrogates replaced. People type their
+            password into this box: do not log it as it is.
+        reason: Why. Warning: for your audit, never for the visitor.
+        user_id: ``str(user.pk)`` if such an account exists.
+    """
+
+    keywords: ClassVar[tuple[str, ...]] = ("identifier", "reason")
+
+    identifier: str = field(repr=False)
+    reason: FailureReason
+    user_id: str | None = None
+    actor: Actor = "unauthenticated"
+
+
+@dataclass(frozen=True, kw_only=True)
+class UserLogout(UserEvent[UserT]):
+    """One session ended at the user's wish, or (``everywhere``) all of them.
+
+    Attributes:
+        session_id: The session that ended; ``None`` if ``everywhere``.
+        sessions_ended: How many ended, at least 1.
+        everywhere: It was ``logout_all``.
+    """
+
+    session_id: str | None = None
+    sessions_ended: int = 1
+    everywhere: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class PasswordChanged(UserEvent[UserT]):
+    """A new password was stored.
+
+    Attributes:
+        sessions_ended: How many sessions ended for it.
+    """
+
+    sessions_ended: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class PasswordRehashed(UserEvent[UserT]):
+    """The password is the same, its stored hash was replaced by one of today's cost."""
+
+    actor: Actor = "system"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SessionRefreshed(UserEvent[UserT]):
+    """A refresh token was spent and replaced.
+
+    Attributes:
+        session_id: The public id of the session.
+        generation: How often it has been refreshed.
+    """
+
+    session_id: str
+    generation: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class SessionRevoked(UserEvent[UserT]):
+    """One session was ended from a list of sessions.
+
+    Attributes:
+        session_id: The public id of the session.
+    """
+
+    session_id: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class RefreshTokenReused(UserEvent[UserT]):
+    """A spent refresh token was presented, and the session ended for it (RFC 9700, 4.14.2).
+
+    Attributes:
+        session_id: The public id of the session that ended.
+    """
+
+    session_id: str
+    actor: Actor = "unauthenticated"
+
+
+@dataclass(frozen=True, kw_only=True)
+class UserRegistered(UserEvent[UserT]):
+    """An account was created by ``create_user``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class UserDeactivated(UserEvent[UserT]):
+    """An account was deactivated, and all its sessions ended.
+
+    Attributes:
+        sessions_ended: How many.
+    """
+
+    sessions_ended: int
+    actor: Actor = "admin"
+
+
+@dataclass(frozen=True, kw_only=True)
+class UserActivated(UserEvent[UserT]):
+    """An account was activated again. No session came back."""
+
+    actor: Actor = "admin"

@@ -1,0 +1,208 @@
+"""Every error the library raises, in one tree.
+
+::
+
+    TortoiseAuthError
+    ├── ConfigurationError        wrong settings, models not registered, tables missing
+    ├── AuthenticationError       login refused; one text and code for every reason
+    ├── ThrottledError            too many attempts; carries ``retry_after``
+    ├── PasswordPolicyError       a new password was refused; carries ``failures``
+    ├── InvalidIdentifierError    an e-mail address or user name that cannot be one
+    ├── IdentifierTakenError      an account with this identifier exists
+    ├── TokenError
+    │   ├── TokenInvalidError     not a token of ours
+    │   ├── TokenExpiredError     genuine, but its time is over
+    │   ├── TokenRevokedError     its session ended, or its user is inactive or gone
+    │   └── TokenReusedError      a refresh token that was already spent
+    ├── EventError                a handler failed and the emitter was told to raise
+    └── ServiceUnavailableError   the database failed; says nothing about the credentials
+
+Every class has a stable ``code`` for APIs and logs. Facts are attributes. No message carries a password, token,
+key, hash or SQL.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+
+class TortoiseAuthError(Exception):
+    """The root of every error the library raises.
+
+    Attributes:
+        code: A stable machine-readable word, safe to send to clients.
+    """
+
+    code: ClassVar[str] = "auth_error"
+
+
+class ConfigurationError(TortoiseAuthError):
+    """Settings, models or tables are not as they must be; the message says what to do."""
+
+    code = "configuration_error"
+
+
+class AuthenticationError(TortoiseAuthError):
+    """The credentials were refused.
+
+    The same text and code whatever the reason, so that nobody learns which accounts exist
+    (OWASP ASVS 6.3.8).
+    """
+
+    code = "invalid_credentials"
+
+    def __init__(self, message: str = "Invalid credentials") -> None:
+        super().__init__(message)
+
+
+class ThrottledError(TortoiseAuthError):
+    """Too many attempts; try again later.
+
+    Attributes:
+        retry_after: Seconds to wait.
+    """
+
+    code = "throttled"
+
+    def __init__(self, retry_after: float) -> None:
+        super().__init__(f"Too many attempts; try again in {retry_after:.0f} seconds")
+        self.retry_after = retry_after
+
+    def __reduce__(self) -> tuple[type[ThrottledError], tuple[float]]:
+        return type(self), (self.retry_after,)
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyFailure:
+    """One rule that a new password broke.
+
+    Attributes:
+        code: A stable machine-readable word, for example ``too_short``.
+        message: One sentence for the person who chose the password.
+    """
+
+    code: str
+    message: str
+
+
+class PasswordPolicyError(TortoiseAuthError):
+    """A new password was refused (NIST SP 800-63B-4, 3.1.1.2: the reason must be given).
+
+    Attributes:
+        failures: Every rule that was broken, in a fixed order.
+    """
+
+    code = "password_refused"
+
+    def __init__(self, failures: Sequence[PolicyFailure]) -> None:
+        super().__init__(" ".join(failure.message for failure in failures))
+        self.failures = tuple(failures)
+
+    def __reduce__(self) -> tuple[type[PasswordPolicyError], tuple[tuple[PolicyFailure, ...]]]:
+        return type(self), (self.failures,)
+
+
+class InvalidIdentifierError(TortoiseAuthError, ValueError):
+    """This cannot be an identifier: not a valid e-mail address, empty, too long, not text."""
+
+    code = "invalid_identifier"
+
+
+class IdentifierTakenError(TortoiseAuthError):
+    """An account with this identifier exists already.
+
+    Warning:
+        To tell an anonymous visitor so is to tell which accounts exist. Answer a sign-up form the
+        same way in both cases, and send the difference by e-mail (OWASP ASVS 6.3.8).
+    """
+
+    code = "identifier_taken"
+
+    def __init__(self, message: str = "An account with this identifier exists already") -> None:
+        super().__init__(message)
+
+
+class TokenError(TortoiseAuthError):
+    """A token was refused. Over HTTP every kind is ``401 invalid_token`` (RFC 6750, 3.1)."""
+
+    code = "token_refused"
+
+
+class TokenInvalidError(TokenError):
+    """Not a token of ours: malformed, forged, of another kind, for another audience."""
+
+    code = "token_invalid"
+
+    def __init__(self, message: str = "The token is not valid") -> None:
+        super().__init__(message)
+
+
+class TokenExpiredError(TokenError):
+    """The token or its session is genuine, but its time is over."""
+
+    code = "token_expired"
+
+    def __init__(self, message: str = "The token has expired") -> None:
+        super().__init__(message)
+
+
+class TokenRevokedError(TokenError):
+    """The token is genuine, but its session ended or its user is inactive or gone."""
+
+    code = "token_revoked"
+
+    def __init__(self, message: str = "The session has ended") -> None:
+        super().__init__(message)
+
+
+class TokenReusedError(TokenError):
+    """A refresh token was presented that had been spent before.
+
+    Either the client lost its newest token or somebody copied an older one, and nobody can tell
+    which, so the whole session ended (RFC 9700, 4.14.2).
+    """
+
+    code = "token_reused"
+
+    def __init__(self, message: str = "The refresh token was used before") -> None:
+        super().__init__(message)
+
+
+class EventError(TortoiseAuthError):
+    """A handler failed.
+
+    Attributes:
+        event_name: The event that was emitted.
+        handler_name: The handler that failed.
+        original: What the handler raised.
+    """
+
+    code = "event_handler_failed"
+
+    def __init__(self, event_name: str, handler_name: str, original: BaseException) -> None:
+        super().__init__(
+            f"Handler '{handler_name}' for event '{event_name}' raised "
+            f"{type(original).__name__}: {describe(original)}"
+        )
+        self.event_name = event_name
+        self.handler_name = handler_name
+        self.original = original
+
+    def __reduce__(self) -> tuple[type[EventError], tuple[str, str, BaseException]]:
+        return type(self), (self.event_name, self.handler_name, self.original)
+
+
+class ServiceUnavailableError(TortoiseAuthError):
+    """The database failed. The credentials or token may well be good; try again later."""
+
+    code = "service_unavailable"
+
+
+def describe(error: BaseException) -> str:
+    """Return the text of an error, even of one whose own ``__str__`` fails."""
+    try:
+        return str(error)
+    except Exception as failure:  # noqa: BLE001 - a broken __str__ must not replace the error it describes
+        return f"<no text: {type(failure).__name__} in __str__>"

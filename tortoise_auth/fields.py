@@ -1,0 +1,110 @@
+"""Two model fields whose stock counterparts are unsafe for authentication."""
+
+from __future__ import annotations
+
+import unicodedata
+from datetime import UTC, datetime
+from typing import Any, TypeVar
+
+from email_validator import EmailNotValidError, validate_email
+from tortoise import fields
+from tortoise.exceptions import ValidationError
+from tortoise.models import Model
+
+from tortoise_auth.clock import utc_now
+from tortoise_auth.exceptions import InvalidIdentifierError
+
+MAX_EMAIL_LENGTH = 254
+"""Characters; the longest address SMTP can carry (RFC 5321, 4.5.3.1.3)."""
+
+
+MomentT = TypeVar("MomentT", datetime, "datetime | None")
+
+
+class UtcDatetimeField(fields.DatetimeField[MomentT]):
+    """A moment in time: aware UTC in Python, UTC in the database, whatever the settings are.
+
+    Tortoise's own field stores and compares mixed offsets as text on SQLite and drops the offset
+    with ``use_tz=False``, which lets expired sessions pass. This one ignores ``use_tz`` and
+    ``timezone``.
+
+    Raises:
+        ValidationError: A naive datetime was given. It could mean any time zone.
+    """
+
+    def to_python_value(self, value: Any) -> datetime | None:  # noqa: ANN401 - the signature of the base class
+        """Return *value*, as the database driver gave it, as aware UTC."""
+        if value is None:
+            return None
+        if not isinstance(value, datetime):
+            value = datetime.fromisoformat(str(value))
+        moment: datetime = value.replace(tzinfo=UTC) if value.tzinfo is None else value
+        return moment.astimezone(UTC)
+
+    def to_db_value(self, value: Any, instance: type[Model] | Model) -> Any:  # noqa: ANN401
+        """Return *value* as aware UTC, filling in the time where the field was asked to."""
+        if isinstance(instance, Model) and self._fills_itself(instance):
+            value = utc_now()
+            setattr(instance, self.model_field_name, value)
+        if value is None:
+            self.validate(value)
+            return None
+        if not isinstance(value, datetime) or value.tzinfo is None:
+            raise ValidationError(
+                f"{self.model_field_name}: give an aware datetime, for example datetime.now(UTC)"
+            )
+        return value.astimezone(UTC)
+
+    def _fills_itself(self, instance: Model) -> bool:
+        return self.auto_now or (
+            self.auto_now_add and getattr(instance, self.model_field_name) is None
+        )
+
+
+def normalize_email(value: str) -> str:
+    """Return the one spelling under which an address is stored and looked up.
+
+    NFC, no surrounding white space, lower case, the domain as IDNA reads it. Lower case and not
+    case *folding*, which would merge addresses of different people ("straße" and "strasse").
+
+    Args:
+        value: An address as a person typed it.
+
+    Raises:
+        InvalidIdentifierError: It is no e-mail address.
+    """
+    if not isinstance(value, str) or len(value) > 2 * MAX_EMAIL_LENGTH:
+        raise InvalidIdentifierError("That is not an e-mail address")
+    try:
+        address = validate_email(value.strip(), check_deliverability=False).normalized
+    except (EmailNotValidError, UnicodeError):
+        raise InvalidIdentifierError("That is not an e-mail address") from None
+    return unicodedata.normalize("NFC", address.lower())
+
+
+class EmailField(fields.CharField[str]):
+    """An e-mail address, normalised when written *and* when looked up.
+
+    So ``User.get(email="Ada@Example.COM ")`` finds what ``ada@example.com`` stored, with a plain
+    ``=`` on a unique column. (``__iexact`` compiles to ``UPPER()``, which confuses accounts:
+    CVE-2019-19844.)
+
+    Raises:
+        ValidationError: When written: it is no e-mail address. A lookup just finds nothing.
+    """
+
+    def __init__(self, max_length: int = MAX_EMAIL_LENGTH, **kwargs: Any) -> None:  # noqa: ANN401
+        super().__init__(max_length, **kwargs)
+
+    def to_db_value(self, value: Any, instance: type[Model] | Model) -> Any:  # noqa: ANN401
+        """Return the normalised address."""
+        if isinstance(value, str):
+            try:
+                value = normalize_email(value)
+            except InvalidIdentifierError as error:
+                if not isinstance(instance, type):  # a lookup passes the class
+                    raise ValidationError(f"{self.model_field_name}: {error}") from None
+            else:
+                if isinstance(instance, Model):
+                    setattr(instance, self.model_field_name, value)
+        return super().to_db_value(value, instance)

@@ -1,0 +1,97 @@
+"""Every table the library owns. Register them by the one string ``"tortoise_auth.models"``."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from uuid import UUID
+
+from tortoise import fields
+from tortoise.backends.base.client import BaseDBAsyncClient
+from tortoise.models import Model
+
+from tortoise_auth.fields import UtcDatetimeField
+
+
+class Session(Model):
+    """One login: a chain of refresh tokens, at most one of which is unspent.
+
+    There is no foreign key to the user: the host may use any primary key, and its migrations stay
+    independent of ours. A session whose user is gone authenticates nobody.
+
+    Attributes:
+        id: The public id; may be shown and logged. It opens nothing.
+        user_table: The table of the user model, so that two models may share this table.
+        user_id: ``str(user.pk)``.
+        session_version: ``user.session_version`` when the session was opened, or last confirmed by
+            a password change that kept it. A session with another version than its user is over.
+        family_hash: SHA-256 of the part that all refresh tokens of the session share.
+        refresh_hash: SHA-256 of the unspent refresh token.
+        previous_refresh_hash: SHA-256 of the one spent last.
+        generation: How often the session has been refreshed.
+        created_at, last_used_at: When it was opened and refreshed last.
+        refresh_expires_at: When the unspent refresh token expires (idle lifetime).
+        expires_at: When the session ends whatever happens (absolute lifetime).
+        revoked_at: When it was ended before that.
+        ip, user_agent: Where it was opened or refreshed last.
+    """
+
+    id = fields.UUIDField(primary_key=True)
+    user_table = fields.CharField(max_length=128)
+    user_id = fields.CharField(max_length=255)
+    session_version = fields.IntField()
+    family_hash = fields.CharField(max_length=64, unique=True)
+    refresh_hash = fields.CharField(max_length=64)
+    previous_refresh_hash = fields.CharField(max_length=64, null=True)
+    generation = fields.IntField(default=0)
+    created_at: UtcDatetimeField[datetime] = UtcDatetimeField()
+    last_used_at: UtcDatetimeField[datetime] = UtcDatetimeField()
+    refresh_expires_at: UtcDatetimeField[datetime] = UtcDatetimeField()
+    expires_at: UtcDatetimeField[datetime] = UtcDatetimeField(db_index=True)
+    revoked_at: UtcDatetimeField[datetime | None] = UtcDatetimeField(null=True)
+    ip = fields.CharField(max_length=64, null=True)
+    user_agent = fields.CharField(max_length=255, null=True)
+
+    class Meta(Model.Meta):
+        table = "tortoise_auth_session"
+        indexes = (("user_id", "user_table"),)
+
+    @classmethod
+    async def end_all(
+        cls,
+        *,
+        user_table: str,
+        user_id: str,
+        at: datetime,
+        keep: UUID | None = None,
+        using_db: BaseDBAsyncClient,
+    ) -> int:
+        """End every live session of an account but *keep*, in one statement; return how many."""
+        live = cls.filter(
+            user_id=user_id, user_table=user_table, revoked_at__isnull=True, expires_at__gt=at
+        )
+        if keep is not None:
+            live = live.exclude(id=keep)
+        return await live.using_db(using_db).update(revoked_at=at)
+
+
+def app_config(connection: str = "default") -> dict[str, object]:
+    """Return an app entry for our tables, with the migrations we ship.
+
+    Example::
+
+        TORTOISE_ORM = {
+            "connections": {...},
+            "apps": {
+                "models": {"models": ["myapp.models"], "migrations": "myapp.migrations"},
+                "tortoise_auth": tortoise_auth.app_config(),
+            },
+        }
+
+    Args:
+        connection: The connection on which your user model lives.
+    """
+    return {
+        "models": ["tortoise_auth.models"],
+        "default_connection": connection,
+        "migrations": "tortoise_auth.migrations",
+    }

@@ -1,0 +1,372 @@
+"""Passwords: hashed off the event loop on bounded threads, and a policy for choosing them.
+
+``passlib`` here is `libpass`, the maintained continuation under the same import name. passlib
+1.7.4 itself is from 2020 and cannot verify bcrypt hashes with bcrypt 5.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import importlib.util
+import os
+import secrets
+import sys
+import threading
+import unicodedata
+from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import ClassVar, TypeVar
+
+from passlib.context import CryptContext
+from zxcvbn.frequency_lists import FREQUENCY_LISTS
+
+from tortoise_auth.exceptions import ConfigurationError, PasswordPolicyError, PolicyFailure
+
+ResultT = TypeVar("ResultT")
+
+MAX_PASSWORD_LENGTH = 1024
+"""Code points. Longer input is refused before any work is done (CVE-2013-1443)."""
+
+OWASP_ARGON2_FLOOR: Sequence[tuple[int, int]] = (
+    (47104, 1),
+    (19456, 2),
+    (12288, 3),
+    (9216, 4),
+    (7168, 5),
+)
+"""Least (memory in KiB, passes) of Argon2id by the OWASP Password Storage Cheat Sheet."""
+
+_UNUSABLE_PREFIX = "!"
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """What a check of a password against a stored hash found.
+
+    Attributes:
+        valid: The password is the right one.
+        outdated: It is, and the stored hash should be replaced by one of today's cost.
+    """
+
+    valid: bool
+    outdated: bool = False
+
+
+def unusable_hash() -> str:
+    """Return a stored value that no password matches, different each time."""
+    return _UNUSABLE_PREFIX + secrets.token_urlsafe(24)
+
+
+def is_usable_hash(hashed: str | None) -> bool:
+    """Tell whether a stored value could match some password."""
+    return bool(hashed) and not str(hashed).startswith(_UNUSABLE_PREFIX)
+
+
+def input_failures(password: object) -> list[PolicyFailure]:
+    """Return why *password* cannot be hashed at all, or nothing.
+
+    These rules hold at login too, where every failure looks the same from outside; the policy is
+    only for choosing a password.
+    """
+    if not isinstance(password, str):
+        return [PolicyFailure("not_a_string", "The password must be text.")]
+    if len(password) > MAX_PASSWORD_LENGTH:
+        return [
+            PolicyFailure(
+                "too_long", f"The password must have at most {MAX_PASSWORD_LENGTH} characters."
+            )
+        ]
+    if "\0" in password:
+        return [PolicyFailure("nul_character", "The password must not contain a NUL character.")]
+    if any("\ud800" <= character <= "\udfff" for character in password):
+        return [PolicyFailure("not_unicode", "The password must be valid Unicode text.")]
+    return []
+
+
+class PasswordHasher:
+    """Hashes and verifies passwords on a dedicated, bounded thread pool.
+
+    New hashes are Argon2id. bcrypt (extra ``bcrypt``), PBKDF2-SHA256 and Django's
+    ``pbkdf2_sha256`` are verified only, and reported as outdated so that a login replaces them.
+    Passwords are NFC-normalised first (NIST SP 800-63B-4, 3.1.1.2), never trimmed or case-folded.
+
+    However many logins wait, memory is bounded by ``threads`` times ``memory_cost``, and the event
+    loop never computes a hash. Hashing threads lower their own priority where the system allows
+    it, which keeps the loop prompt at the same throughput.
+
+    Example:
+        ``PasswordHasher(memory_cost=19456, time_cost=2, parallelism=1)`` is the OWASP profile for
+        small machines.
+
+    Args:
+        memory_cost: KiB of memory a hash takes (default 65536, 64 MiB).
+        time_cost: Passes over that memory (default 3).
+        parallelism: Lanes, each a thread of Argon2's own while it runs (default 4).
+        threads: Hashes computed at the same time (default: the number of cores). Each takes
+            ``memory_cost``. More than there are cores buys nothing.
+
+    Raises:
+        ConfigurationError: The cost is below the OWASP floor, or a number makes no sense.
+    """
+
+    cost_floor: ClassVar[Sequence[tuple[int, int]]] = OWASP_ARGON2_FLOOR
+
+    def __init__(
+        self,
+        *,
+        memory_cost: int = 65536,
+        time_cost: int = 3,
+        parallelism: int = 4,
+        threads: int | None = None,
+    ) -> None:
+        self.memory_cost = memory_cost
+        self.time_cost = time_cost
+        self.parallelism = parallelism
+        self.threads = threads if threads is not None else (os.cpu_count() or 1)
+        self._check_settings()
+        self._crypt = CryptContext(
+            schemes=_schemes(),
+            default="argon2",
+            deprecated="auto",
+            argon2__type="ID",
+            argon2__memory_cost=memory_cost,
+            argon2__time_cost=time_cost,
+            argon2__parallelism=parallelism,
+            pbkdf2_sha256__default_rounds=600_000,
+        )
+        self._dummy_hash = self._well_formed_hash_of_nothing()
+        self._pool: ThreadPoolExecutor | None = None
+        self._pool_process = 0
+        self._pool_lock = threading.Lock()
+
+    async def hash(self, password: str) -> str:
+        """Return the hash to store for *password*.
+
+        Raises:
+            PasswordPolicyError: The input cannot be hashed at all. Other rules are the policy's.
+        """
+        failures = input_failures(password)
+        if failures:
+            raise PasswordPolicyError(failures)
+        return await self._on_a_thread(lambda: self._crypt.hash(_nfc(password)))
+
+    async def verify(self, password: str, hashed: str | None) -> Verification:
+        """Check *password* against a stored hash.
+
+        A failure costs one full hash of today's settings, whatever the reason: no hash, an
+        unusable or corrupt one, input that cannot be hashed, or a wrong password. So the time it
+        takes does not tell which accounts exist (OWASP ASVS 6.3.8).
+
+        Args:
+            password: What the visitor typed. Wrong types are failures, not errors.
+            hashed: What is stored; ``None`` if there is no such account.
+
+        Returns:
+            ``valid``, and ``outdated`` when the hash is right but of another scheme or cost.
+        """
+        if input_failures(password):
+            return await self._on_a_thread(self._waste_one_hash)
+        return await self._on_a_thread(lambda: self._verify(_nfc(password), hashed))
+
+    def close(self) -> None:
+        """Stop the threads once they are idle. They come back with the next call."""
+        with self._pool_lock:
+            if self._pool is not None:
+                self._pool.shutdown(wait=False)
+                self._pool = None
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}(memory_cost={self.memory_cost}, time_cost={self.time_cost}, "
+            f"parallelism={self.parallelism}, threads={self.threads})"
+        )
+
+    def _check_settings(self) -> None:
+        if min(self.memory_cost, self.time_cost, self.parallelism, self.threads) < 1:
+            raise ConfigurationError(
+                "PasswordHasher: every cost and the number of threads must be at least 1"
+            )
+        if self.cost_floor and not any(
+            self.memory_cost >= memory and self.time_cost >= passes
+            for memory, passes in self.cost_floor
+        ):
+            floor = ", ".join(f"m={memory} t={passes}" for memory, passes in self.cost_floor)
+            raise ConfigurationError(
+                f"PasswordHasher: m={self.memory_cost} KiB with t={self.time_cost} is below what "
+                f"OWASP asks of Argon2id. Use at least one of: {floor}. In tests, use "
+                "tortoise_auth.testing.cheap_hasher()."
+            )
+
+    def _well_formed_hash_of_nothing(self) -> str:
+        """Return a hash that costs as much to check as a real one, and that nothing matches."""
+        salt, digest = (
+            base64.b64encode(secrets.token_bytes(size)).rstrip(b"=").decode() for size in (16, 32)
+        )
+        return (
+            f"$argon2id$v=19$m={self.memory_cost},t={self.time_cost},p={self.parallelism}"
+            f"${salt}${digest}"
+        )
+
+    def _verify(self, password: str, hashed: str | None) -> Verification:
+        if hashed is None or not is_usable_hash(hashed):
+            return self._waste_one_hash()
+        try:
+            valid = self._crypt.verify(password, hashed)
+            outdated = self._crypt.needs_update(hashed)
+        except (ValueError, TypeError):  # a corrupt or unknown hash, or over 72 bytes for bcrypt
+            return self._waste_one_hash()
+        if not valid and outdated:  # it cost something else than a hash of today
+            return self._waste_one_hash()
+        return Verification(valid=valid, outdated=valid and outdated)
+
+    def _waste_one_hash(self) -> Verification:
+        self._crypt.verify("", self._dummy_hash)
+        return Verification(valid=False)
+
+    async def _on_a_thread(self, work: Callable[[], ResultT]) -> ResultT:
+        return await asyncio.get_running_loop().run_in_executor(self._threads(), work)
+
+    def _threads(self) -> ThreadPoolExecutor:
+        """Return the pool, made on first use and again after a fork (whose threads are gone)."""
+        with self._pool_lock:
+            if self._pool is None or self._pool_process != os.getpid():
+                self._pool = ThreadPoolExecutor(
+                    self.threads, "tortoise_auth_hash", initializer=_lower_priority
+                )
+                self._pool_process = os.getpid()
+            return self._pool
+
+
+def _schemes() -> list[str]:
+    legacy = ["pbkdf2_sha256", "django_pbkdf2_sha256"]
+    if importlib.util.find_spec("bcrypt"):
+        legacy.append("bcrypt")
+    return ["argon2", *legacy]
+
+
+def _nfc(password: str) -> str:
+    return unicodedata.normalize("NFC", password)
+
+
+def _lower_priority() -> None:
+    """Be nice, where a thread has a priority of its own, so that the event loop goes first."""
+    if sys.platform == "linux":
+        with suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
+
+
+COMMON_PASSWORDS: frozenset[str] = frozenset(
+    word for word in FREQUENCY_LISTS["passwords"] if len(word) >= 4
+)
+"""What people choose most, from zxcvbn's list."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PasswordPolicy:
+    """Which new passwords are accepted. Asked when a password is set, never at login.
+
+    There are no composition rules, by design (NIST SP 800-63B-4, 3.1.1.2: "SHALL NOT").
+
+    Attributes:
+        min_length: Code points, 15 by default.
+            Warning: 8 is the least that is allowed, and only right where a second factor is
+            required (NIST SP 800-63B-4, 3.1.1.2).
+        max_length: Code points, at least 64, at most 1024.
+        context_words: Words a guesser tries here first: the name of the service, of the company.
+            A password that consists of nothing else is refused.
+        blocklist: Passwords refused as too common, in lower case.
+
+    Raises:
+        ConfigurationError: A length is outside its bounds.
+    """
+
+    min_length: int = 15
+    max_length: int = MAX_PASSWORD_LENGTH
+    context_words: Sequence[str] = ()
+    blocklist: Collection[str] = COMMON_PASSWORDS
+
+    def __post_init__(self) -> None:
+        if self.min_length < 8:
+            raise ConfigurationError(
+                f"PasswordPolicy: min_length={self.min_length} is too short. Use 15 (the default), "
+                "or at least 8 where a second factor is required."
+            )
+        if not max(64, self.min_length) <= self.max_length <= MAX_PASSWORD_LENGTH:
+            raise ConfigurationError(
+                f"PasswordPolicy: max_length={self.max_length} must be between "
+                f"{max(64, self.min_length)} and {MAX_PASSWORD_LENGTH}."
+            )
+
+    def check(self, password: str, *, about: Sequence[str] = ()) -> None:
+        """Refuse *password* if it breaks a rule.
+
+        Args:
+            password: The proposed password.
+            about: Words about its owner: e-mail address, user name.
+
+        Raises:
+            PasswordPolicyError: With every broken rule: ``not_a_string``, ``too_long``,
+                ``nul_character``, ``not_unicode``, ``too_short``, ``common``, ``context``.
+        """
+        failures = self.failures(password, about=about)
+        if failures:
+            raise PasswordPolicyError(failures)
+
+    def failures(self, password: str, *, about: Sequence[str] = ()) -> list[PolicyFailure]:
+        """Return every rule that *password* breaks, for a form that shows them while typing."""
+        broken = input_failures(password)
+        if broken:
+            return broken
+        password = _nfc(password)
+        if len(password) < self.min_length:
+            broken.append(
+                PolicyFailure(
+                    "too_short", f"The password must have at least {self.min_length} characters."
+                )
+            )
+        if len(password) > self.max_length:
+            broken.append(
+                PolicyFailure(
+                    "too_long", f"The password must have at most {self.max_length} characters."
+                )
+            )
+        if self._is_common(password.lower()):
+            broken.append(PolicyFailure("common", "The password is one that many people use."))
+        if _consists_of(password, [*self.context_words, *about]):
+            broken.append(
+                PolicyFailure(
+                    "context",
+                    "The password must not consist of your own name or address or that of this service.",
+                )
+            )
+        return broken
+
+    def _is_common(self, password: str) -> bool:
+        return password in self.blocklist or _repeated_unit(password) in self.blocklist
+
+
+def _repeated_unit(text: str) -> str:
+    """Return the shortest string whose repetition is *text* (``"abcabc"`` → ``"abc"``)."""
+    return text[: (text + text).find(text, 1)] if text else text
+
+
+def _consists_of(password: str, words: Sequence[str]) -> bool:
+    """Tell whether *password* is only *words*, in any case and order, with digits and signs between."""
+    known = {word.lower() for word in words if word}
+    known |= {word.partition("@")[0] for word in known}
+    if password.lower() in known:
+        return True
+    units = {unit for word in known if len(unit := _letters(word)) >= 4}
+    text = _letters(password.lower())
+    reached = {0}  # a set of positions, not a regular expression: those can be made to explode
+    for position in range(len(text)):
+        if position in reached:
+            reached |= {position + len(unit) for unit in units if text.startswith(unit, position)}
+    return bool(text) and len(text) in reached
+
+
+def _letters(text: str) -> str:
+    return "".join(character for character in text if character.isalpha())

@@ -1,0 +1,640 @@
+"""`AuthService`: the one front object. It puts the mechanisms in order and owns none."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Generic
+from uuid import UUID
+
+from tortoise.expressions import F
+
+from tortoise_auth.clock import Clock, utc_now
+from tortoise_auth.context import RequestContext, current_context, storable
+from tortoise_auth.database import guarded
+from tortoise_auth.events.catalog import (
+    FailureReason,
+    PasswordChanged,
+    RefreshTokenReused,
+    SessionRefreshed,
+    SessionRevoked,
+    UserActivated,
+    UserDeactivated,
+    UserLogin,
+    UserLoginFailed,
+    UserLogout,
+)
+from tortoise_auth.events.dispatch import EventEmitter
+from tortoise_auth.events.unit_of_work import UnitOfWork
+from tortoise_auth.exceptions import (
+    AuthenticationError,
+    ConfigurationError,
+    InvalidIdentifierError,
+    TokenError,
+    TokenExpiredError,
+    TokenInvalidError,
+    TokenReusedError,
+    TokenRevokedError,
+)
+from tortoise_auth.models import Session
+from tortoise_auth.passwords import PasswordHasher, PasswordPolicy
+from tortoise_auth.sessions import Found, Sessions
+from tortoise_auth.tokens import AccessClaims, AccessTokens, AuthConfig, RefreshToken
+from tortoise_auth.users import (
+    AbstractUser,
+    UserT,
+    replace_outdated_hash,
+    store_password,
+    stored_version,
+)
+
+_MAX_IDENTIFIER_LENGTH = 320
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AuthResult(Generic[UserT]):
+    """A session that was opened or refreshed.
+
+    Attributes:
+        user: The account, as your own model.
+        session: The session; ``session.id`` may be shown and logged.
+        access_token: Send it as ``Authorization: Bearer``; not stored anywhere.
+        refresh_token: Exchange it once, at ``refresh``. Warning: as good as a password while it
+            lives; in a browser keep it in a ``HttpOnly``, ``Secure``, ``SameSite`` cookie.
+        access_expires_at: Aware UTC.
+        refresh_expires_at: Aware UTC.
+    """
+
+    user: UserT
+    session: Session
+    access_token: str = field(repr=False)
+    refresh_token: str = field(repr=False)
+    access_expires_at: datetime
+    refresh_expires_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Revocation:
+    """What a logout or revocation ended.
+
+    Attributes:
+        sessions: How many sessions ended; 0 if there was nothing to end.
+        user_id: ``str(user.pk)`` of their owner, if it is known.
+    """
+
+    sessions: int
+    user_id: str | None
+
+
+class AuthService(Generic[UserT]):
+    """Logs in, keeps logged in, logs out.
+
+    Example::
+
+        auth = AuthService(User, AuthConfig(secret=os.environ["AUTH_SECRET"]))
+
+        result = await auth.login("ada@example.com", "correct horse battery staple")
+        user = await auth.authenticate(result.access_token)
+        result = await auth.refresh(result.refresh_token)
+        await auth.logout(result.access_token)
+
+    Every method may raise `ServiceUnavailableError` when the database fails, and
+    `ConfigurationError` when Tortoise or the models are not set up.
+
+    Args:
+        user_model: Your subclass of `AbstractUser`.
+        config: Keys and lifetimes.
+        emitter: Where events go; by default the emitter of the user model.
+        passwords: What hashes; by default the hasher of the user model.
+        policy: Which new passwords are accepted; by default the policy of the user model.
+        clock: The time.
+
+    Raises:
+        ConfigurationError: The model is not a concrete subclass of `AbstractUser`, or its
+            identifier is not a unique column.
+    """
+
+    def __init__(
+        self,
+        user_model: type[UserT],
+        config: AuthConfig,
+        *,
+        emitter: EventEmitter | None = None,
+        passwords: PasswordHasher | None = None,
+        policy: PasswordPolicy | None = None,
+        clock: Clock = utc_now,
+    ) -> None:
+        _check_model(user_model)
+        if not isinstance(config, AuthConfig):
+            raise ConfigurationError("AuthService takes an AuthConfig: AuthConfig(secret=...)")
+        self.user_model = user_model
+        self.config = config
+        self.emitter = emitter if emitter is not None else user_model.emitter
+        self.passwords = passwords if passwords is not None else user_model.password_hasher
+        self.policy = policy if policy is not None else user_model.password_policy
+        self._clock = clock
+        self._sessions = Sessions(user_model, config, clock)
+        self._tokens = AccessTokens(config, clock)
+
+    @guarded
+    async def login(
+        self,
+        identifier: str,
+        password: str,
+        *,
+        context: RequestContext | None = None,
+        claims: Mapping[str, object] | None = None,
+    ) -> AuthResult[UserT]:
+        """Check a password and open a session. Emits ``user_login`` or ``user_login_failed``.
+
+        Args:
+            identifier: E-mail address, or what ``identifier_field`` names.
+            password: As typed. Never trimmed.
+            context: Circumstances of the request, for the session and the event.
+            claims: Further claims for this one access token. Warning: whoever holds the token can
+                read them, and they stay true until it expires.
+
+        Raises:
+            AuthenticationError: One and the same for every reason (OWASP ASVS 6.3.8).
+            ValueError: *claims* names a claim that is ours or holds what JSON cannot.
+        """
+        AccessTokens.check_extra(claims or {})
+        context = current_context(context)
+        user = await self._find_user(identifier)
+        active = user if user is not None and user.is_active else None
+        verification = await self.passwords.verify(
+            password, active.password if active is not None else None
+        )
+        if user is None or active is None or not verification.valid:
+            reason: FailureReason = (
+                "not_found" if user is None else "inactive" if active is None else "bad_password"
+            )
+            raise await self._login_failed(identifier, reason, user, context)
+        replacement = await self.passwords.hash(password) if verification.outdated else None
+        async with self._unit_of_work() as unit:
+            entered = await self._enter(user, unit)
+            if entered:
+                if replacement is not None:
+                    await replace_outdated_hash(user, replacement, unit)
+                session, refresh_token = await self._sessions.open(user, context, unit.connection)
+                unit.record(
+                    UserLogin(
+                        user=user,
+                        subject_id=str(user.pk),
+                        context=context,
+                        session_id=str(session.id),
+                        occurred_at=self._clock(),
+                    )
+                )
+        if not entered:
+            # The password was changed or the account closed while the hash was computed.
+            raise await self._login_failed(identifier, "bad_password", user, context)
+        return self._result(user, session, refresh_token, claims)
+
+    @guarded
+    async def authenticate(self, access_token: str) -> UserT:
+        """Return the user of an access token, if token, session and user are alive now.
+
+        One SQL query. A logout, password change or deactivation is seen at once.
+
+        Raises:
+            TokenInvalidError: It is not one of our access tokens.
+            TokenExpiredError: It was.
+            TokenRevokedError: Its session ended, or the user is inactive or gone.
+        """
+        claims = self._tokens.read(access_token)
+        found = await self._sessions.find(claims.session_id, claims.subject)
+        if found is None:
+            raise TokenRevokedError
+        found.require_alive(self._clock())
+        return found.user
+
+    def decode(self, access_token: str) -> AccessClaims:
+        """Return what a genuine, unexpired access token says, asking no database.
+
+        Warning: a session that ended since is not noticed. For services that cannot reach the
+        database and can live with ``access_token_lifetime``.
+
+        Raises:
+            TokenInvalidError: It is not one of our access tokens.
+            TokenExpiredError: It was.
+        """
+        return self._tokens.read(access_token)
+
+    @guarded
+    async def refresh(
+        self,
+        refresh_token: str,
+        *,
+        context: RequestContext | None = None,
+        claims: Mapping[str, object] | None = None,
+    ) -> AuthResult[UserT]:
+        """Exchange a refresh token for a new pair. Emits ``session_refreshed``.
+
+        Of any number of concurrent callers exactly one succeeds. The others have presented a spent
+        token, and that ends the session (RFC 9700, 4.14.2) and emits ``refresh_token_reused``; see
+        ``AuthConfig.refresh_reuse_grace`` for clients that cannot help it.
+
+        Args:
+            refresh_token: The unspent token.
+            context: Circumstances of the request.
+            claims: Further claims for the new access token; those given to ``login`` are not kept.
+
+        Raises:
+            TokenInvalidError: It is no refresh token of ours.
+            TokenExpiredError: It lay idle for too long, or the session is over.
+            TokenRevokedError: The session ended, or the user is inactive or gone.
+            TokenReusedError: It was spent before. The session is over.
+            ValueError: *claims* names a claim that is ours or holds what JSON cannot.
+        """
+        AccessTokens.check_extra(claims or {})
+        context = current_context(context)
+        presented = RefreshToken.parse(refresh_token)
+        while True:
+            found = await self._sessions.find_by_refresh_token(presented)
+            if found is None:
+                raise TokenInvalidError
+            following = await self._rotate(found, presented, context)
+            if following is not None:
+                return self._result(found.user, found.session, following, claims)
+            # Somebody else was first: look again, and see a spent token.
+
+    @guarded
+    async def logout(self, token: str, *, context: RequestContext | None = None) -> Revocation:
+        """End the session of an access or refresh token. Emits ``user_logout`` if one ended.
+
+        Once this returns neither token of the session works. Works with expired tokens, twice, and
+        with garbage, which ends nothing and raises nothing (RFC 7009, 2.2).
+
+        Returns:
+            How many sessions ended: 1 or 0.
+        """
+        found = await self._find_session(token)
+        if found is None:
+            return Revocation(0, None)
+        ended = found.is_alive(self._clock())
+        if ended:
+            async with self._unit_of_work() as unit:
+                ended = await self._sessions.revoke(found.session, unit.connection)
+                if ended:
+                    unit.record(
+                        UserLogout(
+                            user=found.user,
+                            subject_id=str(found.user.pk),
+                            context=current_context(context),
+                            session_id=str(found.session.id),
+                            occurred_at=self._clock(),
+                        )
+                    )
+        return Revocation(int(ended), found.session.user_id)
+
+    @guarded
+    async def logout_all(
+        self,
+        user: UserT,
+        *,
+        keep: Session | UUID | str | None = None,
+        context: RequestContext | None = None,
+    ) -> Revocation:
+        """End every session of *user*, in one statement. Emits ``user_logout`` if one ended.
+
+        Args:
+            user: The account.
+            keep: A session, or its id, that goes on.
+            context: Circumstances of the request.
+        """
+        async with self._unit_of_work() as unit:
+            ended = await self._sessions.revoke_all(user, unit.connection, keep=_session_id(keep))
+            if ended:
+                unit.record(
+                    UserLogout(
+                        user=user,
+                        subject_id=str(user.pk),
+                        context=current_context(context),
+                        sessions_ended=ended,
+                        everywhere=True,
+                        occurred_at=self._clock(),
+                    )
+                )
+        return Revocation(ended, str(user.pk))
+
+    @guarded
+    async def set_password(
+        self,
+        user: UserT,
+        new_password: str,
+        *,
+        keep: Session | UUID | str | None = None,
+        context: RequestContext | None = None,
+    ) -> None:
+        """Store a new password and end all other sessions. Emits ``password_changed``, once.
+
+        Nobody is asked for the current password: for password resets and administrators. A settings
+        page calls `change_password`.
+
+        Args:
+            user: The account.
+            new_password: Checked by the policy.
+            keep: A session, or its id, that goes on.
+            context: Circumstances of the request.
+
+        Raises:
+            PasswordPolicyError: With every rule that the password breaks.
+            ValueError: The account is not saved.
+        """
+        self.policy.check(new_password, about=user.words_about())
+        hashed = await self.passwords.hash(new_password)
+        await self._replace_password(user, hashed, keep=keep, instead_of=None, context=context)
+
+    @guarded
+    async def change_password(
+        self,
+        user: UserT,
+        current_password: str,
+        new_password: str,
+        *,
+        keep: Session | UUID | str | None = None,
+        context: RequestContext | None = None,
+    ) -> None:
+        """The same as `set_password`, after checking the current password (OWASP ASVS 6.2.3).
+
+        Raises:
+            AuthenticationError: The current password is wrong, or the account is inactive.
+            PasswordPolicyError: With every rule that the new password breaks.
+        """
+        rows = await (
+            self.user_model.filter(pk=user.pk, is_active=True)
+            .using_db(self._sessions.connection())
+            .values("password")
+        )
+        stored: str | None = rows[0]["password"] if rows else None
+        verification = await self.passwords.verify(current_password, stored)
+        if not verification.valid:
+            raise AuthenticationError
+        self.policy.check(new_password, about=user.words_about())
+        hashed = await self.passwords.hash(new_password)
+        changed = await self._replace_password(
+            user, hashed, keep=keep, instead_of=stored, context=context
+        )
+        if not changed:
+            raise AuthenticationError
+
+    @guarded
+    async def sessions(self, user: UserT) -> list[Session]:
+        """Return the live sessions of *user*, the one used last first."""
+        return await self._sessions.list(user)
+
+    @guarded
+    async def revoke_session(
+        self,
+        session_id: UUID | str,
+        *,
+        user: UserT | None = None,
+        context: RequestContext | None = None,
+    ) -> Revocation:
+        """End one session by its public id. Emits ``session_revoked`` if it ended.
+
+        Args:
+            session_id: ``session.id``.
+            user: End it only if it belongs to this account. Warning: pass it whenever the id comes
+                from a visitor, who could name somebody else's session.
+            context: Circumstances of the request.
+        """
+        found = await self._sessions.find_by_id(session_id)
+        if found is None or (user is not None and found.session.user_id != str(user.pk)):
+            return Revocation(0, None)
+        ended = found.is_alive(self._clock())
+        if ended:
+            async with self._unit_of_work() as unit:
+                ended = await self._sessions.revoke(found.session, unit.connection)
+                if ended:
+                    unit.record(
+                        SessionRevoked(
+                            user=found.user,
+                            subject_id=str(found.user.pk),
+                            context=current_context(context),
+                            session_id=str(found.session.id),
+                            occurred_at=self._clock(),
+                        )
+                    )
+        return Revocation(int(ended), found.session.user_id)
+
+    @guarded
+    async def deactivate(self, user: UserT, *, context: RequestContext | None = None) -> Revocation:
+        """Close the account: no login, no session, at once. Emits ``user_deactivated``.
+
+        Closing a closed account changes and emits nothing.
+        """
+        ended = 0
+        async with self._unit_of_work() as unit:
+            row = self.user_model.filter(pk=user.pk, is_active=True).using_db(unit.connection)
+            changed = await row.update(
+                is_active=False, session_version=F("session_version") + 1, updated_at=self._clock()
+            )
+            if changed:
+                version = await stored_version(user, unit)
+                ended = await self._sessions.revoke_all(user, unit.connection)
+                unit.when_committed(lambda: _follow(user, is_active=False, session_version=version))
+                unit.record(
+                    UserDeactivated(
+                        user=user,
+                        subject_id=str(user.pk),
+                        context=current_context(context),
+                        sessions_ended=ended,
+                        occurred_at=self._clock(),
+                    )
+                )
+        return Revocation(ended, str(user.pk))
+
+    @guarded
+    async def activate(self, user: UserT, *, context: RequestContext | None = None) -> None:
+        """Open a closed account again. Emits ``user_activated``. No session comes back."""
+        async with self._unit_of_work() as unit:
+            row = self.user_model.filter(pk=user.pk, is_active=False).using_db(unit.connection)
+            if await row.update(is_active=True, updated_at=self._clock()):
+                unit.when_committed(lambda: _follow(user, is_active=True))
+                unit.record(
+                    UserActivated(
+                        user=user,
+                        subject_id=str(user.pk),
+                        context=current_context(context),
+                        occurred_at=self._clock(),
+                    )
+                )
+
+    @guarded
+    async def purge_expired(self) -> int:
+        """Delete the rows of sessions whose lifetime is over; return how many. For a cron job."""
+        return await self._sessions.purge()
+
+    def _unit_of_work(self) -> UnitOfWork:
+        return UnitOfWork(self._sessions.connection(), self.emitter)
+
+    def _result(
+        self,
+        user: UserT,
+        session: Session,
+        refresh_token: RefreshToken,
+        claims: Mapping[str, object] | None,
+    ) -> AuthResult[UserT]:
+        access_token, access_expires_at = self._tokens.issue(
+            subject=str(user.pk),
+            session_id=str(session.id),
+            session_ends=session.expires_at,
+            extra=claims or {},
+        )
+        return AuthResult(
+            user=user,
+            session=session,
+            access_token=access_token,
+            refresh_token=refresh_token.text,
+            access_expires_at=access_expires_at,
+            refresh_expires_at=session.refresh_expires_at,
+        )
+
+    async def _find_user(self, identifier: str) -> UserT | None:
+        connection = self._sessions.connection()
+        try:
+            normal = self.user_model.normalize_identifier(identifier)
+        except InvalidIdentifierError:
+            return None
+        matching = self.user_model.filter(**{self.user_model.identifier_field: normal})
+        return await matching.using_db(connection).first()
+
+    async def _login_failed(
+        self, identifier: str, reason: FailureReason, user: UserT | None, context: RequestContext
+    ) -> AuthenticationError:
+        typed = identifier if isinstance(identifier, str) else ""
+        await self.emitter.emit(
+            UserLoginFailed(
+                identifier=storable(typed, _MAX_IDENTIFIER_LENGTH),
+                reason=reason,
+                user_id=None if user is None else str(user.pk),
+                subject_id=None if user is None else str(user.pk),
+                context=context,
+                occurred_at=self._clock(),
+            )
+        )
+        return AuthenticationError()
+
+    async def _enter(self, user: UserT, unit: UnitOfWork) -> bool:
+        """Save ``last_login``, if the account is still as it was when the password was checked."""
+        now = self._clock()
+        unchanged = self.user_model.filter(
+            pk=user.pk, session_version=user.session_version, is_active=True
+        )
+        entered = await unchanged.using_db(unit.connection).update(last_login=now)
+        unit.when_committed(lambda: _follow(user, last_login=now))
+        return bool(entered)
+
+    async def _rotate(
+        self, found: Found[UserT], presented: RefreshToken, context: RequestContext
+    ) -> RefreshToken | None:
+        session, user, now = found.session, found.user, self._clock()
+        if session.refresh_expires_at <= now or session.expires_at <= now:
+            raise TokenExpiredError
+        if not self._sessions.is_spendable(session, presented):
+            raise await self._reused(found, context)
+        found.require_alive(now)
+        async with self._unit_of_work() as unit:
+            following = await self._sessions.rotate(session, presented, context, unit)
+            if following is not None:
+                unit.record(
+                    SessionRefreshed(
+                        user=user,
+                        subject_id=str(user.pk),
+                        context=context,
+                        session_id=str(session.id),
+                        generation=session.generation + 1,
+                        occurred_at=now,
+                    )
+                )
+        return following
+
+    async def _reused(self, found: Found[UserT], context: RequestContext) -> TokenReusedError:
+        """End the session of a spent token; tell it once, and only if it was alive."""
+        if found.is_alive(self._clock()):
+            async with self._unit_of_work() as unit:
+                if await self._sessions.revoke(found.session, unit.connection):
+                    unit.record(
+                        RefreshTokenReused(
+                            user=found.user,
+                            subject_id=str(found.user.pk),
+                            context=context,
+                            session_id=str(found.session.id),
+                            occurred_at=self._clock(),
+                        )
+                    )
+        return TokenReusedError()
+
+    async def _find_session(self, token: str) -> Found[UserT] | None:
+        try:
+            if isinstance(token, str) and RefreshToken.looks_like(token):
+                return await self._sessions.find_by_refresh_token(RefreshToken.parse(token))
+            claims = self._tokens.read(token, even_if_expired=True)
+        except TokenError:
+            return None
+        return await self._sessions.find(claims.session_id, claims.subject)
+
+    async def _replace_password(
+        self,
+        user: UserT,
+        hashed: str,
+        *,
+        keep: Session | UUID | str | None,
+        instead_of: str | None,
+        context: RequestContext | None,
+    ) -> bool:
+        kept, now = _session_id(keep), self._clock()
+        async with self._unit_of_work() as unit:
+            version = await store_password(user, hashed, unit, instead_of=instead_of, at=now)
+            if version is not None:
+                ended = await self._sessions.revoke_all(user, unit.connection, keep=kept)
+                if kept is not None:
+                    await self._sessions.confirm(kept, user, version, unit.connection)
+                unit.record(
+                    PasswordChanged(
+                        user=user,
+                        subject_id=str(user.pk),
+                        context=current_context(context),
+                        sessions_ended=ended,
+                        occurred_at=now,
+                    )
+                )
+        return version is not None
+
+
+def _follow(user: AbstractUser, **values: object) -> None:
+    """Bring a live object up to date with what was committed."""
+    for name, value in values.items():
+        setattr(user, name, value)
+
+
+def _session_id(session: Session | UUID | str | None) -> UUID | None:
+    if session is None or isinstance(session, UUID):
+        return session
+    if isinstance(session, Session):
+        return session.id
+    try:
+        return UUID(session)
+    except (ValueError, TypeError, AttributeError):
+        raise ValueError("keep= takes a session or its id") from None
+
+
+def _check_model(user_model: type[AbstractUser]) -> None:
+    if not isinstance(user_model, type) or not issubclass(user_model, AbstractUser):
+        raise ConfigurationError(
+            "AuthService takes your user model: a class of yours that subclasses AbstractUser"
+        )
+    meta = user_model._meta
+    if meta.abstract:
+        raise ConfigurationError(
+            f"{user_model.__name__} is abstract. Subclass it, or say `abstract = False` in its Meta."
+        )
+    field = meta.fields_map.get(user_model.identifier_field)
+    if field is None or not (field.unique or field.pk):
+        raise ConfigurationError(
+            f"{user_model.__name__}.identifier_field is {user_model.identifier_field!r}; the model "
+            "needs such a field, with unique=True"
+        )

@@ -1,0 +1,344 @@
+"""`AbstractUser`: what a host subclasses."""
+
+from __future__ import annotations
+
+import unicodedata
+from datetime import datetime
+from typing import ClassVar, Self, TypeVar
+
+from tortoise import fields
+from tortoise.exceptions import IntegrityError, ValidationError
+from tortoise.expressions import F
+from tortoise.models import Model
+
+from tortoise_auth.clock import utc_now
+from tortoise_auth.context import current_context
+from tortoise_auth.database import connection_for, guarded
+from tortoise_auth.events.catalog import (
+    PasswordChanged,
+    PasswordRehashed,
+    UserRegistered,
+)
+from tortoise_auth.events.dispatch import EventEmitter, emitter
+from tortoise_auth.events.unit_of_work import UnitOfWork
+from tortoise_auth.exceptions import (
+    ConfigurationError,
+    IdentifierTakenError,
+    InvalidIdentifierError,
+)
+from tortoise_auth.fields import EmailField, UtcDatetimeField, normalize_email
+from tortoise_auth.models import Session
+from tortoise_auth.passwords import (
+    PasswordHasher,
+    PasswordPolicy,
+    is_usable_hash,
+    unusable_hash,
+)
+
+UserT = TypeVar("UserT", bound="AbstractUser")
+
+_NOT_FOR_FORMS = frozenset(
+    {"is_active", "session_version", "last_login", "created_at", "updated_at"}
+)
+
+
+class AbstractUser(Model):
+    """An account. Subclass it in your own app, with any primary key.
+
+    Example::
+
+        class User(AbstractUser):
+            display_name = fields.CharField(max_length=100, default="")
+
+        user = await User.create_user(email="ada@example.com", password="correct horse battery staple")
+
+    To log in by user name, add a unique column and name it::
+
+        class User(AbstractUser):
+            identifier_field = "username"
+            username = fields.CharField(max_length=50, unique=True)
+
+    Attributes:
+        identifier_field: The unique column that people log in with.
+        emitter: Where ``set_password`` and ``create_user`` emit their events.
+        password_hasher: What hashes and checks passwords.
+        password_policy: Which passwords ``create_user`` accepts.
+        email: Normalised when written and when looked up.
+        password: The hash. Empty or unusable: nobody can log in with a password.
+        is_active: False: nobody can log in, and no session works.
+        session_version: Raising it ends every session of the account at once.
+    """
+
+    identifier_field: ClassVar[str] = "email"
+    emitter: ClassVar[EventEmitter] = emitter
+    password_hasher: ClassVar[PasswordHasher] = PasswordHasher()
+    password_policy: ClassVar[PasswordPolicy] = PasswordPolicy()
+
+    email = EmailField(unique=True)
+    password = fields.CharField(max_length=255, default="")
+    is_active = fields.BooleanField(default=True)
+    last_login: UtcDatetimeField[datetime | None] = UtcDatetimeField(null=True)
+    session_version = fields.IntField(default=0)
+    created_at: UtcDatetimeField[datetime] = UtcDatetimeField(auto_now_add=True)
+    updated_at: UtcDatetimeField[datetime] = UtcDatetimeField(auto_now=True)
+
+    class Meta(Model.Meta):
+        abstract = True
+
+    @classmethod
+    async def create_user(cls, *, password: str | None = None, **values: object) -> Self:
+        """Create an account: normalise, apply the password policy, hash, save, tell.
+
+        Safe to call with a form's fields: those that decide about access are refused.
+
+        Args:
+            password: The password, or ``None`` for an account that cannot log in with one.
+            **values: The columns: ``email=``, your own.
+
+        Returns:
+            The saved account. ``user_registered`` has been emitted.
+
+        Raises:
+            InvalidIdentifierError: The e-mail address or user name cannot be one.
+            IdentifierTakenError: There is such an account.
+            PasswordPolicyError: The password was refused.
+            ValueError: A column was given that a form must not set, or that does not exist.
+            ServiceUnavailableError: The database failed.
+        """
+        return await cls._create_user(password, values)
+
+    @classmethod
+    @guarded
+    async def _create_user(cls, password: str | None, values: dict[str, object]) -> Self:
+        cls._refuse_unfit(values)
+        values[cls.identifier_field] = cls.normalize_identifier(values.get(cls.identifier_field))
+        if "email" in cls._meta.fields_map and values.get("email") is not None:
+            values["email"] = normalize_email(values["email"])  # type: ignore[arg-type]
+        if password is None:
+            hashed = unusable_hash()
+        else:
+            cls.password_policy.check(password, about=cls._words_about(values))
+            hashed = await cls.password_hasher.hash(password)
+        try:
+            async with UnitOfWork(connection_for(cls), cls.emitter) as unit:
+                user = await cls.create(password=hashed, using_db=unit.connection, **values)
+                unit.record(
+                    UserRegistered(user=user, subject_id=str(user.pk), context=current_context())
+                )
+        except IntegrityError as error:
+            if not _is_unique_violation(error):
+                raise
+            taken = True
+        except ValidationError as error:
+            raise ValueError(f"{cls.__name__}: {error}") from None
+        else:
+            taken = False
+        if taken:
+            raise IdentifierTakenError
+        return user
+
+    @classmethod
+    def normalize_identifier(cls, identifier: object) -> str:
+        """Return the one spelling of an identifier, the same at sign-up and at login.
+
+        An e-mail address: see `normalize_email`. Anything else: NFKC without surrounding white
+        space, its case kept. Override it for other rules.
+
+        Raises:
+            InvalidIdentifierError: It cannot be one.
+        """
+        field = cls._meta.fields_map.get(cls.identifier_field)
+        if field is None:
+            raise ConfigurationError(
+                f"{cls.__name__}.identifier_field is {cls.identifier_field!r}, but the model has "
+                "no such field. Add it, with unique=True."
+            )
+        if isinstance(field, EmailField):
+            return normalize_email(identifier)  # type: ignore[arg-type]
+        limit = getattr(field, "max_length", 255)
+        if not isinstance(identifier, str) or len(identifier) > 4 * limit:
+            raise InvalidIdentifierError(f"That is not a valid {cls.identifier_field}")
+        normal = unicodedata.normalize("NFKC", identifier).strip()
+        unstorable = any(c == "\0" or "\ud800" <= c <= "\udfff" for c in normal)
+        if not normal or len(normal) > limit or unstorable:
+            raise InvalidIdentifierError(f"That is not a valid {cls.identifier_field}")
+        return normal
+
+    @guarded
+    async def set_password(self, raw_password: str) -> None:
+        """Store a new password, end every session of the account, emit ``password_changed``.
+
+        The password policy is not asked, only what can be hashed at all is required; use
+        ``AuthService.set_password`` for passwords that people choose.
+
+        Raises:
+            PasswordPolicyError: The password cannot be hashed.
+            ValueError: The account is not saved.
+            ServiceUnavailableError: The database failed; the old password works.
+        """
+        hashed = await self.password_hasher.hash(raw_password)
+        async with UnitOfWork(connection_for(type(self)), self.emitter) as unit:
+            now = utc_now()
+            await store_password(self, hashed, unit, at=now)
+            ended = await Session.end_all(
+                user_table=user_table(type(self)),
+                user_id=str(self.pk),
+                at=now,
+                using_db=unit.connection,
+            )
+            unit.record(
+                PasswordChanged(
+                    user=self,
+                    subject_id=str(self.pk),
+                    context=current_context(),
+                    sessions_ended=ended,
+                )
+            )
+
+    @guarded
+    async def check_password(self, raw_password: str) -> bool:
+        """Tell whether this is the password; replace an outdated hash if it is.
+
+        Costs one full hash whatever the answer.
+        """
+        verification = await self.password_hasher.verify(raw_password, self.password)
+        if verification.outdated:
+            replacement = await self.password_hasher.hash(raw_password)
+            async with UnitOfWork(connection_for(type(self)), self.emitter) as unit:
+                await replace_outdated_hash(self, replacement, unit)
+        return verification.valid
+
+    def set_unusable_password(self) -> None:
+        """Make every password wrong. Not saved: call ``save()``. Sessions go on."""
+        self.password = unusable_hash()
+
+    def has_usable_password(self) -> bool:
+        """Tell whether some password could be right."""
+        return is_usable_hash(self.password)
+
+    @property
+    def is_authenticated(self) -> bool:
+        """Always true, unlike an anonymous visitor's."""
+        return True
+
+    @property
+    def is_anonymous(self) -> bool:
+        """Always false."""
+        return False
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}: {self.pk}>"
+
+    def __str__(self) -> str:
+        return repr(self)
+
+    def words_about(self) -> list[str]:
+        """Return what a password must not consist of: the e-mail address and the user name."""
+        names = ("email", self.identifier_field)
+        return self._words_about({name: getattr(self, name, None) for name in names})
+
+    @classmethod
+    def _words_about(cls, values: dict[str, object]) -> list[str]:
+        words = (values.get(name) for name in ("email", cls.identifier_field))
+        return [word for word in words if isinstance(word, str)]
+
+    @classmethod
+    def _refuse_unfit(cls, values: dict[str, object]) -> None:
+        protected = sorted(_NOT_FOR_FORMS & values.keys())
+        if protected:
+            raise ValueError(
+                f"create_user() does not set {', '.join(protected)}: a form could smuggle it in. "
+                "Set it on the saved user, or use AuthService.deactivate()."
+            )
+        unknown = sorted(values.keys() - cls._meta.fields_map.keys() - {"pk"})
+        if unknown:
+            known = sorted(cls._meta.fields_map.keys() - _NOT_FOR_FORMS)
+            raise ValueError(
+                f"{cls.__name__} has no field {', '.join(unknown)}. It has: {', '.join(known)}."
+            )
+
+
+def user_table(model: type[Model]) -> str:
+    """Return what tells the users of *model* from those of another model."""
+    return model._meta.db_table
+
+
+def primary_key(model: type[Model], text: str) -> object | None:
+    """Return the primary key that *text* is the ``str()`` of, or ``None`` if it is none.
+
+    Strict, because databases are not: ``" 1 "`` and ``True`` find the row 1.
+    """
+    field = model._meta.pk
+    try:
+        value = field.to_python_value(text)
+        field.validate(value)
+    except (ValueError, TypeError, OverflowError, ValidationError):
+        return None
+    return value if str(value) == text else None
+
+
+async def store_password(
+    user: AbstractUser,
+    hashed: str,
+    unit: UnitOfWork,
+    *,
+    instead_of: str | None = None,
+    at: datetime,
+) -> int | None:
+    """Write a new hash and raise ``session_version``; nothing else of the row changes.
+
+    Args:
+        user: The account; its attributes follow once the unit of work is committed.
+        hashed: The new hash.
+        unit: The unit of work to write in.
+        instead_of: Write only if the stored hash is still this one.
+        at: The time.
+
+    Returns:
+        The new ``session_version``; ``None`` if the stored hash is not *instead_of* any more.
+
+    Raises:
+        ValueError: There is no such row.
+    """
+    row = type(user).filter(pk=user.pk).using_db(unit.connection)
+    matching = row if instead_of is None else row.filter(password=instead_of)
+    changed = await matching.update(
+        password=hashed, session_version=F("session_version") + 1, updated_at=at
+    )
+    if not changed:
+        if await row.exists():
+            return None
+        raise ValueError(f"{user!r} is not in the database; save it before setting a password")
+    version = await stored_version(user, unit)
+    unit.when_committed(lambda: _set(user, password=hashed, session_version=version))
+    return version
+
+
+async def stored_version(user: AbstractUser, unit: UnitOfWork) -> int:
+    """Return ``session_version`` as this unit of work sees it."""
+    rows = await type(user).filter(pk=user.pk).using_db(unit.connection).values("session_version")
+    return int(rows[0]["session_version"])
+
+
+async def replace_outdated_hash(user: AbstractUser, replacement: str, unit: UnitOfWork) -> None:
+    """Replace the hash that was verified; a password that was changed meanwhile is left alone."""
+    verified = user.password
+    replaced = (
+        await type(user)
+        .filter(pk=user.pk, password=verified)
+        .using_db(unit.connection)
+        .update(password=replacement)
+    )
+    if replaced:
+        unit.when_committed(lambda: _set(user, password=replacement))
+        unit.record(PasswordRehashed(user=user, subject_id=str(user.pk), context=current_context()))
+
+
+def _set(user: AbstractUser, **values: object) -> None:
+    for name, value in values.items():
+        setattr(user, name, value)
+
+
+def _is_unique_violation(error: IntegrityError) -> bool:
+    cause = error.args[0] if error.args else None
+    return getattr(cause, "sqlstate", None) == "23505" or "UNIQUE constraint" in str(cause)
