@@ -241,3 +241,37 @@ def _how_to_register(model: type[Model]) -> str:
         'the string "tortoise_auth.models" beside your own models, or as an app of their own: '
         'apps={..., "tortoise_auth": tortoise_auth.app_config()}.'
     )
+
+
+def context_outside_transactions() -> contextvars.Context:
+    """Return a copy of the current context in which no transaction of Tortoise is open.
+
+    For work that outlives the transaction in which it was begun: request ids and the like are
+    kept, the connection that will be dead by then is not.
+    """
+    context = contextvars.copy_context()
+    if get_current_context() is None:
+        return context
+    connections = get_connections()
+    for alias, connection in connections._get_storage().items():
+        root = root_of(connection)
+        if root is not connection:
+            context.run(connections.set, alias, root)
+    return context
+
+
+def root_of(connection: BaseDBAsyncClient) -> BaseDBAsyncClient:
+    """Return the database itself behind *connection*, be it a transaction or not."""
+    while isinstance(connection, TransactionalDBClient):
+        connection = connection._parent
+    return connection
+
+
+def in_caller_transaction() -> bool:
+    """Tell whether a transaction of Tortoise is open in this context."""
+    if get_current_context() is None:
+        return False
+    return any(
+        isinstance(connection, TransactionalDBClient) and not connection._finalized
+        for connection in get_connections()._get_storage().values()
+    )

@@ -15,6 +15,7 @@
     │   ├── TokenRevokedError     its session ended, or its user is inactive or gone
     │   └── TokenReusedError      a refresh token that was already spent
     ├── EventError                a handler failed and the emitter was told to raise
+    ├── SubscriptionError         a handler cannot be registered so
     └── ServiceUnavailableError   the database failed; says nothing about the credentials
 
 Every class has a stable ``code`` for APIs and logs. Facts are attributes. No message carries a password, token,
@@ -192,6 +193,13 @@ class EventError(TortoiseAuthError):
 
     def __reduce__(self) -> tuple[type[EventError], tuple[str, str, BaseException]]:
         return type(self), (self.event_name, self.handler_name, self.original)
+
+
+class SubscriptionError(TortoiseAuthError, TypeError):
+    """A handler cannot be registered so: it asks for arguments that its event never has, or an
+    option makes no sense. The message names the handler, the event and what there is."""
+
+    code = "subscription_error"
 
 
 class ServiceUnavailableError(TortoiseAuthError):

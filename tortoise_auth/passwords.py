@@ -91,6 +91,7 @@ class PasswordHasher:
 
     New hashes are Argon2id. bcrypt (extra ``bcrypt``), PBKDF2-SHA256 and Django's
     ``pbkdf2_sha256`` are verified only, and reported as outdated so that a login replaces them.
+    bcrypt knows 72 bytes: a longer password is wrong for a bcrypt hash, whatever its beginning.
     Passwords are NFC-normalised first (NIST SP 800-63B-4, 3.1.1.2), never trimmed or case-folded.
 
     However many logins wait, memory is bounded by ``threads`` times ``memory_cost``, and the event
@@ -184,10 +185,20 @@ class PasswordHasher:
             f"parallelism={self.parallelism}, threads={self.threads})"
         )
 
+    @property
+    def _settings(self) -> str:
+        """How every hash of today begins. (passlib itself overlooks a changed parallelism.)"""
+        return f"$argon2id$v=19$m={self.memory_cost},t={self.time_cost},p={self.parallelism}$"
+
     def _check_settings(self) -> None:
         if min(self.memory_cost, self.time_cost, self.parallelism, self.threads) < 1:
             raise ConfigurationError(
                 "PasswordHasher: every cost and the number of threads must be at least 1"
+            )
+        if self.memory_cost < 8 * self.parallelism:
+            raise ConfigurationError(
+                f"PasswordHasher: memory_cost={self.memory_cost} is too little for "
+                f"parallelism={self.parallelism}; Argon2 needs 8 KiB for each lane (RFC 9106, 3.1)"
             )
         if self.cost_floor and not any(
             self.memory_cost >= memory and self.time_cost >= passes
@@ -205,18 +216,17 @@ class PasswordHasher:
         salt, digest = (
             base64.b64encode(secrets.token_bytes(size)).rstrip(b"=").decode() for size in (16, 32)
         )
-        return (
-            f"$argon2id$v=19$m={self.memory_cost},t={self.time_cost},p={self.parallelism}"
-            f"${salt}${digest}"
-        )
+        return f"{self._settings}{salt}${digest}"
 
     def _verify(self, password: str, hashed: str | None) -> Verification:
         if hashed is None or not is_usable_hash(hashed):
             return self._waste_one_hash()
         try:
+            # Reading it comes first: a corrupt hash is found out before it costs anything.
+            outdated = self._crypt.needs_update(hashed) or not hashed.startswith(self._settings)
             valid = self._crypt.verify(password, hashed)
-            outdated = self._crypt.needs_update(hashed)
-        except (ValueError, TypeError):  # a corrupt or unknown hash, or over 72 bytes for bcrypt
+        # A corrupt or unknown hash, an unsupported parameter, or over 72 bytes for bcrypt.
+        except (ValueError, TypeError, NotImplementedError):
             return self._waste_one_hash()
         if not valid and outdated:  # it cost something else than a hash of today
             return self._waste_one_hash()
@@ -255,7 +265,7 @@ def _lower_priority() -> None:
     """Be nice, where a thread has a priority of its own, so that the event loop goes first."""
     if sys.platform == "linux":
         with suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
+            os.nice(10)  # on Linux, of this thread alone
 
 
 COMMON_PASSWORDS: frozenset[str] = frozenset(
@@ -276,7 +286,8 @@ class PasswordPolicy:
             required (NIST SP 800-63B-4, 3.1.1.2).
         max_length: Code points, at least 64, at most 1024.
         context_words: Words a guesser tries here first: the name of the service, of the company.
-            A password that consists of nothing else is refused.
+            A password that consists of nothing else is refused; words of fewer than four
+            letters count only as the whole password.
         blocklist: Passwords refused as too common, in lower case.
 
     Raises:
@@ -355,7 +366,7 @@ def _repeated_unit(text: str) -> str:
 
 def _consists_of(password: str, words: Sequence[str]) -> bool:
     """Tell whether *password* is only *words*, in any case and order, with digits and signs between."""
-    known = {word.lower() for word in words if word}
+    known = {_nfc(word).lower() for word in words if word}
     known |= {word.partition("@")[0] for word in known}
     if password.lower() in known:
         return True

@@ -125,13 +125,24 @@ class Sessions(Generic[UserT]):
         return await self._join.read(self.connection(), sid, user_id, pk)
 
     async def find_by_refresh_token(self, token: RefreshToken) -> Found[UserT] | None:
-        """Return the session that *token* belongs or belonged to, with its user."""
-        return await self._with_user(family_hash=token.family_hash)
+        """Return the session that *token* belongs or belonged to, with its user.
+
+        Raises:
+            TokenRevokedError: There is such a session, but its user is gone.
+        """
+        session = await self._one(family_hash=token.family_hash)
+        if session is None:
+            return None
+        found = await self._with_user(session)
+        if found is None:
+            raise TokenRevokedError
+        return found
 
     async def find_by_id(self, session_id: object) -> Found[UserT] | None:
         """Return a session by its public id, with its user."""
         sid = _uuid(session_id)
-        return None if sid is None else await self._with_user(id=sid)
+        session = None if sid is None else await self._one(id=sid)
+        return None if session is None else await self._with_user(session)
 
     async def rotate(
         self, session: Session, spent: RefreshToken, context: RequestContext, unit: UnitOfWork
@@ -241,17 +252,13 @@ class Sessions(Generic[UserT]):
                 return deleted
             deleted += await Session.filter(id__in=ids).using_db(connection).delete()
 
-    async def _with_user(self, **which: object) -> Found[UserT] | None:
-        connection = self.connection()
-        session = await (
-            Session.filter(user_table=user_table(self._user_model), **which)
-            .using_db(connection)
-            .first()
-        )
-        if session is None:
-            return None
+    async def _one(self, **which: object) -> Session | None:
+        matching = Session.filter(user_table=user_table(self._user_model), **which)
+        return await matching.using_db(self.connection()).first()
+
+    async def _with_user(self, session: Session) -> Found[UserT] | None:
         pk = primary_key(self._user_model, session.user_id)
-        user = await self._user_model.filter(pk=pk).using_db(connection).first()
+        user = await self._user_model.filter(pk=pk).using_db(self.connection()).first()
         return None if user is None else Found(session, user)
 
 

@@ -12,7 +12,7 @@ from tortoise.expressions import F
 from tortoise.models import Model
 
 from tortoise_auth.clock import utc_now
-from tortoise_auth.context import current_context
+from tortoise_auth.context import current_context, storable
 from tortoise_auth.database import connection_for, guarded
 from tortoise_auth.events.catalog import (
     PasswordChanged,
@@ -102,7 +102,8 @@ class AbstractUser(Model):
             InvalidIdentifierError: The e-mail address or user name cannot be one.
             IdentifierTakenError: There is such an account.
             PasswordPolicyError: The password was refused.
-            ValueError: A column was given that a form must not set, or that does not exist.
+            ValueError: A column was given that a form must not set, that does not exist, or that
+                cannot hold the value.
             ServiceUnavailableError: The database failed.
         """
         return await cls._create_user(password, values)
@@ -114,6 +115,7 @@ class AbstractUser(Model):
         values[cls.identifier_field] = cls.normalize_identifier(values.get(cls.identifier_field))
         if "email" in cls._meta.fields_map and values.get("email") is not None:
             values["email"] = normalize_email(values["email"])  # type: ignore[arg-type]
+        cls._refuse_unstorable(values)
         if password is None:
             hashed = unusable_hash()
         else:
@@ -153,14 +155,14 @@ class AbstractUser(Model):
                 f"{cls.__name__}.identifier_field is {cls.identifier_field!r}, but the model has "
                 "no such field. Add it, with unique=True."
             )
-        if isinstance(field, EmailField):
-            return normalize_email(identifier)  # type: ignore[arg-type]
         limit = getattr(field, "max_length", 255)
-        if not isinstance(identifier, str) or len(identifier) > 4 * limit:
-            raise InvalidIdentifierError(f"That is not a valid {cls.identifier_field}")
-        normal = unicodedata.normalize("NFKC", identifier).strip()
-        unstorable = any(c == "\0" or "\ud800" <= c <= "\udfff" for c in normal)
-        if not normal or len(normal) > limit or unstorable:
+        if isinstance(field, EmailField):
+            normal = normalize_email(identifier)  # type: ignore[arg-type]
+        elif isinstance(identifier, str) and len(identifier) <= 4 * limit:
+            normal = unicodedata.normalize("NFKC", identifier).strip()
+        else:
+            normal = ""
+        if not normal or len(normal) > limit or not _is_storable(normal):
             raise InvalidIdentifierError(f"That is not a valid {cls.identifier_field}")
         return normal
 
@@ -257,6 +259,19 @@ class AbstractUser(Model):
                 f"{cls.__name__} has no field {', '.join(unknown)}. It has: {', '.join(known)}."
             )
 
+    @classmethod
+    def _refuse_unstorable(cls, values: dict[str, object]) -> None:
+        unstorable = sorted(
+            name
+            for name, value in values.items()
+            if isinstance(value, str) and not _is_storable(value)
+        )
+        if unstorable:
+            raise ValueError(
+                f"{cls.__name__}: {', '.join(unstorable)} holds a NUL character or a lone "
+                "surrogate, which not every database can store"
+            )
+
 
 def user_table(model: type[Model]) -> str:
     """Return what tells the users of *model* from those of another model."""
@@ -266,7 +281,8 @@ def user_table(model: type[Model]) -> str:
 def primary_key(model: type[Model], text: str) -> object | None:
     """Return the primary key that *text* is the ``str()`` of, or ``None`` if it is none.
 
-    Strict, because databases are not: ``" 1 "`` and ``True`` find the row 1.
+    Strict, because databases are not: ``" 1 "`` and ``True`` find the row 1, and a number that is
+    too large for the column is an error.
     """
     field = model._meta.pk
     try:
@@ -274,6 +290,10 @@ def primary_key(model: type[Model], text: str) -> object | None:
         field.validate(value)
     except (ValueError, TypeError, OverflowError, ValidationError):
         return None
+    if isinstance(value, int):
+        least, most = (field.constraints.get(bound, value) for bound in ("ge", "le"))
+        if not least <= value <= most:
+            return None
     return value if str(value) == text else None
 
 
@@ -337,6 +357,10 @@ async def replace_outdated_hash(user: AbstractUser, replacement: str, unit: Unit
 def _set(user: AbstractUser, **values: object) -> None:
     for name, value in values.items():
         setattr(user, name, value)
+
+
+def _is_storable(text: str) -> bool:
+    return storable(text, len(text)) == text
 
 
 def _is_unique_violation(error: IntegrityError) -> bool:

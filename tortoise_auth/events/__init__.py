@@ -1,7 +1,10 @@
 """Hooks: what can happen, who listens, and what happens when a handler fails."""
 
+from tortoise_auth.events.background import Backend, BackgroundQueue, BackgroundQueueFull, Job
 from tortoise_auth.events.catalog import (
     Event,
+    LoginThrottled,
+    NamedEvent,
     PasswordChanged,
     PasswordRehashed,
     RefreshTokenReused,
@@ -19,21 +22,38 @@ from tortoise_auth.events.dispatch import (
     EventEmitter,
     add_listener,
     emit,
+    emit_nowait,
+    emit_sync,
     emitter,
+    off,
     on,
+    once,
     remove_listener,
 )
-from tortoise_auth.exceptions import EventError
+from tortoise_auth.events.registry import Listening, SubscriptionWarning
+from tortoise_auth.events.subscription import Delivery, Subscription
+from tortoise_auth.exceptions import EventError, SubscriptionError
 
 __all__ = [
+    "Backend",
+    "BackgroundQueue",
+    "BackgroundQueueFull",
+    "Delivery",
     "Event",
     "EventEmitter",
     "EventError",
+    "Job",
+    "Listening",
+    "LoginThrottled",
+    "NamedEvent",
     "PasswordChanged",
     "PasswordRehashed",
     "RefreshTokenReused",
     "SessionRefreshed",
     "SessionRevoked",
+    "Subscription",
+    "SubscriptionError",
+    "SubscriptionWarning",
     "UserActivated",
     "UserDeactivated",
     "UserEvent",
@@ -43,7 +63,11 @@ __all__ = [
     "UserRegistered",
     "add_listener",
     "emit",
+    "emit_nowait",
+    "emit_sync",
     "emitter",
+    "off",
     "on",
+    "once",
     "remove_listener",
 ]

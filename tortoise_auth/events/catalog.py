@@ -16,9 +16,11 @@ Define your own events the same way::
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from datetime import datetime
-from typing import Any, ClassVar, Generic, Literal, TypeAlias
+from types import MappingProxyType
+from typing import Any, ClassVar, Generic, Literal, Self, TypeAlias
 from uuid import UUID, uuid4
 
 from tortoise.models import Model
@@ -26,6 +28,7 @@ from typing_extensions import TypeVar
 
 from tortoise_auth.clock import utc_now
 from tortoise_auth.context import RequestContext
+from tortoise_auth.events.serialization import plain, restored
 
 UserT = TypeVar("UserT", bound=Model, default=Model)
 """The host's user model: annotate a handler with ``UserLogin[User]`` to have ``event.user`` typed."""
@@ -71,6 +74,38 @@ class Event:
             {name: getattr(self, name) for name in self.keywords or self._added_fields()},
         )
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the event as plain values for JSON: ``name``, ``schema_version``, every field.
+
+        Raises:
+            TypeError: A field holds something that JSON cannot.
+        """
+        values = {name: plain(getattr(self, name), f"{self.name}.{name}") for name in _stored(self)}
+        return {"name": self.name, "schema_version": self.schema_version, **values}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """Return the event that ``to_dict`` was called on, equal to it, without the live user.
+
+        Called on `Event` it finds the class by the name. Fields it does not know are left out, so
+        that an older program reads what a newer one wrote.
+
+        Raises:
+            ValueError: It is not an event, nobody declared its name, or a field is missing or wrong.
+        """
+        name = data.get("name") if isinstance(data, Mapping) else None
+        found = next((each for each in declared_events() if each.name == name), None)
+        if found is None or not issubclass(found, cls):
+            raise ValueError(f"{name!r} is not the name of a declared {cls.__name__}")
+        if (
+            not isinstance(version := data.get("schema_version"), int)
+            or version > found.schema_version
+        ):
+            raise ValueError(f"{name} has schema version {version!r}, not {found.schema_version}")
+        values: dict[str, Any] = dict.fromkeys(_live(found))
+        values |= restored(found, _stored(found), data)
+        return found(**values)
+
     @classmethod
     def _added_fields(cls) -> tuple[str, ...]:
         if cls.positional:
@@ -90,7 +125,7 @@ class UserEvent(Event, Generic[UserT]):
 
     positional: ClassVar[tuple[str, ...]] = ("user",)
 
-    user: UserT = field(repr=False, compare=False)
+    user: UserT = field(repr=False, compare=False, metadata={"live": True})
     actor: Actor = "user"
 
 
@@ -217,3 +252,85 @@ class UserActivated(UserEvent[UserT]):
     """An account was activated again. No session came back."""
 
     actor: Actor = "admin"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoginThrottled(Event):
+    """A login was refused unheard because there had been too many.
+
+    Attributes:
+        identifier: What was typed; see `UserLoginFailed`.
+        retry_after: Seconds to wait.
+    """
+
+    keywords: ClassVar[tuple[str, ...]] = ("identifier", "retry_after")
+
+    identifier: str = field(repr=False)
+    retry_after: float
+    actor: Actor = "unauthenticated"
+
+
+@dataclass(frozen=True, kw_only=True)
+class NamedEvent(Event):
+    """What a listener to everything receives for an event that was emitted by name alone.
+
+    Attributes:
+        args, kwargs: The payload. In ``to_dict()`` whatever JSON cannot hold is named by its type.
+    """
+
+    args: Sequence[Any] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> NamedEvent:
+        """Return the event *name* with a payload."""
+        event = cls(args=tuple(args), kwargs=MappingProxyType(dict(kwargs)))
+        object.__setattr__(event, "name", name)
+        return event
+
+    def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return the payload."""
+        return tuple(self.args), dict(self.kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the event as plain values for JSON."""
+        bare = Event(
+            id=self.id,
+            occurred_at=self.occurred_at,
+            subject_id=self.subject_id,
+            actor=self.actor,
+            context=self.context,
+        )
+        return {
+            **bare.to_dict(),
+            "name": self.name,
+            "args": [_plain_or_type(value) for value in self.args],
+            "kwargs": {name: _plain_or_type(value) for name, value in self.kwargs.items()},
+        }
+
+
+def declared_events() -> list[type[Event]]:
+    """Return every class of event there is: the library's and the host's."""
+    found: list[type[Event]] = []
+    waiting = Event.__subclasses__()
+    while waiting:
+        each = waiting.pop(0)
+        waiting += each.__subclasses__()
+        if each not in (UserEvent, NamedEvent):
+            found.append(each)
+    return found
+
+
+def _stored(event: Event | type[Event]) -> list[str]:
+    return [each.name for each in fields(event) if not each.metadata.get("live")]
+
+
+def _live(event: type[Event]) -> list[str]:
+    return [each.name for each in fields(event) if each.metadata.get("live")]
+
+
+def _plain_or_type(value: object) -> object:
+    try:
+        return plain(value, "payload")
+    except TypeError:
+        return f"<{type(value).__name__}>"

@@ -1,0 +1,295 @@
+"""One registered handler: its options, its stable name, and which arguments it takes."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, TypeAlias, get_args
+
+from tortoise_auth.events.catalog import Event
+from tortoise_auth.exceptions import SubscriptionError
+
+Delivery: TypeAlias = Literal["inline", "transaction", "background", "durable"]
+Handler: TypeAlias = Callable[..., Any]
+Arguments: TypeAlias = tuple[Sequence[Any], dict[str, Any]]
+
+EVERYTHING = "*"
+"""Subscribes to every event; the handler receives the event object."""
+
+_UNLIMITED = 1 << 30
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Subscription:
+    """A handler and how it wants to be called.
+
+    Attributes:
+        event: The name it listens to, or ``*``.
+        handler: The function as it was registered.
+        name: Identifies the subscription over restarts: ``module:qualname`` unless it was given.
+        priority: Lower runs first.
+        once: It is removed before its first call.
+        delivery: When and how it runs.
+        timeout: Seconds it may take.
+        threaded: It is a plain function and runs on a worker thread.
+        wants_event: It is called with the event object and nothing else.
+    """
+
+    event: str
+    handler: Handler
+    name: str
+    priority: int = 10
+    once: bool = False
+    delivery: Delivery = "inline"
+    timeout: float | None = None
+    threaded: bool = False
+    wants_event: bool = False
+    takes: Parameters = field(repr=False, kw_only=True)
+
+    def arguments_from(self, event: Event) -> Arguments:
+        """Return what to call the handler with for an event object."""
+        return ([event], {}) if self.wants_event else self.takes.pick(event)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether calling and awaiting the handler is all there is to do."""
+        return not (self.threaded or self.once or self.timeout or self.wants_event) and (
+            self.delivery == "inline"
+        )
+
+
+def subscribe(
+    event: str | type[Event],
+    handler: Handler,
+    *,
+    priority: int = 10,
+    once: bool = False,
+    delivery: Delivery = "inline",
+    timeout: float | None = None,
+    name: str | None = None,
+    thread: bool | None = None,
+) -> Subscription:
+    """Check the options and make a subscription.
+
+    Raises:
+        SubscriptionError: Something cannot be meant so; the message says what.
+    """
+    called = describe_handler(handler)
+    _check_options(called, priority, delivery, timeout, name, once=once)
+    is_async = is_coroutine_function(handler)
+    if thread and is_async:
+        raise SubscriptionError(
+            f"Handler '{called}' is a coroutine function; thread=True is for plain functions"
+        )
+    by_class = isinstance(event, type)
+    return Subscription(
+        event=event_name(event),
+        handler=handler,
+        name=name or default_name(handler),
+        priority=priority,
+        once=once,
+        delivery=delivery,
+        timeout=timeout,
+        threaded=not is_async and thread is not False,
+        wants_event=by_class or event == EVERYTHING,
+        takes=Parameters.of(handler),
+    )
+
+
+def event_name(event: str | type[Event]) -> str:
+    """Return the name under which to listen: of a name, of a class, ``*`` for `Event` itself.
+
+    Raises:
+        SubscriptionError: It is neither a name nor a class of event.
+    """
+    if isinstance(event, type) and issubclass(event, Event):
+        return EVERYTHING if event is Event else event.name
+    if isinstance(event, str) and event:
+        return event
+    raise SubscriptionError(
+        f"An event is named by text or by its class, not by {event!r}. "
+        'Write @on("user_login") or @on(UserLogin).'
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Parameters:
+    """Which arguments a handler takes, found out once, when it is registered.
+
+    Attributes:
+        positional: Names of the parameters that can be given by position, in order.
+        keyword_only: Names of those that cannot.
+        required: Those of both without a default.
+        any_positional: It has ``*args``.
+        any_keyword: It has ``**kwargs``.
+        known: False for callables that cannot be inspected, which get everything.
+    """
+
+    positional: tuple[str, ...] = ()
+    keyword_only: tuple[str, ...] = ()
+    required: frozenset[str] = frozenset()
+    positional_only: frozenset[str] = frozenset()
+    any_positional: bool = True
+    any_keyword: bool = True
+    known: bool = False
+
+    @classmethod
+    def of(cls, handler: Handler) -> Parameters:
+        """Inspect *handler*."""
+        try:
+            parameters = inspect.signature(handler).parameters.values()
+        except (TypeError, ValueError):
+            return cls()
+        kinds = inspect.Parameter
+        return cls(
+            positional=tuple(
+                p.name
+                for p in parameters
+                if p.kind in (kinds.POSITIONAL_ONLY, kinds.POSITIONAL_OR_KEYWORD)
+            ),
+            keyword_only=tuple(p.name for p in parameters if p.kind is kinds.KEYWORD_ONLY),
+            required=frozenset(
+                p.name
+                for p in parameters
+                if p.default is p.empty and p.kind not in (kinds.VAR_POSITIONAL, kinds.VAR_KEYWORD)
+            ),
+            positional_only=frozenset(
+                p.name for p in parameters if p.kind is kinds.POSITIONAL_ONLY
+            ),
+            any_positional=any(p.kind is kinds.VAR_POSITIONAL for p in parameters),
+            any_keyword=any(p.kind is kinds.VAR_KEYWORD for p in parameters),
+            known=True,
+        )
+
+    @property
+    def most_positional(self) -> int:
+        """How many arguments can be given by position."""
+        return _UNLIMITED if self.any_positional else len(self.positional)
+
+    @property
+    def keywords(self) -> frozenset[str] | None:
+        """The names that can be given as keywords; ``None`` if any can."""
+        if self.any_keyword:
+            return None
+        return frozenset(self.positional) - self.positional_only | frozenset(self.keyword_only)
+
+    def fit(self, count: int, names: Sequence[str]) -> tuple[int, tuple[str, ...]]:
+        """Return how many positional arguments and which keywords of a payload are passed on.
+
+        Surplus ones are left out. Nothing is reordered, renamed or made up.
+        """
+        passed = min(count, self.most_positional)
+        taken = set(self.positional[:passed])
+        accepted = self.keywords
+        if accepted is None:
+            return passed, tuple(names)
+        return passed, tuple(name for name in names if name in accepted and name not in taken)
+
+    def pick(self, event: Event) -> Arguments:
+        """Return the arguments for an event object.
+
+        A parameter named like a field gets that field, one named ``event`` the event itself; other
+        positional parameters get the event's positional arguments in turn.
+        """
+        args, kwargs = event.arguments()
+        if not self.known:
+            return args, kwargs
+        available = available_names(type(event))
+        named = {*self.positional, *self.keyword_only}
+        unnamed = [
+            value
+            for field_name, value in zip(type(event).positional, args, strict=True)
+            if field_name not in named
+        ]
+        chosen: list[Any] = []
+        for parameter in self.positional:
+            if parameter in available:
+                chosen.append(_value(event, parameter))
+            elif unnamed:
+                chosen.append(unnamed.pop(0))
+            else:
+                break
+        if self.any_positional and len(chosen) == len(self.positional):
+            chosen += unnamed
+        rest = [*self.positional[len(chosen) :], *self.keyword_only]
+        picked = {name: _value(event, name) for name in rest if name in available}
+        if self.any_keyword:
+            taken = {*self.positional[: len(chosen)], *picked}
+            picked |= {name: value for name, value in kwargs.items() if name not in taken}
+        return chosen, picked
+
+    def never_supplied_by(self, event: type[Event]) -> list[str]:
+        """Return the required parameters that this event has nothing for."""
+        if not self.known:
+            return []
+        available = available_names(event)
+        named = {*self.positional, *self.keyword_only}
+        by_position = sum(name not in named for name in event.positional)
+        missing = [
+            name for name in self.positional if name in self.required and name not in available
+        ]
+        missing = missing[by_position:]
+        return missing + [
+            name for name in self.keyword_only if name in self.required and name not in available
+        ]
+
+
+def available_names(event: type[Event]) -> frozenset[str]:
+    """Return what a handler of *event* may name: its fields, and ``event``."""
+    return frozenset({"event", *(each.name for each in fields(event))})
+
+
+def default_name(handler: Handler) -> str:
+    """Return ``module:qualname`` of the function behind *handler*."""
+    while isinstance(handler, functools.partial):
+        handler = handler.func
+    named = handler if hasattr(handler, "__qualname__") else type(handler)
+    return f"{named.__module__}:{named.__qualname__}"
+
+
+def describe_handler(handler: Handler) -> str:
+    """Return what to call *handler* in messages; partials and callable objects have no name."""
+    while isinstance(handler, functools.partial):
+        handler = handler.func
+    return str(getattr(handler, "__name__", None) or type(handler).__name__)
+
+
+def is_coroutine_function(handler: Handler) -> bool:
+    """Tell whether calling *handler* gives a coroutine and does nothing else."""
+    while isinstance(handler, functools.partial):
+        handler = handler.func
+    return inspect.iscoroutinefunction(handler) or inspect.iscoroutinefunction(
+        getattr(handler, "__call__", None)  # noqa: B004 - its kind is asked for, not whether it is there
+    )
+
+
+def _value(event: Event, name: str) -> object:
+    return event if name == "event" else getattr(event, name)
+
+
+def _check_options(
+    called: str,
+    priority: object,
+    delivery: object,
+    timeout: object,
+    name: object,
+    *,
+    once: bool,
+) -> None:
+    if delivery not in get_args(Delivery):
+        raise SubscriptionError(
+            f"Handler '{called}': unknown delivery {delivery!r}. "
+            f"Use one of {', '.join(map(repr, get_args(Delivery)))}."
+        )
+    if not isinstance(priority, int):
+        raise SubscriptionError(f"Handler '{called}': priority must be an int, lower runs first")
+    if timeout is not None and (not isinstance(timeout, int | float) or not timeout > 0):
+        raise SubscriptionError(f"Handler '{called}': timeout must be a positive number of seconds")
+    if name is not None and (not isinstance(name, str) or not 0 < len(name) <= 255):
+        raise SubscriptionError(f"Handler '{called}': name must be text of 1 to 255 characters")
+    if once and delivery == "durable":
+        raise SubscriptionError(
+            f"Handler '{called}': once=True cannot be kept by a durable delivery, which may repeat"
+        )
