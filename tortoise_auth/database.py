@@ -11,9 +11,11 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import functools
+import importlib
 import sqlite3
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Awaitable, Callable, Coroutine
+from contextlib import suppress
+from types import TracebackType
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from tortoise.backends.base.client import (
@@ -62,30 +64,90 @@ def connection_for(model: type[Model]) -> BaseDBAsyncClient:
     return connection
 
 
-@asynccontextmanager
-async def transaction(connection: BaseDBAsyncClient) -> AsyncIterator[TransactionalDBClient]:
-    """Open a transaction on *connection*, or a savepoint if it is in one, safe under cancellation.
+class transaction:
+    """A transaction on a connection, or a savepoint if it is in one, safe under cancellation.
 
     Cancelled while it opens or runs, the transaction is rolled back and its connection returned.
     Cancelled while it commits, the commit is awaited, and the cancellation raised afterwards.
+
+    Example::
+
+        async with transaction(connection_for(User)) as connection:
+            await User.create(..., using_db=connection)
+
+    Attributes:
+        nested: It is a savepoint in a transaction of the caller.
+        committed: The block has ended and its changes are kept (a savepoint's: as far as the
+            caller's transaction keeps them). Also true when a cancellation was raised afterwards.
     """
-    # Tortoise restores the current connection when a block ends, and can only do so in the
-    # context in which the block began; so both ends run in a context of their own.
-    context = contextvars.copy_context()
-    nested = isinstance(connection, TransactionalDBClient)
-    block = connection._in_transaction()
-    opened = await _open(block, context, wait_even_if_cancelled=nested)
-    # A savepoint is never made current by Tortoise either: it is the same connection.
-    current = None if nested else get_connections().set(connection.connection_name, opened)
-    try:
-        yield opened
-    except BaseException as error:
-        await _uninterrupted(block.__aexit__(type(error), error, error.__traceback__), context)
-        raise
-    else:
-        await _uninterrupted(_commit(block, opened, nested=nested), context)
-    finally:
-        get_connections().reset(current)
+
+    def __init__(self, connection: BaseDBAsyncClient) -> None:
+        self.nested = isinstance(connection, TransactionalDBClient)
+        self.committed = False
+        self._block = connection._in_transaction()
+        self._name = connection.connection_name
+        # Tortoise restores the current connection when a block ends, and can only do so in the
+        # context in which the block began; so both ends run in a context of their own.
+        self._context = contextvars.copy_context()
+
+    async def __aenter__(self) -> TransactionalDBClient:
+        self._opened = await _open(self._block, self._context, wait_even_if_cancelled=self.nested)
+        # A savepoint is never made current by Tortoise either: it is the same connection.
+        self._token = None if self.nested else get_connections().set(self._name, self._opened)
+        return self._opened
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        ending = self._commit() if error is None else self._block.__aexit__(kind, error, traceback)
+        try:
+            await _uninterrupted(ending, self._context)
+        finally:
+            get_connections().reset(self._token)
+
+    async def _commit(self) -> None:
+        """Commit and leave the block; roll back if the commit fails.
+
+        Tortoise leaves a transaction open whose COMMIT failed, and on SQLite the next transaction
+        would commit it.
+        """
+        if not self.nested:
+            try:
+                await self._opened.commit()
+            except BaseException as error:
+                with suppress(Exception):
+                    await self._block.__aexit__(type(error), error, error.__traceback__)
+                raise
+            self.committed = True
+        await self._block.__aexit__(None, None, None)
+        self.committed = True
+
+
+def when_committed(connection: BaseDBAsyncClient, act: Callable[[], object]) -> None:
+    """Call *act* once the outermost transaction around *connection* has committed; now if there is none.
+
+    A kick, not a proof: a savepoint in between may have been rolled back, and PostgreSQL answers a
+    COMMIT of a failed transaction without an error. Whoever is kicked looks at what is there.
+    Never called after a rollback.
+    """
+    outermost = connection
+    while isinstance(outermost, TransactionalDBClient) and isinstance(
+        outermost._parent, TransactionalDBClient
+    ):
+        outermost = outermost._parent
+    if not isinstance(outermost, TransactionalDBClient) or outermost._finalized:
+        act()
+        return
+    commit = outermost.commit
+
+    async def commit_and_act() -> None:
+        await commit()
+        act()
+
+    outermost.commit = commit_and_act  # type: ignore[method-assign]
 
 
 def guarded(
@@ -151,24 +213,6 @@ async def _enter(block: TransactionContext) -> TransactionalDBClient:
                 block.token = None  # type: ignore[attr-defined]
             await block.__aexit__(type(error), error, error.__traceback__)
         raise
-
-
-async def _commit(
-    block: TransactionContext, opened: TransactionalDBClient, *, nested: bool
-) -> None:
-    """Commit and leave *block*; roll back if the commit fails.
-
-    Tortoise leaves a transaction open whose COMMIT failed, and on SQLite the next transaction
-    would commit it.
-    """
-    if not nested:
-        try:
-            await opened.commit()
-        except BaseException as error:
-            with suppress(Exception):
-                await block.__aexit__(type(error), error, error.__traceback__)
-            raise
-    await block.__aexit__(None, None, None)
 
 
 async def _undo_open(
@@ -267,11 +311,72 @@ def root_of(connection: BaseDBAsyncClient) -> BaseDBAsyncClient:
     return connection
 
 
+def is_transaction(connection: BaseDBAsyncClient) -> bool:
+    """Tell whether *connection* is an open transaction."""
+    return isinstance(connection, TransactionalDBClient) and not connection._finalized
+
+
 def in_caller_transaction() -> bool:
     """Tell whether a transaction of Tortoise is open in this context."""
     if get_current_context() is None:
         return False
     return any(
-        isinstance(connection, TransactionalDBClient) and not connection._finalized
-        for connection in get_connections()._get_storage().values()
+        is_transaction(connection) for connection in get_connections()._get_storage().values()
     )
+
+
+def current_connection(model: type[Model]) -> BaseDBAsyncClient | None:
+    """Return the connection of *model*, or ``None`` where there is no database or it is not registered."""
+    if get_current_context() is None or model._meta.default_connection is None:
+        return None
+    return connection_for(model)
+
+
+async def notify(connection: BaseDBAsyncClient, channel: str) -> None:
+    """Wake those who listen on *channel*, on PostgreSQL when the transaction commits."""
+    if connection.capabilities.dialect == "postgres":
+        await connection.execute_query_dict("SELECT pg_notify($1, '')", [channel])
+
+
+class Listener:
+    """Calls *wake* when somebody notifies *channel*, on PostgreSQL through asyncpg; else does nothing.
+
+    A convenience that may fail: whoever uses it polls as well. It listens on a connection of its
+    own, so that no pool is one short.
+    """
+
+    def __init__(
+        self, connection: BaseDBAsyncClient, channel: str, wake: Callable[[], object]
+    ) -> None:
+        self._client = root_of(connection)
+        self._channel = channel
+        self._wake = wake
+        self._listening: Any = None
+
+    async def __aenter__(self) -> Listener:
+        if type(self._client).__module__ == "tortoise.backends.asyncpg.client":
+            with suppress(Exception):
+                await self._listen()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._listening is not None:
+            with suppress(Exception):
+                await self._listening.close(timeout=2)
+
+    async def _listen(self) -> None:
+        client: Any = self._client
+        self._listening = await importlib.import_module("asyncpg").connect(
+            host=client.host,
+            port=client.port,
+            user=client.user,
+            password=client.password,
+            database=client.database,
+            ssl=client.extra.get("ssl"),
+        )
+        await self._listening.add_listener(self._channel, lambda *_: self._wake())

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from datetime import datetime
+from typing import Any
 from uuid import UUID
 
 from tortoise import fields
 from tortoise.backends.base.client import BaseDBAsyncClient
+from tortoise.exceptions import ValidationError
 from tortoise.models import Model
 
 from tortoise_auth.fields import UtcDatetimeField
@@ -72,6 +74,68 @@ class Session(Model):
         if keep is not None:
             live = live.exclude(id=keep)
         return await live.using_db(using_db).update(revoked_at=at)
+
+
+class OutboxEntry(Model):
+    """One event on its way to one durable subscription.
+
+    Written in the transaction of the change it tells of, deleted when the handler has succeeded.
+
+    Attributes:
+        id: Rises in the order of writing.
+        event_id: ``event.id``, the same in every delivery of it.
+        event_name: What happened.
+        subscription: The name of the subscription.
+        user_table: The table of the event's user, so that two user models may share this one;
+            empty for events without a user.
+        subject_id: ``str(user.pk)``. The entries of one subject reach a subscription one after
+            the other.
+        payload: ``event.to_dict()``.
+        created_at: When it was written.
+        due_at: When it may be claimed: now, after a back-off, or when the lease of the relay that
+            claimed it ends. ``None``: never, it is a dead letter or waits for no relay.
+        attempts: How often a relay has claimed it.
+        claimed_by: The relay that did so last.
+        dead_at: When the attempts were used up.
+        last_error: Why the last attempt failed.
+    """
+
+    id = fields.BigIntField(primary_key=True)
+    event_id = fields.UUIDField(db_index=True)
+    event_name = fields.CharField(max_length=255)
+    subscription = fields.CharField(max_length=255)
+    user_table = fields.CharField(max_length=128, default="")
+    subject_id = fields.CharField(max_length=255, null=True)
+    payload: fields.JSONField[dict[str, Any]] = fields.JSONField()
+    created_at: UtcDatetimeField[datetime] = UtcDatetimeField()
+    due_at: UtcDatetimeField[datetime | None] = UtcDatetimeField(null=True, db_index=True)
+    attempts = fields.IntField(default=0)
+    claimed_by = fields.CharField(max_length=128, null=True)
+    dead_at: UtcDatetimeField[datetime | None] = UtcDatetimeField(null=True)
+    last_error = fields.TextField(null=True)
+
+    class Meta(Model.Meta):
+        table = "tortoise_auth_outbox"
+        indexes = (("subscription", "subject_id", "id"),)
+
+
+def primary_key(model: type[Model], text: str) -> object | None:
+    """Return the primary key that *text* is the ``str()`` of, or ``None`` if it is none.
+
+    Strict, because databases are not: ``" 1 "`` and ``True`` find the row 1, and a number that is
+    too large for the column is an error.
+    """
+    field = model._meta.pk
+    try:
+        value = field.to_python_value(text)
+        field.validate(value)
+    except (ValueError, TypeError, OverflowError, ValidationError):
+        return None
+    if isinstance(value, int):
+        least, most = (field.constraints.get(bound, value) for bound in ("ge", "le"))
+        if not least <= value <= most:
+            return None
+    return value if str(value) == text else None
 
 
 def app_config(connection: str = "default") -> dict[str, object]:

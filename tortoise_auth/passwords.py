@@ -185,11 +185,6 @@ class PasswordHasher:
             f"parallelism={self.parallelism}, threads={self.threads})"
         )
 
-    @property
-    def _settings(self) -> str:
-        """How every hash of today begins. (passlib itself overlooks a changed parallelism.)"""
-        return f"$argon2id$v=19$m={self.memory_cost},t={self.time_cost},p={self.parallelism}$"
-
     def _check_settings(self) -> None:
         if min(self.memory_cost, self.time_cost, self.parallelism, self.threads) < 1:
             raise ConfigurationError(
@@ -216,14 +211,17 @@ class PasswordHasher:
         salt, digest = (
             base64.b64encode(secrets.token_bytes(size)).rstrip(b"=").decode() for size in (16, 32)
         )
-        return f"{self._settings}{salt}${digest}"
+        return (
+            f"$argon2id$v=19$m={self.memory_cost},t={self.time_cost},p={self.parallelism}"
+            f"${salt}${digest}"
+        )
 
     def _verify(self, password: str, hashed: str | None) -> Verification:
         if hashed is None or not is_usable_hash(hashed):
             return self._waste_one_hash()
         try:
             # Reading it comes first: a corrupt hash is found out before it costs anything.
-            outdated = self._crypt.needs_update(hashed) or not hashed.startswith(self._settings)
+            outdated = self._crypt.needs_update(hashed)
             valid = self._crypt.verify(password, hashed)
         # A corrupt or unknown hash, an unsupported parameter, or over 72 bytes for bcrypt.
         except (ValueError, TypeError, NotImplementedError):

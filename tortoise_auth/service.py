@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Generic
 from uuid import UUID
 
@@ -12,7 +12,7 @@ from tortoise.expressions import F
 
 from tortoise_auth.clock import Clock, utc_now
 from tortoise_auth.context import RequestContext, current_context, storable
-from tortoise_auth.database import guarded
+from tortoise_auth.database import guarded, is_transaction, root_of, transaction
 from tortoise_auth.events.catalog import (
     FailureReason,
     PasswordChanged,
@@ -26,7 +26,8 @@ from tortoise_auth.events.catalog import (
     UserLogout,
 )
 from tortoise_auth.events.dispatch import EventEmitter
-from tortoise_auth.events.unit_of_work import UnitOfWork
+from tortoise_auth.events.relay import Relay, RelaySettings
+from tortoise_auth.events.unit_of_work import UnitOfWork, report
 from tortoise_auth.exceptions import (
     AuthenticationError,
     ConfigurationError,
@@ -172,25 +173,11 @@ class AuthService(Generic[UserT]):
             )
             raise await self._login_failed(identifier, reason, user, context)
         replacement = await self.passwords.hash(password) if verification.outdated else None
-        async with self._unit_of_work() as unit:
-            entered = await self._enter(user, unit)
-            if entered:
-                if replacement is not None:
-                    await replace_outdated_hash(user, replacement, unit)
-                session, refresh_token = await self._sessions.open(user, context, unit.connection)
-                unit.record(
-                    UserLogin(
-                        user=user,
-                        subject_id=str(user.pk),
-                        context=context,
-                        session_id=str(session.id),
-                        occurred_at=self._clock(),
-                    )
-                )
-        if not entered:
+        opened = await self._open_session(user, replacement, context)
+        if opened is None:
             # The password was changed or the account closed while the hash was computed.
             raise await self._login_failed(identifier, "bad_password", user, context)
-        return self._result(user, session, refresh_token, claims)
+        return self._result(user, *opened, claims)
 
     @guarded
     async def authenticate(self, access_token: str) -> UserT:
@@ -468,8 +455,46 @@ class AuthService(Generic[UserT]):
         """Delete the rows of sessions whose lifetime is over; return how many. For a cron job."""
         return await self._sessions.purge()
 
+    def relay(
+        self,
+        *,
+        batch_size: int = 100,
+        concurrency: int = 10,
+        max_attempts: int = 10,
+        lease: timedelta = timedelta(seconds=60),
+        backoff: timedelta = timedelta(seconds=1),
+        max_backoff: timedelta = timedelta(hours=1),
+        poll_interval: timedelta = timedelta(seconds=1),
+        stop_timeout: timedelta = timedelta(seconds=10),
+    ) -> Relay[UserT]:
+        """Return a relay for the durable subscriptions of this service's emitter.
+
+        Example::
+
+            async with auth.relay():                  # in the lifespan of the app
+                yield
+            delivered = await auth.relay().drain()    # or once
+
+        Any number may run at the same time, in any number of processes. See `RelaySettings` for the
+        arguments.
+
+        Raises:
+            ValueError: A number or duration is not positive.
+        """
+        settings = RelaySettings(
+            batch_size=batch_size,
+            concurrency=concurrency,
+            max_attempts=max_attempts,
+            lease=lease,
+            backoff=backoff,
+            max_backoff=max_backoff,
+            poll_interval=poll_interval,
+            stop_timeout=stop_timeout,
+        )
+        return Relay(self.emitter, self.user_model, settings, clock=self._clock)
+
     def _unit_of_work(self) -> UnitOfWork:
-        return UnitOfWork(self._sessions.connection(), self.emitter)
+        return UnitOfWork(self._sessions.connection(), self.emitter, clock=self._clock)
 
     def _result(
         self,
@@ -506,27 +531,69 @@ class AuthService(Generic[UserT]):
         self, identifier: str, reason: FailureReason, user: UserT | None, context: RequestContext
     ) -> AuthenticationError:
         typed = identifier if isinstance(identifier, str) else ""
-        await self.emitter.emit(
-            UserLoginFailed(
-                identifier=storable(typed, _MAX_IDENTIFIER_LENGTH),
-                reason=reason,
-                user_id=None if user is None else str(user.pk),
-                subject_id=None if user is None else str(user.pk),
-                context=context,
-                occurred_at=self._clock(),
-            )
+        failed = UserLoginFailed(
+            identifier=storable(typed, _MAX_IDENTIFIER_LENGTH),
+            reason=reason,
+            user_id=None if user is None else str(user.pk),
+            subject_id=None if user is None else str(user.pk),
+            context=context,
+            occurred_at=self._clock(),
         )
+        await report(failed, self._sessions.connection(), self.emitter, clock=self._clock)
         return AuthenticationError()
 
+    async def _open_session(
+        self, user: UserT, replacement: str | None, context: RequestContext
+    ) -> tuple[Session, RefreshToken] | None:
+        """Save the login; ``None`` if the account is not as it was when the password was checked."""
+        opened: tuple[Session, RefreshToken] | None = None
+        unit = self._unit_of_work()
+        try:
+            async with unit:
+                if await self._enter(user, unit):
+                    if replacement is not None:
+                        await replace_outdated_hash(user, replacement, unit)
+                    opened = await self._sessions.open(user, context, unit.connection)
+                    unit.record(
+                        UserLogin(
+                            user=user,
+                            subject_id=str(user.pk),
+                            context=context,
+                            session_id=str(opened[0].id),
+                            occurred_at=self._clock(),
+                        )
+                    )
+        except BaseException:
+            if unit.committed and opened is not None:
+                # The caller was cancelled, or a handler raised: nobody will ever hold the tokens.
+                self.emitter.detach(self._end_orphan(user, opened[0], context), "orphan session")
+            raise
+        return opened
+
+    async def _end_orphan(self, user: UserT, session: Session, context: RequestContext) -> None:
+        async with self._unit_of_work() as unit:
+            if await self._sessions.revoke(session, unit.connection):
+                unit.record(
+                    SessionRevoked(
+                        user=user,
+                        subject_id=str(user.pk),
+                        context=context,
+                        session_id=str(session.id),
+                        actor="system",
+                        occurred_at=self._clock(),
+                    )
+                )
+
     async def _enter(self, user: UserT, unit: UnitOfWork) -> bool:
-        """Save ``last_login``, if the account is still as it was when the password was checked."""
+        """Save ``last_login``, if nothing that decides about the login has changed since."""
         now = self._clock()
         unchanged = self.user_model.filter(
             pk=user.pk, session_version=user.session_version, is_active=True
         )
-        entered = await unchanged.using_db(unit.connection).update(last_login=now)
+        if not await unchanged.using_db(unit.connection).update(last_login=now):
+            return False
         unit.when_committed(lambda: _follow(user, last_login=now))
-        return bool(entered)
+        return True
 
     async def _rotate(
         self, found: Found[UserT], presented: RefreshToken, context: RequestContext
@@ -554,19 +621,31 @@ class AuthService(Generic[UserT]):
 
     async def _reused(self, found: Found[UserT], context: RequestContext) -> TokenReusedError:
         """End the session of a spent token; tell it once, and only if it was alive."""
-        if found.is_alive(self._clock()):
-            async with self._unit_of_work() as unit:
-                if await self._sessions.revoke(found.session, unit.connection):
-                    unit.record(
-                        RefreshTokenReused(
-                            user=found.user,
-                            subject_id=str(found.user.pk),
-                            context=context,
-                            session_id=str(found.session.id),
-                            occurred_at=self._clock(),
-                        )
-                    )
+        if not found.is_alive(self._clock()):
+            return TokenReusedError()
+        event = RefreshTokenReused(
+            user=found.user,
+            subject_id=str(found.user.pk),
+            context=context,
+            session_id=str(found.session.id),
+            occurred_at=self._clock(),
+        )
+        connection = self._sessions.connection()
+        if is_transaction(connection):
+            # The caller's transaction sees the session end now, and it ends for good even if that
+            # transaction is rolled back, most likely because of the error that is raised next.
+            if await self._sessions.revoke(found.session, connection):
+                self.emitter.detach(self._revoke_for_good(found.session), "session revocation")
+                await report(event, connection, self.emitter, clock=self._clock)
+            return TokenReusedError()
+        async with self._unit_of_work() as unit:
+            if await self._sessions.revoke(found.session, unit.connection):
+                unit.record(event)
         return TokenReusedError()
+
+    async def _revoke_for_good(self, session: Session) -> None:
+        async with transaction(root_of(self._sessions.connection())) as own:
+            await self._sessions.revoke(session, own)
 
     async def _find_session(self, token: str) -> Found[UserT] | None:
         try:

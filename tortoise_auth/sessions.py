@@ -22,9 +22,9 @@ from tortoise_auth.context import RequestContext
 from tortoise_auth.database import connection_for
 from tortoise_auth.events.unit_of_work import UnitOfWork
 from tortoise_auth.exceptions import ConfigurationError, TokenExpiredError, TokenRevokedError
-from tortoise_auth.models import Session
+from tortoise_auth.models import Session, primary_key
 from tortoise_auth.tokens import AuthConfig, RefreshToken
-from tortoise_auth.users import UserT, primary_key, user_table
+from tortoise_auth.users import UserT, user_table
 
 logger = logging.getLogger("tortoise_auth.sessions")
 

@@ -150,7 +150,9 @@ class SigningKey:
                 f"{self.algorithm} needs an unencrypted key in PEM form, private to sign or public to verify"
             ) from None
         if not isinstance(public, wanted[self.family]):
-            raise ConfigurationError(f"The key is not one for {self.algorithm}")
+            raise ConfigurationError(
+                f"The key is not one for {self.algorithm}. Name the algorithm that it was made for."
+            )
         if isinstance(public, rsa.RSAPublicKey) and public.key_size < 2048:
             raise ConfigurationError("An RSA key must have at least 2048 bits (RFC 7518, 3.3)")
         if isinstance(public, ec.EllipticCurvePublicKey) and public.curve.name != "secp256r1":
@@ -223,9 +225,9 @@ class AuthConfig:
     @cached_property
     def keys(self) -> tuple[SigningKey, ...]:
         """The signing keys, newest first."""
-        if isinstance(self.secret, str | bytes) or self.secret is None:
-            return (SigningKey(self.secret),)
-        return tuple(self.secret)
+        if isinstance(self.secret, Sequence) and not isinstance(self.secret, str | bytes):
+            return tuple(self.secret)
+        return (SigningKey(self.secret),)
 
     _bounds: ClassVar[Sequence[tuple[str, timedelta, timedelta]]] = (
         ("access_token_lifetime", timedelta(seconds=1), timedelta(days=1)),
@@ -248,7 +250,10 @@ class AuthConfig:
                 "switch at once: access tokens are short-lived, and refresh tokens go on."
             )
         if len({key.kid for key in self.keys}) < len(self.keys):
-            raise ConfigurationError("AuthConfig.secret has two keys with the same kid")
+            raise ConfigurationError(
+                "AuthConfig.secret has two keys with the same kid. List no key twice, and give "
+                "each key a kid of its own, or none."
+            )
         if not self.keys[0].can_sign:
             raise ConfigurationError(
                 "The first key of AuthConfig.secret signs, so it must be a private key"
@@ -337,8 +342,8 @@ class AccessTokens:
                 f"These claims are set by the service and cannot be given: {', '.join(ours)}"
             )
         try:
-            size = len(json.dumps(dict(extra)))
-        except (TypeError, ValueError):
+            size = len(json.dumps(dict(extra), allow_nan=False))
+        except (TypeError, ValueError, RecursionError):
             raise ValueError(
                 "Extra claims must be JSON: text, numbers, lists and dicts of them"
             ) from None
@@ -364,7 +369,8 @@ class AccessTokens:
             or not _COMPACT_JWS.fullmatch(token)
         ):
             raise TokenInvalidError
-        header_part, payload_part, _ = token.split(".")
+        header_part, payload_part, signature_part = token.split(".")
+        _unbase64(signature_part)  # PyJWT would also read a second spelling of it
         header = _json_object(header_part)
         kid, typ = header.get("kid"), header.get("typ")
         key = self._keys.get(kid) if isinstance(kid, str) else None
@@ -469,10 +475,7 @@ class RefreshToken:
         length = len(cls._PREFIX) + (size * 8 + 5) // 6
         if not isinstance(text, str) or len(text) != length or not cls.looks_like(text):
             raise TokenInvalidError
-        raw = _unbase64(text[len(cls._PREFIX) :])
-        if cls._PREFIX + _base64(raw) != text:  # a second spelling of the same bytes
-            raise TokenInvalidError
-        return raw
+        return _unbase64(text[len(cls._PREFIX) :])
 
 
 def _check_secret(secret: bytes, algorithm: str) -> None:
@@ -481,9 +484,9 @@ def _check_secret(secret: bytes, algorithm: str) -> None:
         raise ConfigurationError(
             f"The secret is empty. Is the environment variable set? {_MAKE_ONE}"
         )
-    unit = secret[: (secret + secret).find(secret, 1)].lower()
-    word = re.sub(rb"[^a-z]", b"", unit).decode()
-    if word in _PLACEHOLDERS:
+    unit = _period(secret)
+    stem = unit.rstrip(unit[-1:])  # without what it was filled up with
+    if {_letters(unit), _letters(stem)} & _PLACEHOLDERS:
         raise ConfigurationError(f"The secret is a placeholder. {_MAKE_ONE}")
     if len(secret) < needed:
         raise ConfigurationError(
@@ -492,6 +495,22 @@ def _check_secret(secret: bytes, algorithm: str) -> None:
         )
     if len(unit) <= 8 or len(set(secret)) < 6:
         raise ConfigurationError(f"The secret repeats itself and can be guessed. {_MAKE_ONE}")
+    try:
+        jwt.PyJWS().get_algorithm_by_name(algorithm).prepare_key(secret)
+    except jwt.InvalidKeyError:
+        raise ConfigurationError(
+            f"The secret is a key of another kind (PEM, SSH, DER or JWK), not one for {algorithm}. "
+            f"Name its algorithm in a SigningKey, or use a random string. {_MAKE_ONE}"
+        ) from None
+
+
+def _period(text: bytes) -> bytes:
+    """Return the shortest beginning that *text* repeats, up to a last part of it."""
+    return next(text[:size] for size in range(1, len(text) + 1) if text.startswith(text[size:]))
+
+
+def _letters(text: bytes) -> str:
+    return re.sub(rb"[^a-z]", b"", text.lower()).decode()
 
 
 def _json_object(part: str) -> dict[str, Any]:
@@ -520,7 +539,11 @@ def _base64(data: bytes) -> str:
 
 
 def _unbase64(text: str) -> bytes:
+    """Read base64url without padding, in the one spelling that each value has."""
     try:
-        return base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True)
+        raw = base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True)
     except ValueError:
         raise TokenInvalidError from None
+    if _base64(raw) != text:
+        raise TokenInvalidError
+    return raw

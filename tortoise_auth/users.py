@@ -278,25 +278,6 @@ def user_table(model: type[Model]) -> str:
     return model._meta.db_table
 
 
-def primary_key(model: type[Model], text: str) -> object | None:
-    """Return the primary key that *text* is the ``str()`` of, or ``None`` if it is none.
-
-    Strict, because databases are not: ``" 1 "`` and ``True`` find the row 1, and a number that is
-    too large for the column is an error.
-    """
-    field = model._meta.pk
-    try:
-        value = field.to_python_value(text)
-        field.validate(value)
-    except (ValueError, TypeError, OverflowError, ValidationError):
-        return None
-    if isinstance(value, int):
-        least, most = (field.constraints.get(bound, value) for bound in ("ge", "le"))
-        if not least <= value <= most:
-            return None
-    return value if str(value) == text else None
-
-
 async def store_password(
     user: AbstractUser,
     hashed: str,

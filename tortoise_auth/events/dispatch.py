@@ -6,23 +6,28 @@ import asyncio
 import concurrent.futures
 import inspect
 import logging
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from operator import length_hint
 from types import TracebackType
 from typing import Any, Literal, Self, TypeAlias, TypeVar
 
-from tortoise_auth.database import context_outside_transactions, in_caller_transaction
-from tortoise_auth.events.background import Backend, BackgroundQueue
-from tortoise_auth.events.catalog import Event, NamedEvent
-from tortoise_auth.events.registry import Registry, Table
-from tortoise_auth.events.subscription import (
-    EVERYTHING,
-    Arguments,
-    Handler,
-    Subscription,
-    describe_handler,
+from tortoise_auth.clock import utc_now
+from tortoise_auth.database import (
+    connection_for,
+    context_outside_transactions,
+    current_connection,
+    in_caller_transaction,
+    is_transaction,
+    when_committed,
 )
-from tortoise_auth.exceptions import EventError, describe
+from tortoise_auth.events import outbox
+from tortoise_auth.events.background import Backend, BackgroundQueue
+from tortoise_auth.events.catalog import Event
+from tortoise_auth.events.emission import Emission, invoke, is_handler_failure
+from tortoise_auth.events.registry import Registry, Table
+from tortoise_auth.events.subscription import Handler, Subscription, describe_handler
+from tortoise_auth.exceptions import ConfigurationError, EventError, describe
+from tortoise_auth.models import OutboxEntry
 
 logger = logging.getLogger("tortoise_auth.events")
 
@@ -87,6 +92,7 @@ class EventEmitter(Registry):
         self.backend: Backend = backend if backend is not None else BackgroundQueue()
         self._on_error = on_error
         self._may_run_plainly = not concurrent and self.errors != "group"
+        self.relays: set[Callable[[], None]] = set()
         self._stragglers: set[asyncio.Task[Any]] = set()
 
     @property
@@ -124,7 +130,7 @@ class EventEmitter(Registry):
                     try:
                         await handler(*args)
                     except BaseException as failure:  # noqa: BLE001 - sorted out in _after
-                        self._after(failure, _Payload(event, None, args, kwargs), table, remaining)
+                        self._after(failure, Emission(event, None, args, kwargs), table, remaining)
                 return
             if table.plain:
                 calls = iter(table.calls(len(args), kwargs))
@@ -132,12 +138,12 @@ class EventEmitter(Registry):
                     try:
                         await call(args, kwargs)
                     except BaseException as failure:  # noqa: BLE001 - sorted out in _after
-                        self._after(failure, _Payload(event, None, args, kwargs), table, calls)
+                        self._after(failure, Emission(event, None, args, kwargs), table, calls)
                 return
-        payload = _Payload.of(event, args, kwargs)
-        table = self._table(payload.name)
+        emission = Emission.of(event, args, kwargs)
+        table = self._table(emission.name)
         if table is not None:
-            await self._deliver(payload, table.subscriptions)
+            await self._deliver(emission, table.subscriptions)
 
     def emit_nowait(self, event: str | Event, /, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
         """Run all handlers of *event* in the background, after those of earlier calls; return at once.
@@ -153,8 +159,8 @@ class EventEmitter(Registry):
                 "emit_nowait() needs a running event loop. Use emit_sync() where there is none, or "
                 "emit_threadsafe(loop, ...) from another thread."
             ) from None
-        payload = _Payload.of(event, args, kwargs)
-        self._submit(payload, self.subscriptions(payload.name))
+        emission = Emission.of(event, args, kwargs)
+        self._submit(emission, self.subscriptions(emission.name))
 
     def emit_sync(self, event: str | Event, /, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
         """Run all handlers of *event*, async ones too, from code without an event loop.
@@ -223,21 +229,22 @@ class EventEmitter(Registry):
             for task in late:
                 task.cancel()
                 lost.append(task.get_name())
+                logger.error("Closed after %s s while %s was under way", timeout, task.get_name())
         if isinstance(self.backend, BackgroundQueue):
             return lost + await self.backend.drain(timeout)
         async with asyncio.timeout(timeout):
             await self.backend.__aexit__(None, None, None)
         return lost
 
-    # ---- for the unit of work ---------------------------------------------------------------
+    # ---- for the unit of work and the relay -------------------------------------------------
 
     async def run(self, event: Event, subscriptions: Sequence[Subscription]) -> None:
-        """Run the handlers of some subscriptions to *event* now, by this emitter's error policy."""
-        await self._deliver(_Payload.of(event, (), {}), subscriptions)
-
-    def submit(self, event: Event, subscriptions: Sequence[Subscription]) -> None:
-        """Run the handlers of some subscriptions to *event* in the background."""
-        self._submit(_Payload.of(event, (), {}), subscriptions)
+        """Run some handlers of *event* now, by the error policy of this emitter."""
+        emission = Emission.of(event)
+        if self.concurrent and not in_caller_transaction():
+            await self._run_concurrently(emission, subscriptions)
+        else:
+            await self._run_in_order(emission, subscriptions)
 
     async def call(self, event: Event, subscription: Subscription) -> None:
         """Call one handler.
@@ -245,90 +252,161 @@ class EventEmitter(Registry):
         Raises:
             EventError: It failed.
         """
-        payload = _Payload.of(event, (), {})
-        try:
-            await self._call(payload, subscription)
-        except BaseException as failure:
-            if not _is_handler_failure(failure):
-                raise
-            raise EventError(
-                payload.name, describe_handler(subscription.handler), failure
-            ) from failure
+        await self._call_or_raise(Emission.of(event), subscription)
+
+    def run_detached(self, event: Event, subscriptions: Sequence[Subscription]) -> None:
+        """Run some handlers of *event* in a task of their own, outside any transaction."""
+        self._rescue(Emission.of(event), subscriptions)
+
+    def submit(
+        self, event: Event, subscriptions: Sequence[Subscription], mark: int | None = None
+    ) -> None:
+        """Run some handlers of *event* in the background.
+
+        Args:
+            event: The event.
+            subscriptions: Its background subscriptions.
+            mark: Run them only if this mark was committed; see `outbox.mark`.
+        """
+        self._submit(Emission.of(event), subscriptions, mark)
+
+    def detach(self, work: Coroutine[Any, Any, None], what: str) -> None:
+        """Do *work* in a task of its own, outside any transaction; `aclose` waits for it."""
+        self._track(
+            asyncio.get_running_loop().create_task(
+                _logged(work, what), name=what, context=context_outside_transactions()
+            )
+        )
+
+    def wake_relays(self) -> None:
+        """Tell the relays of this process that there may be rows to deliver."""
+        for wake in tuple(self.relays):
+            wake()
 
     # ---- inside -----------------------------------------------------------------------------
 
-    async def _deliver(self, payload: _Payload, subscriptions: Sequence[Subscription]) -> None:
-        background = [each for each in subscriptions if each.delivery == "background"]
-        awaited = [each for each in subscriptions if each.delivery != "background"]
+    async def _deliver(self, emission: Emission, subscriptions: Sequence[Subscription]) -> None:
+        by_delivery: dict[str, list[Subscription]] = {}
+        for subscription in subscriptions:
+            by_delivery.setdefault(subscription.delivery, []).append(subscription)
+        for subscription in by_delivery.get("transaction", ()):
+            await self._call_or_raise(emission, subscription)
+        if "durable" in by_delivery:
+            await self._store(emission, by_delivery["durable"])
+        inline = by_delivery.get("inline", ())
         try:
             if self.concurrent and not in_caller_transaction():
-                await self._run_concurrently(payload, awaited)
+                await self._run_concurrently(emission, inline)
             else:
-                await self._run_in_order(payload, awaited)
+                await self._run_in_order(emission, inline)
         finally:
-            if background:
-                self._submit(payload, background)
+            if "background" in by_delivery:
+                await self._hand_over(emission, by_delivery["background"])
+
+    async def _store(self, emission: Emission, durable: Sequence[Subscription]) -> None:
+        """Write the rows of a durable delivery where the caller is, in its transaction or not."""
+        connection = current_connection(OutboxEntry)
+        if connection is None:
+            raise ConfigurationError(
+                f"{emission.text} has durable subscriptions, which need a database: call "
+                'Tortoise.init with "tortoise_auth.models" among the modules'
+            )
+        if emission.event is None:
+            raise TypeError(
+                f"{emission.text} has durable subscriptions, which need an event object: emit an "
+                "instance of a class of events, not a name"
+            )
+        await outbox.write(connection, emission.event, durable, utc_now())
+        when_committed(connection, self.wake_relays)
+
+    async def _hand_over(self, emission: Emission, background: Sequence[Subscription]) -> None:
+        """Submit to the background: now, or when the transaction of the caller is committed."""
+        connection = current_connection(OutboxEntry) if in_caller_transaction() else None
+        if connection is None or not is_transaction(connection):
+            self._submit(emission, background)
+            return
+        mark = await outbox.mark(connection, emission.as_event(), utc_now())
+        when_committed(connection, lambda: self._submit(emission, background, mark))
 
     async def _run_in_order(
-        self, payload: _Payload, subscriptions: Iterable[Subscription], *, rescue: bool = True
+        self, emission: Emission, subscriptions: Iterable[Subscription], *, rescue: bool = True
     ) -> None:
         remaining = iter(subscriptions)
         failures: list[EventError] = []
         for subscription in remaining:
             try:
-                await self._call(payload, subscription)
+                await self._call(emission, subscription)
             except BaseException as failure:
-                if not _is_handler_failure(failure):
+                if not is_handler_failure(failure):
                     if rescue and isinstance(failure, asyncio.CancelledError):
-                        self._rescue(payload, list(remaining))
+                        self._rescue(emission, list(remaining))
                     raise
-                error = self._failed(payload.name, subscription.handler, failure)
+                error = self._failed(emission.name, subscription.handler, failure)
                 if self.errors == "raise":
                     raise error from failure
                 failures.append(error)
-        self._raise_group(payload, failures)
+        self._raise_group(emission, failures)
 
     async def _run_concurrently(
-        self, payload: _Payload, subscriptions: Sequence[Subscription]
+        self, emission: Emission, subscriptions: Sequence[Subscription]
     ) -> None:
-        first = [each for each in subscriptions if each.threaded]
-        together = [each for each in subscriptions if not each.threaded]
-        failures = [
-            failed for each in first if (failed := await self._settle(payload, each)) is not None
-        ]
-        if len(together) == 1:
-            outcomes = [await self._settle(payload, together[0])]
-        else:
-            tasks = [
-                self._track(asyncio.create_task(self._settle(payload, each), name=payload.text))
-                for each in together
-            ]
-            if tasks:
-                await asyncio.wait(tasks)  # cancelled, it leaves them running, and tracked
-            outcomes = [task.result() for task in tasks]
-        failures += [failed for failed in outcomes if failed is not None]
-        if failures and self.errors == "raise":
-            raise failures[0] from failures[0].original
-        self._raise_group(payload, failures)
-
-    async def _settle(self, payload: _Payload, subscription: Subscription) -> EventError | None:
+        plain = iter([each for each in subscriptions if not each.is_async])
+        together = [each for each in subscriptions if each.is_async]
+        failures: list[EventError] = []
         try:
-            await self._call(payload, subscription)
-        except BaseException as failure:
-            if not _is_handler_failure(failure):
-                raise
-            return self._failed(payload.name, subscription.handler, failure)
-        return None
+            for subscription in plain:
+                failures += await self._settle(emission, subscription)
+        except asyncio.CancelledError:
+            self._rescue(emission, [*plain, *together])
+            raise
+        failures += await self._settle_together(emission, together)
+        if failures and self.errors == "raise":
+            self._log(failures[1:])
+            raise failures[0] from failures[0].original
+        self._raise_group(emission, failures)
 
-    async def _call(self, payload: _Payload, subscription: Subscription) -> None:
+    async def _settle_together(
+        self, emission: Emission, subscriptions: Sequence[Subscription]
+    ) -> list[EventError]:
+        if len(subscriptions) == 1:
+            return await self._settle(emission, subscriptions[0])
+        tasks = [
+            self._track(asyncio.create_task(self._settle(emission, each), name=emission.text))
+            for each in subscriptions
+        ]
+        if tasks:
+            await asyncio.wait(tasks)  # cancelled, it leaves them running, and tracked
+        return [failed for task in tasks for failed in task.result()]
+
+    async def _settle(self, emission: Emission, subscription: Subscription) -> list[EventError]:
+        """Call a handler and return its failure, if it failed."""
+        try:
+            await self._call(emission, subscription)
+        except BaseException as failure:
+            if not is_handler_failure(failure):
+                raise
+            return [self._failed(emission.name, subscription.handler, failure)]
+        return []
+
+    async def _call_or_raise(self, emission: Emission, subscription: Subscription) -> None:
+        try:
+            await self._call(emission, subscription)
+        except BaseException as failure:
+            if not is_handler_failure(failure):
+                raise
+            raise EventError(
+                emission.name, describe_handler(subscription.handler), failure
+            ) from failure
+
+    async def _call(self, emission: Emission, subscription: Subscription) -> None:
         if subscription.once and not self._consume(subscription):
             return
-        args, kwargs = payload.arguments_for(subscription)
+        args, kwargs = emission.arguments_for(subscription)
         if subscription.timeout is None:
-            await _invoke(subscription, args, kwargs)
+            await invoke(subscription, args, kwargs)
             return
         task = self._track(
-            asyncio.create_task(_invoke(subscription, args, kwargs), name=payload.text)
+            asyncio.create_task(invoke(subscription, args, kwargs), name=emission.text)
         )
         try:
             done, _ = await asyncio.wait([task], timeout=subscription.timeout)
@@ -343,20 +421,20 @@ class EventEmitter(Registry):
     def _after(
         self,
         failure: BaseException,
-        payload: _Payload,
+        emission: Emission,
         table: Table,
         remaining: Iterator[object],
     ) -> None:
         """Deal with the failure of a handler on the short path of `emit`."""
-        if _is_handler_failure(failure):
+        if is_handler_failure(failure):
             position = len(table.plain) - length_hint(remaining) - 1
-            error = self._failed(payload.name, table.plain[position], failure)
+            error = self._failed(emission.name, table.plain[position], failure)
             if self.errors == "raise":
                 raise error from failure
         else:
             if isinstance(failure, asyncio.CancelledError):
                 left = len(list(remaining))
-                self._rescue(payload, table.subscriptions[len(table.subscriptions) - left :])
+                self._rescue(emission, table.subscriptions[len(table.subscriptions) - left :])
             raise failure
 
     def _failed(self, event: str, handler: Handler, failure: BaseException) -> EventError:
@@ -365,11 +443,7 @@ class EventEmitter(Registry):
         error = EventError(event, describe_handler(handler), failure)
         error.__cause__ = failure
         if self.errors == "log":
-            logger.error(
-                "%s",
-                describe(error).translate(_CONTROL_CHARACTERS),
-                exc_info=(type(failure), failure, failure.__traceback__),
-            )
+            self._log([error])
         if self._on_error is not None:
             try:
                 self._on_error(error)
@@ -377,31 +451,50 @@ class EventEmitter(Registry):
                 logger.exception("on_error failed for event %r", event)
         return error
 
-    def _raise_group(self, payload: _Payload, failures: list[EventError]) -> None:
-        if failures and self.errors == "group":
-            raise ExceptionGroup(f"Handlers for event '{payload.name}' failed", failures)
+    def _log(self, failures: Iterable[EventError]) -> None:
+        for error in failures:
+            cause = error.original
+            logger.error(
+                "%s",
+                describe(error).translate(_CONTROL_CHARACTERS),
+                exc_info=(type(cause), cause, cause.__traceback__),
+            )
 
-    def _rescue(self, payload: _Payload, rest: Sequence[Subscription]) -> None:
+    def _raise_group(self, emission: Emission, failures: list[EventError]) -> None:
+        if failures and self.errors == "group":
+            raise ExceptionGroup(f"Handlers for event '{emission.name}' failed", failures)
+
+    def _rescue(self, emission: Emission, rest: Sequence[Subscription]) -> None:
         """Run the handlers that had not started when the caller was cancelled."""
         if rest:
             self._track(
                 asyncio.get_running_loop().create_task(
-                    self._run_quietly(payload, rest),
-                    name=payload.text,
+                    self._run_quietly(emission, rest),
+                    name=emission.text,
                     context=context_outside_transactions(),
                 )
             )
 
-    async def _run_quietly(self, payload: _Payload, subscriptions: Sequence[Subscription]) -> None:
+    async def _run_quietly(self, emission: Emission, subscriptions: Sequence[Subscription]) -> None:
         """Run handlers for nobody who could catch what they raise."""
+        failures: list[EventError] = []
+        together: list[Subscription] = []
         for subscription in subscriptions:
-            failed = await self._settle(payload, subscription)
-            if failed is not None and self.errors != "log":
-                logger.error("%s", describe(failed).translate(_CONTROL_CHARACTERS), exc_info=failed)
+            if subscription.delivery == "durable":
+                await self._store(emission, [subscription])
+            elif self.concurrent and subscription.is_async:
+                together.append(subscription)
+            else:
+                failures += await self._settle(emission, subscription)
+        failures += await self._settle_together(emission, together)
+        if self.errors != "log":
+            self._log(failures)
 
-    def _submit(self, payload: _Payload, subscriptions: Sequence[Subscription]) -> None:
+    def _submit(
+        self, emission: Emission, subscriptions: Sequence[Subscription], mark: int | None = None
+    ) -> None:
         if subscriptions:
-            self.backend.submit(_BackgroundJob(self, payload, subscriptions))
+            self.backend.submit(_BackgroundJob(self, emission, subscriptions, mark))
 
     async def _emit_and_drain(
         self, event: str | Event, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -422,80 +515,35 @@ class EventEmitter(Registry):
             task.exception()  # what a timed-out handler raises later has been reported as timeout
 
 
-class _Payload:
-    """What is emitted: an event object, or a name and arguments."""
-
-    __slots__ = ("args", "event", "kwargs", "name")
-
-    def __init__(
-        self, name: str, event: Event | None, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
-        self.name = name
-        self.event = event
-        self.args = args
-        self.kwargs = kwargs
-
-    @classmethod
-    def of(cls, event: str | Event, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Payload:
-        if isinstance(event, str):
-            return cls(event, None, args, kwargs)
-        if not isinstance(event, Event):
-            raise TypeError(f"emit() takes the name of an event or an event object, not {event!r}")
-        if args or kwargs:
-            raise TypeError("emit() takes an event object alone: its fields are the payload")
-        return cls(event.name, event, args, kwargs)
-
-    @property
-    def text(self) -> str:
-        return f"event '{self.name}'"
-
-    def arguments_for(self, subscription: Subscription) -> Arguments:
-        if self.event is not None:
-            return subscription.arguments_from(self.event)
-        if subscription.event == EVERYTHING:
-            return [NamedEvent.of(self.name, self.args, self.kwargs)], {}
-        if subscription.wants_event:
-            raise TypeError(
-                f"it listens to the class of '{self.name}' and needs an event object, but the "
-                "event was emitted by name"
-            )
-        count, names = subscription.takes.fit(len(self.args), tuple(self.kwargs))
-        return self.args[:count], {name: self.kwargs[name] for name in names}
-
-
 class _BackgroundJob:
-    """Some handlers to run for one payload."""
+    """Some handlers to run for one emission, perhaps only if a transaction was kept."""
 
-    __slots__ = ("_emitter", "_payload", "_subscriptions", "description")
+    __slots__ = ("_emission", "_emitter", "_mark", "_subscriptions", "description")
 
     def __init__(
-        self, emitter: EventEmitter, payload: _Payload, subscriptions: Sequence[Subscription]
+        self,
+        emitter: EventEmitter,
+        emission: Emission,
+        subscriptions: Sequence[Subscription],
+        mark: int | None,
     ) -> None:
         self._emitter = emitter
-        self._payload = payload
+        self._emission = emission
         self._subscriptions = subscriptions
+        self._mark = mark
         handlers = ", ".join(describe_handler(each.handler) for each in subscriptions)
-        self.description = f"{payload.text} for {handlers}"
+        self.description = f"{emission.text} for {handlers}"
 
-    def __call__(self) -> Awaitable[None]:
-        return self._emitter._run_quietly(self._payload, self._subscriptions)
-
-
-async def _invoke(subscription: Subscription, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
-    if subscription.threaded:
-        result = await asyncio.to_thread(subscription.handler, *args, **kwargs)
-    else:
-        result = subscription.handler(*args, **kwargs)
-    if result is not None and inspect.isawaitable(result):
-        await result
+    async def __call__(self) -> None:
+        if self._mark is None or await outbox.take_mark(connection_for(OutboxEntry), self._mark):
+            await self._emitter._run_quietly(self._emission, self._subscriptions)
 
 
-def _is_handler_failure(failure: BaseException) -> bool:
-    """Tell what a handler did wrong from what is done to its caller."""
-    if isinstance(failure, asyncio.CancelledError):
-        task = asyncio.current_task()
-        return task is None or task.cancelling() == 0
-    return isinstance(failure, Exception)
+async def _logged(work: Coroutine[Any, Any, None], what: str) -> None:
+    try:
+        await work
+    except Exception:  # nobody awaits it who could
+        logger.exception("%s failed", what)
 
 
 def _inside_another_emit() -> bool:

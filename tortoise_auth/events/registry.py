@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias, TypedDict, TypeVar, overload
 
@@ -20,6 +21,7 @@ from tortoise_auth.events.subscription import (
     available_names,
     default_name,
     describe_handler,
+    event_class,
     event_name,
     subscribe,
 )
@@ -84,6 +86,7 @@ class Registry:
     def __init__(self, *, strict: bool) -> None:
         self.strict = strict
         self._subscriptions: dict[str, list[Subscription]] = {}
+        self._names: Counter[str] = Counter()
         self._tables: dict[str, Table] = {}
         self._lock = threading.RLock()
         self._may_run_plainly = True
@@ -192,11 +195,8 @@ class Registry:
     def clear(self, event_name: str | type[Event] | None = None) -> None:
         """Remove every handler of one event, or of all."""
         with self._lock:
-            if event_name is None:
-                self._subscriptions.clear()
-            else:
-                self._subscriptions.pop(_key(event_name), None)
-            self._tables.clear()
+            for event in self.events() if event_name is None else [event_name]:
+                self.off(event)
 
     # ---- looking ----------------------------------------------------------------------------
 
@@ -249,12 +249,13 @@ class Registry:
         """Put the subscriptions back as they were."""
         with self._lock:
             self._subscriptions = {event: list(each) for event, each in snapshot.items()}
+            self._names = Counter(each.name for every in snapshot.values() for each in every)
             self._tables.clear()
 
     # ---- inside -----------------------------------------------------------------------------
 
     def _on(self, events: tuple[Any, ...], options: Options) -> Any:  # noqa: ANN401 - see the overloads
-        if events and callable(events[-1]) and not _is_event_class(events[-1]):
+        if events and callable(events[-1]) and event_class(events[-1]) is None:
             *named, handler = events
             self._register(named, handler, options)
             return handler
@@ -266,24 +267,26 @@ class Registry:
         return register
 
     def _register(
-        self, events: Iterable[str | type[Event]], handler: Handler, options: Options
+        self, events: Sequence[str | type[Event]], handler: Handler, options: Options
     ) -> None:
+        _check_call(events, handler, options)
         subscriptions = [subscribe(event, handler, **options) for event in events]
-        if not subscriptions or not callable(handler):
-            raise SubscriptionError('Say which event to listen to: @on("user_login")')
         with self._lock:
             if options.get("name") or options.get("delivery") == "durable":
-                self._refuse_duplicate(subscriptions[0])
+                self._refuse_duplicate(subscriptions[0], of_any=bool(options.get("name")))
             if self.strict:
                 for subscription in subscriptions:
                     _check_against_catalogue(subscription)
             for subscription in subscriptions:
                 self._subscriptions.setdefault(subscription.event, []).append(subscription)
+                self._names[subscription.name] += 1
                 self._forget_tables(subscription.event)
 
-    def _refuse_duplicate(self, new: Subscription) -> None:
+    def _refuse_duplicate(self, new: Subscription, *, of_any: bool) -> None:
+        if new.name not in self._names:
+            return
         for subscription in (each for every in self._subscriptions.values() for each in every):
-            if subscription.name == new.name:
+            if subscription.name == new.name and (of_any or subscription.delivery == "durable"):
                 raise SubscriptionError(
                     f"Handler '{describe_handler(new.handler)}' for event '{new.event}': the name "
                     f"'{new.name}' is taken by a handler for '{subscription.event}'. "
@@ -295,6 +298,9 @@ class Registry:
         remaining.remove(subscription)
         if not remaining:
             del self._subscriptions[subscription.event]
+        self._names[subscription.name] -= 1
+        if not self._names[subscription.name]:
+            del self._names[subscription.name]
         self._forget_tables(subscription.event)
 
     def _forget_tables(self, event: str) -> None:
@@ -387,8 +393,17 @@ def _call_for(subscription: Subscription, count: int, names: tuple[str, ...]) ->
     return lambda args, kwargs: handler(*args, **{name: kwargs[name] for name in taken})
 
 
-def _is_event_class(value: object) -> bool:
-    return isinstance(value, type) and issubclass(value, Event)
+def _check_call(events: Sequence[object], handler: object, options: Mapping[str, object]) -> None:
+    if not events:
+        raise SubscriptionError('Say which event to listen to: @on("user_login")')
+    if not callable(handler):
+        raise SubscriptionError(f"A handler is a function or another callable, not {handler!r}")
+    unknown = options.keys() - Options.__annotations__.keys()
+    if unknown:
+        raise SubscriptionError(
+            f"Handler '{describe_handler(handler)}': unknown option {', '.join(sorted(unknown))}. "
+            f"There are {', '.join(Options.__annotations__)}."
+        )
 
 
 def _key(event: str | type[Event]) -> str:

@@ -6,9 +6,9 @@ import functools
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args, get_origin
 
-from tortoise_auth.events.catalog import Event
+from tortoise_auth.events.catalog import Event, NamedEvent, UserEvent
 from tortoise_auth.exceptions import SubscriptionError
 
 Delivery: TypeAlias = Literal["inline", "transaction", "background", "durable"]
@@ -33,6 +33,7 @@ class Subscription:
         once: It is removed before its first call.
         delivery: When and how it runs.
         timeout: Seconds it may take.
+        is_async: It is a coroutine function.
         threaded: It is a plain function and runs on a worker thread.
         wants_event: It is called with the event object and nothing else.
     """
@@ -44,6 +45,7 @@ class Subscription:
     once: bool = False
     delivery: Delivery = "inline"
     timeout: float | None = None
+    is_async: bool = False
     threaded: bool = False
     wants_event: bool = False
     takes: Parameters = field(repr=False, kw_only=True)
@@ -52,12 +54,15 @@ class Subscription:
         """Return what to call the handler with for an event object."""
         return ([event], {}) if self.wants_event else self.takes.pick(event)
 
+    def requires_user(self, event: type[Event]) -> bool:
+        """Tell whether the handler cannot be called for *event* without its user."""
+        return not self.wants_event and self.takes.requires("user", event)
+
     @property
     def is_plain(self) -> bool:
         """Whether calling and awaiting the handler is all there is to do."""
-        return not (self.threaded or self.once or self.timeout or self.wants_event) and (
-            self.delivery == "inline"
-        )
+        special = self.once or self.timeout or self.wants_event
+        return self.is_async and not special and self.delivery == "inline"
 
 
 def subscribe(
@@ -83,7 +88,6 @@ def subscribe(
         raise SubscriptionError(
             f"Handler '{called}' is a coroutine function; thread=True is for plain functions"
         )
-    by_class = isinstance(event, type)
     return Subscription(
         event=event_name(event),
         handler=handler,
@@ -92,8 +96,9 @@ def subscribe(
         once=once,
         delivery=delivery,
         timeout=timeout,
+        is_async=is_async,
         threaded=not is_async and thread is not False,
-        wants_event=by_class or event == EVERYTHING,
+        wants_event=not isinstance(event, str) or event == EVERYTHING,
         takes=Parameters.of(handler),
     )
 
@@ -102,16 +107,29 @@ def event_name(event: str | type[Event]) -> str:
     """Return the name under which to listen: of a name, of a class, ``*`` for `Event` itself.
 
     Raises:
-        SubscriptionError: It is neither a name nor a class of event.
+        SubscriptionError: It is neither a name nor a class of event, or a class that others are
+            made of, under whose own name nothing is ever emitted.
     """
-    if isinstance(event, type) and issubclass(event, Event):
-        return EVERYTHING if event is Event else event.name
+    cls = event_class(event)
+    if cls is UserEvent or cls is NamedEvent:
+        raise SubscriptionError(
+            f"No {cls.__name__} is emitted under that name. Listen to the events themselves, or "
+            "to every event: @on(Event)."
+        )
+    if cls is not None:
+        return EVERYTHING if cls is Event else cls.name
     if isinstance(event, str) and event:
         return event
     raise SubscriptionError(
         f"An event is named by text or by its class, not by {event!r}. "
         'Write @on("user_login") or @on(UserLogin).'
     )
+
+
+def event_class(event: object) -> type[Event] | None:
+    """Return the class that *event* is: ``UserLogin``, also for ``UserLogin[User]``."""
+    cls = get_origin(event) or event
+    return cls if isinstance(cls, type) and issubclass(cls, Event) else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,34 +209,46 @@ class Parameters:
         """Return the arguments for an event object.
 
         A parameter named like a field gets that field, one named ``event`` the event itself; other
-        positional parameters get the event's positional arguments in turn.
+        positional parameters get the event's positional arguments in turn, and ``**kwargs`` those
+        that are left, by their names.
         """
         args, kwargs = event.arguments()
         if not self.known:
             return args, kwargs
         available = available_names(type(event))
         named = {*self.positional, *self.keyword_only}
-        unnamed = [
-            value
-            for field_name, value in zip(type(event).positional, args, strict=True)
-            if field_name not in named
-        ]
+        given = dict(zip(type(event).positional, args, strict=True))
+        unnamed = [name for name in given if name not in named]
         chosen: list[Any] = []
         for parameter in self.positional:
             if parameter in available:
                 chosen.append(_value(event, parameter))
             elif unnamed:
-                chosen.append(unnamed.pop(0))
+                chosen.append(given[unnamed.pop(0)])
             else:
                 break
         if self.any_positional and len(chosen) == len(self.positional):
-            chosen += unnamed
+            chosen += [given[name] for name in unnamed]
+            unnamed = []
         rest = [*self.positional[len(chosen) :], *self.keyword_only]
-        picked = {name: _value(event, name) for name in rest if name in available}
+        picked = {
+            name: _value(event, name)
+            for name in rest
+            if name in available and name not in self.positional_only
+        }
         if self.any_keyword:
+            kwargs |= {name: given[name] for name in unnamed}
             taken = {*self.positional[: len(chosen)], *picked}
             picked |= {name: value for name, value in kwargs.items() if name not in taken}
         return chosen, picked
+
+    def requires(self, field_name: str, event: type[Event]) -> bool:
+        """Tell whether a parameter without a default gets this positional field of *event*."""
+        if field_name in (*self.positional, *self.keyword_only):
+            return field_name in self.required
+        available = available_names(event)
+        unnamed = [name for name in self.positional if name not in available]
+        return field_name in event.positional and bool(unnamed) and unnamed[0] in self.required
 
     def never_supplied_by(self, event: type[Event]) -> list[str]:
         """Return the required parameters that this event has nothing for."""
@@ -261,7 +291,7 @@ def is_coroutine_function(handler: Handler) -> bool:
     while isinstance(handler, functools.partial):
         handler = handler.func
     return inspect.iscoroutinefunction(handler) or inspect.iscoroutinefunction(
-        getattr(handler, "__call__", None)  # noqa: B004 - its kind is asked for, not whether it is there
+        getattr(type(handler), "__call__", None)  # noqa: B004 - its kind is asked for, not whether it is there
     )
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections import deque
 from collections.abc import Callable
-from contextlib import AsyncExitStack
+from functools import partial
 from types import TracebackType
 from typing import Self
 
 from tortoise.backends.base.client import BaseDBAsyncClient
 
-from tortoise_auth.database import transaction
+from tortoise_auth.clock import Clock, utc_now
+from tortoise_auth.database import is_transaction, root_of, transaction, when_committed
+from tortoise_auth.events import outbox
 from tortoise_auth.events.catalog import Event
 from tortoise_auth.events.dispatch import EventEmitter
 
@@ -19,23 +23,37 @@ class UnitOfWork:
 
     Example::
 
-        async with UnitOfWork(connection, emitter) as unit:
-            await Session.create(..., using_db=unit.connection)
-            unit.record(UserLogin(...))
-        # committed, and the handlers have run
+        async with UnitOfWork(connection_for(Order), emitter) as unit:
+            await Order.filter(id=7).using_db(unit.connection).update(paid=True)
+            unit.record(OrderPaid(order_id=7))
+        # committed, and the inline handlers have run
+
+    Before the commit, handlers with ``delivery="transaction"`` run and may veto, and the rows of
+    durable deliveries are written. After it inline handlers run, and background deliveries are
+    handed over; inside a transaction of the caller those wait for its commit, and vanish with it.
 
     Attributes:
         connection: The transaction; pass it as ``using_db=`` to every statement.
+        committed: The change is kept, whatever is raised: a cancellation, a failure of a handler.
     """
 
     connection: BaseDBAsyncClient
 
-    def __init__(self, connection: BaseDBAsyncClient, emitter: EventEmitter) -> None:
+    def __init__(
+        self, connection: BaseDBAsyncClient, emitter: EventEmitter, *, clock: Clock = utc_now
+    ) -> None:
         self._outside = connection
         self._emitter = emitter
+        self._clock = clock
+        self._transaction = transaction(connection)
         self._recorded: list[Event] = []
         self._effects: list[Callable[[], object]] = []
-        self._stack = AsyncExitStack()
+        self._handovers: list[Callable[[], None]] = []
+
+    @property
+    def committed(self) -> bool:
+        """Whether the change is kept."""
+        return self._transaction.committed
 
     def record(self, event: Event) -> None:
         """Emit *event* once the change is committed, and not at all if it is not."""
@@ -46,7 +64,7 @@ class UnitOfWork:
         self._effects.append(effect)
 
     async def __aenter__(self) -> Self:
-        self.connection = await self._stack.enter_async_context(transaction(self._outside))
+        self.connection = await self._transaction.__aenter__()
         return self
 
     async def __aexit__(
@@ -55,9 +73,98 @@ class UnitOfWork:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        await self._stack.__aexit__(kind, error, traceback)
-        if error is None:
-            for effect in self._effects:
-                effect()
-            for event in self._recorded:
-                await self._emitter.emit(event)
+        if error is not None:
+            await self._transaction.__aexit__(kind, error, traceback)
+            return
+        try:
+            await self._before_commit()
+        except BaseException as refusal:
+            await self._transaction.__aexit__(type(refusal), refusal, refusal.__traceback__)
+            raise
+        try:
+            await self._transaction.__aexit__(None, None, None)
+        except asyncio.CancelledError:
+            if self.committed:  # cancelled too late: what happened is told all the same
+                self._take_effect()
+                self._run_detached(deque(self._recorded))
+                self._hand_over()
+            raise
+        self._take_effect()
+        try:
+            await self._run_inline()
+        finally:
+            self._hand_over()
+
+    async def _before_commit(self) -> None:
+        for event in self._recorded:
+            for subscription in self._emitter.subscriptions(event.name, "transaction"):
+                await self._emitter.call(event, subscription)
+            durable = self._emitter.subscriptions(event.name, "durable")
+            if durable:
+                await outbox.write(self.connection, event, durable, self._clock())
+                self._handovers.append(self._emitter.wake_relays)
+            background = self._emitter.subscriptions(event.name, "background")
+            if background:
+                mark = (
+                    await outbox.mark(self.connection, event, self._clock())
+                    if self._transaction.nested
+                    else None
+                )
+                self._handovers.append(partial(self._emitter.submit, event, background, mark))
+
+    def _take_effect(self) -> None:
+        for effect in self._effects:
+            effect()
+
+    async def _run_inline(self) -> None:
+        pending = deque(self._recorded)
+        try:
+            while pending:
+                event = pending.popleft()
+                await self._emitter.run(event, self._emitter.subscriptions(event.name, "inline"))
+        except BaseException:
+            self._run_detached(pending)  # one event's failure does not silence the next
+            raise
+
+    def _run_detached(self, events: deque[Event]) -> None:
+        for event in events:
+            self._emitter.run_detached(event, self._emitter.subscriptions(event.name, "inline"))
+
+    def _hand_over(self) -> None:
+        for handover in self._handovers:
+            when_committed(self._outside, handover)
+
+
+async def report(
+    event: Event, connection: BaseDBAsyncClient, emitter: EventEmitter, *, clock: Clock = utc_now
+) -> None:
+    """Tell what happened although no change of ours did: a login failed.
+
+    Inside a transaction of the caller, durable and background deliveries do not wait for it and
+    survive its rollback: a failure happened even if what was tried around it did not.
+
+    Raises:
+        EventError: A handler in the transaction, or an inline one if the emitter says so, failed.
+    """
+    durable = emitter.subscriptions(event.name, "durable")
+    for subscription in emitter.subscriptions(event.name, "transaction"):
+        await emitter.call(event, subscription)
+    if durable and is_transaction(connection):
+        # Another connection, in a task that nobody waits for: in the caller's transaction the row
+        # would go with a rollback, and to wait for a second connection here is a deadlock.
+        emitter.detach(_write(event, connection, emitter, clock), f"outbox row of {event.name}")
+    elif durable:
+        await _write(event, connection, emitter, clock)
+    try:
+        await emitter.run(event, emitter.subscriptions(event.name, "inline"))
+    finally:
+        emitter.submit(event, emitter.subscriptions(event.name, "background"))
+
+
+async def _write(
+    event: Event, connection: BaseDBAsyncClient, emitter: EventEmitter, clock: Clock
+) -> None:
+    durable = emitter.subscriptions(event.name, "durable")
+    async with transaction(root_of(connection)) as own:
+        await outbox.write(own, event, durable, clock())
+    emitter.wake_relays()

@@ -1,0 +1,1 @@
+"""Tests of `tortoise_auth.events`."""

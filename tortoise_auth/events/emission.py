@@ -1,0 +1,87 @@
+"""One thing that is emitted, and how a handler is called with it."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+from tortoise_auth.events.catalog import Event, NamedEvent
+from tortoise_auth.events.subscription import EVERYTHING, Arguments, Subscription
+
+
+class Emission:
+    """What is emitted: an event object, or a name and arguments."""
+
+    __slots__ = ("args", "event", "kwargs", "name")
+
+    def __init__(
+        self, name: str, event: Event | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        self.name = name
+        self.event = event
+        self.args = args
+        self.kwargs = kwargs
+
+    @classmethod
+    def of(
+        cls, event: str | Event, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Emission:
+        """Return an emission of a name with arguments, or of an event object.
+
+        Raises:
+            TypeError: It is neither, or an event object with further arguments.
+        """
+        if isinstance(event, str):
+            return cls(event, None, args, kwargs or {})
+        if not isinstance(event, Event):
+            raise TypeError(f"emit() takes the name of an event or an event object, not {event!r}")
+        if args or kwargs:
+            raise TypeError("emit() takes an event object alone: its fields are the payload")
+        return cls(event.name, event, (), {})
+
+    @property
+    def text(self) -> str:
+        """What to call it in messages."""
+        return f"event '{self.name}'"
+
+    def as_event(self) -> Event:
+        """Return the event object, or one that stands for a name and arguments."""
+        return self.event or NamedEvent.of(self.name, self.args, self.kwargs)
+
+    def arguments_for(self, subscription: Subscription) -> Arguments:
+        """Return what to call a handler with.
+
+        Raises:
+            TypeError: It listens to a class, but there is only a name.
+        """
+        if self.event is not None:
+            return subscription.arguments_from(self.event)
+        if subscription.event == EVERYTHING:
+            return [self.as_event()], {}
+        if subscription.wants_event:
+            raise TypeError(
+                f"it listens to the class of '{self.name}' and needs an event object, but the "
+                "event was emitted by name"
+            )
+        count, names = subscription.takes.fit(len(self.args), tuple(self.kwargs))
+        return self.args[:count], {name: self.kwargs[name] for name in names}
+
+
+async def invoke(subscription: Subscription, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+    """Call a handler to its end: a plain function on a worker thread, unless it wants otherwise."""
+    if subscription.threaded:
+        result = await asyncio.to_thread(subscription.handler, *args, **kwargs)
+    else:
+        result = subscription.handler(*args, **kwargs)
+    if result is not None and inspect.isawaitable(result):
+        await result
+
+
+def is_handler_failure(failure: BaseException) -> bool:
+    """Tell what a handler did wrong from what is done to its caller."""
+    if isinstance(failure, asyncio.CancelledError):
+        task = asyncio.current_task()
+        return task is None or task.cancelling() == 0
+    return isinstance(failure, Exception)

@@ -1,0 +1,287 @@
+"""Durable rows: written with the change they tell of, claimed by relays, retried, buried.
+
+A row stands for one event and one durable subscription. It is there if and only if the change is,
+because both are written in one transaction; it goes when the handler has succeeded.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+from tortoise.backends.base.client import BaseDBAsyncClient
+from tortoise.expressions import F
+
+from tortoise_auth.database import notify
+from tortoise_auth.events.catalog import Event, UserEvent
+from tortoise_auth.events.subscription import Subscription
+from tortoise_auth.models import OutboxEntry
+
+CHANNEL = "tortoise_auth_outbox"
+"""On PostgreSQL, relays of other processes are woken through it."""
+
+AFTER_COMMIT = "*after-commit*"
+"""In the place of a subscription: the mark of a background delivery that waits for a commit.
+
+Whether a transaction of the caller was really kept, and the savepoint in it, only the database can
+tell: by whether the mark is there afterwards. No relay claims marks.
+"""
+
+_CLAIM = """
+UPDATE tortoise_auth_outbox
+SET due_at = {lease_ends}, claimed_by = {relay}, attempts = attempts + 1
+WHERE id IN ({chosen})
+RETURNING id, event_id, event_name, subscription, subject_id, payload, attempts
+"""
+
+# Only the first row of each subject, so that the events of one user arrive in order however many
+# relays there are. It decides races, too: a relay with a stale view of the table may leave a row
+# alone for a moment, but never takes a later one first.
+_HEADS = """
+SELECT o.id FROM tortoise_auth_outbox o
+WHERE o.due_at <= {now} AND o.user_table IN ('', {user_table}) AND o.subscription IN ({names})
+AND NOT EXISTS (
+    SELECT 1 FROM tortoise_auth_outbox earlier
+    WHERE earlier.subscription = o.subscription AND earlier.subject_id = o.subject_id
+    AND earlier.user_table = o.user_table
+    AND earlier.due_at IS NOT NULL AND earlier.id < o.id
+)
+ORDER BY o.id LIMIT {limit} {skip_locked}
+"""
+
+# The rows behind heads that this relay holds: nobody else can claim those meanwhile.
+_FOLLOWERS = """
+SELECT o.id FROM tortoise_auth_outbox o JOIN tortoise_auth_outbox head
+ON head.subscription = o.subscription AND head.subject_id = o.subject_id
+AND head.user_table = o.user_table AND head.id < o.id
+WHERE head.id IN ({heads}) AND o.due_at <= {now}
+ORDER BY o.id LIMIT {limit}
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Claimed:
+    """A row that a relay has claimed and must deliver before its lease ends."""
+
+    id: int
+    event_id: UUID
+    event_name: str
+    subscription: str
+    subject_id: str | None
+    payload: Mapping[str, Any]
+    attempts: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutboxStatus:
+    """The outbox in numbers, for people and monitors.
+
+    Attributes:
+        waiting: Rows to be delivered, due or backing off or claimed.
+        due: Those of them that a relay could claim now.
+        dead: Dead letters.
+        oldest_waiting: Seconds since the oldest waiting row was written; 0 if there is none.
+        subscriptions: Waiting rows by name of subscription.
+    """
+
+    waiting: int
+    due: int
+    dead: int
+    oldest_waiting: float
+    subscriptions: Mapping[str, int]
+
+
+async def write(
+    connection: BaseDBAsyncClient,
+    event: Event,
+    subscriptions: Sequence[Subscription],
+    at: datetime,
+) -> None:
+    """Write a row for each durable subscription, in the transaction of *connection*."""
+    if not subscriptions:
+        return
+    await OutboxEntry.bulk_create(
+        [_entry(event, each.name, at, due_at=at) for each in subscriptions], using_db=connection
+    )
+    await notify(connection, CHANNEL)
+
+
+async def mark(connection: BaseDBAsyncClient, event: Event, at: datetime) -> int:
+    """Leave a mark in the transaction of *connection*; return its id, for `take_mark`."""
+    entry = _entry(event, AFTER_COMMIT, at, due_at=None)
+    await entry.save(using_db=connection)
+    return int(entry.id)
+
+
+async def take_mark(connection: BaseDBAsyncClient, mark_id: int) -> bool:
+    """Remove a mark; false if it is not there, because the transaction was not kept."""
+    return bool(await OutboxEntry.filter(id=mark_id).using_db(connection).delete())
+
+
+async def claim(
+    connection: BaseDBAsyncClient,
+    *,
+    relay: str,
+    subscriptions: Sequence[str],
+    user_table: str,
+    now: datetime,
+    lease_ends: datetime,
+    limit: int,
+) -> list[Claimed]:
+    """Take due rows of known subscriptions for one relay alone, each step one statement.
+
+    Returns:
+        Up to *limit* rows, oldest first. Those of one subscription and subject must be delivered
+        one after the other.
+    """
+    if not subscriptions:
+        return []
+    lease = {"lease_ends": lease_ends, "relay": relay, "now": now}
+    heads = await _claim(
+        connection,
+        _HEADS,
+        {**lease, "user_table": user_table, "names": list(subscriptions), "limit": limit},
+    )
+    with_subject = [row.id for row in heads if row.subject_id is not None]
+    if not with_subject or len(heads) >= limit:
+        return heads
+    followers = await _claim(
+        connection,
+        _FOLLOWERS,
+        {
+            "lease_ends": lease_ends,
+            "relay": relay,
+            "heads": with_subject,
+            "now": now,
+            "limit": limit - len(heads),
+        },
+    )
+    return sorted([*heads, *followers], key=lambda row: row.id)
+
+
+async def release(
+    connection: BaseDBAsyncClient, rows: Sequence[Claimed], relay: str, now: datetime
+) -> None:
+    """Give rows back that were claimed but not attempted."""
+    if rows:
+        mine = OutboxEntry.filter(id__in=[row.id for row in rows], claimed_by=relay)
+        await mine.using_db(connection).update(due_at=now, attempts=F("attempts") - 1)
+
+
+async def done(connection: BaseDBAsyncClient, rows: Sequence[Claimed], relay: str) -> None:
+    """Remove delivered rows, but those that another relay has claimed since."""
+    if rows:
+        ids = [row.id for row in rows]
+        await OutboxEntry.filter(id__in=ids, claimed_by=relay).using_db(connection).delete()
+
+
+async def postpone(
+    connection: BaseDBAsyncClient, row: Claimed, relay: str, *, due_at: datetime, error: str
+) -> None:
+    """Let a row that failed be claimed again at *due_at*."""
+    mine = OutboxEntry.filter(id=row.id, claimed_by=relay).using_db(connection)
+    await mine.update(due_at=due_at, last_error=error)
+
+
+async def bury(
+    connection: BaseDBAsyncClient, row: Claimed, relay: str, *, at: datetime, error: str
+) -> None:
+    """Make a dead letter of a row: kept, visible, delivered no more until somebody says so."""
+    mine = OutboxEntry.filter(id=row.id, claimed_by=relay).using_db(connection)
+    await mine.update(due_at=None, dead_at=at, last_error=error)
+
+
+async def status(connection: BaseDBAsyncClient, now: datetime) -> OutboxStatus:
+    """Count what is there."""
+    waiting = OutboxEntry.filter(due_at__isnull=False).using_db(connection)
+    by_name: dict[str, int] = {}
+    for name in await waiting.values_list("subscription", flat=True):
+        by_name[str(name)] = by_name.get(str(name), 0) + 1
+    oldest = await waiting.order_by("created_at").first()
+    return OutboxStatus(
+        waiting=sum(by_name.values()),
+        due=await waiting.filter(due_at__lte=now).count(),
+        dead=await OutboxEntry.filter(dead_at__isnull=False).using_db(connection).count(),
+        oldest_waiting=max(0.0, (now - oldest.created_at).total_seconds()) if oldest else 0.0,
+        subscriptions=by_name,
+    )
+
+
+async def entries(
+    connection: BaseDBAsyncClient, *, dead: bool = False, limit: int = 100
+) -> list[OutboxEntry]:
+    """Return rows, oldest first: those that wait, or the dead letters."""
+    which = {"dead_at__isnull": False} if dead else {"due_at__isnull": False}
+    return await OutboxEntry.filter(**which).using_db(connection).order_by("id").limit(limit)
+
+
+async def retry(connection: BaseDBAsyncClient, ids: Sequence[int], now: datetime) -> int:
+    """Give dead letters, or rows that back off, a new start; return how many there were."""
+    rows = OutboxEntry.filter(id__in=list(ids)).exclude(subscription=AFTER_COMMIT)
+    changed = await rows.using_db(connection).update(
+        due_at=now, dead_at=None, attempts=0, claimed_by=None
+    )
+    await notify(connection, CHANNEL)
+    return changed
+
+
+async def purge(connection: BaseDBAsyncClient, *, before: datetime) -> int:
+    """Delete dead letters, and marks that a crash left behind, from before a time."""
+    dead = OutboxEntry.filter(dead_at__isnull=False, dead_at__lt=before)
+    left = OutboxEntry.filter(subscription=AFTER_COMMIT, created_at__lt=before)
+    return await dead.using_db(connection).delete() + await left.using_db(connection).delete()
+
+
+def _entry(
+    event: Event, subscription: str, at: datetime, *, due_at: datetime | None
+) -> OutboxEntry:
+    user = event.user if isinstance(event, UserEvent) else None
+    return OutboxEntry(
+        event_id=event.id,
+        event_name=event.name,
+        subscription=subscription,
+        user_table=user._meta.db_table if user is not None else "",
+        subject_id=event.subject_id,
+        payload=event.to_dict(),
+        created_at=at,
+        due_at=due_at,
+    )
+
+
+async def _claim(
+    connection: BaseDBAsyncClient, chosen: str, values: Mapping[str, Any]
+) -> list[Claimed]:
+    """Run a claim, with the placeholders of the dialect in the order in which they stand in it."""
+    postgres = connection.capabilities.dialect == "postgres"
+    given: list[Any] = []
+
+    def place(value: object) -> str:
+        given.append(value)
+        return f"${len(given)}" if postgres else "?"
+
+    marks = {
+        name: ", ".join(map(place, value)) if isinstance(value, list) else place(value)
+        for name, value in values.items()
+    }
+    marks["skip_locked"] = "FOR UPDATE OF o SKIP LOCKED" if postgres else ""
+    statement = _CLAIM.format(**marks, chosen=chosen.format(**marks))
+    rows = await connection.execute_query_dict(statement, given)
+    return sorted((_claimed(row) for row in rows), key=lambda row: row.id)
+
+
+def _claimed(row: Mapping[str, Any]) -> Claimed:
+    payload = row["payload"]
+    event_id = row["event_id"]
+    return Claimed(
+        id=row["id"],
+        event_id=event_id if isinstance(event_id, UUID) else UUID(event_id),
+        event_name=row["event_name"],
+        subscription=row["subscription"],
+        subject_id=row["subject_id"],
+        payload=json.loads(payload) if isinstance(payload, str) else payload,
+        attempts=row["attempts"],
+    )

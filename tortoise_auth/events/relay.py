@@ -1,0 +1,312 @@
+"""Carries due outbox rows to their handlers: at least once, in order per user, however many relays."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import secrets
+import socket
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from types import TracebackType
+from typing import Generic, Self
+
+from tortoise.backends.base.client import BaseDBAsyncClient
+
+from tortoise_auth.clock import Clock, utc_now
+from tortoise_auth.database import (
+    Listener,
+    connection_for,
+    context_outside_transactions,
+    root_of,
+)
+from tortoise_auth.events import outbox
+from tortoise_auth.events.catalog import Event, UserEvent, UserT
+from tortoise_auth.events.dispatch import EventEmitter
+from tortoise_auth.events.outbox import Claimed
+from tortoise_auth.events.subscription import Subscription
+from tortoise_auth.exceptions import EventError, describe
+from tortoise_auth.models import OutboxEntry, primary_key
+
+logger = logging.getLogger("tortoise_auth.relay")
+
+_MAX_ERROR_LENGTH = 2000
+
+
+class UserGoneError(LookupError):
+    """The handler needs the user of the event, and the account was deleted meanwhile."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RelaySettings:
+    """How a relay works.
+
+    Attributes:
+        batch_size: Rows claimed at once.
+        concurrency: Users whose rows are delivered at the same time.
+        max_attempts: Failures after which a row becomes a dead letter.
+        lease: How long a claimed row is left alone by other relays. A handler that takes longer
+            has failed; a relay that was killed gives its rows back after it.
+        backoff: The pause after the first failure; it doubles with each, with jitter.
+        max_backoff: The longest pause.
+        poll_interval: How often to look without being woken.
+        stop_timeout: How long running handlers may go on when the relay stops.
+
+    Raises:
+        ValueError: A number or duration is not positive.
+    """
+
+    batch_size: int = 100
+    concurrency: int = 10
+    max_attempts: int = 10
+    lease: timedelta = timedelta(seconds=60)
+    backoff: timedelta = timedelta(seconds=1)
+    max_backoff: timedelta = timedelta(hours=1)
+    poll_interval: timedelta = timedelta(seconds=1)
+    stop_timeout: timedelta = timedelta(seconds=10)
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "concurrency", "max_attempts"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"relay: {name} must be at least 1")
+        for name in ("lease", "backoff", "max_backoff", "poll_interval", "stop_timeout"):
+            if getattr(self, name) <= timedelta(0):
+                raise ValueError(f"relay: {name} must be a positive timedelta")
+
+
+class Relay(Generic[UserT]):
+    """Delivers outbox rows to the durable subscriptions of one emitter.
+
+    Example::
+
+        async with auth.relay():       # in the lifespan of the app
+            yield
+
+        delivered = await auth.relay().drain()
+
+    Rows whose subscription this program does not know stay in the table, for the relay that does.
+
+    Args:
+        emitter: Whose durable subscriptions are served.
+        user_model: Reloaded for handlers by ``event.subject_id``.
+        settings: How it works.
+        clock: The time.
+    """
+
+    def __init__(
+        self,
+        emitter: EventEmitter,
+        user_model: type[UserT],
+        settings: RelaySettings | None = None,
+        *,
+        clock: Clock = utc_now,
+    ) -> None:
+        self.settings = settings or RelaySettings()
+        self.name = f"{socket.gethostname()[:64]}:{os.getpid()}:{secrets.token_hex(4)}"
+        self._emitter = emitter
+        self._user_model = user_model
+        self._clock = clock
+        self._woken = asyncio.Event()
+        self._stopping = False
+        self._task: asyncio.Task[None] | None = None
+
+    async def drain(self) -> int:
+        """Deliver everything that is due now; return how many rows were delivered."""
+        delivered = 0
+        while True:
+            claimed, succeeded = await self._deliver_batch()
+            delivered += succeeded
+            if not claimed:
+                return delivered
+
+    async def run(self) -> None:
+        """Deliver until `stop` is called; survive a database that is down."""
+        loop = asyncio.get_running_loop()
+
+        def wake() -> None:
+            loop.call_soon_threadsafe(self._woken.set)
+
+        self._emitter.relays.add(wake)
+        failures = 0
+        try:
+            async with Listener(connection_for(OutboxEntry), outbox.CHANNEL, wake):
+                while not self._stopping:
+                    self._woken.clear()
+                    try:
+                        claimed, _ = await self._deliver_batch()
+                        failures = 0
+                    except Exception:  # the database is down or restarts: so does everything else
+                        logger.exception("Relay %s could not work; it will try again", self.name)
+                        claimed, failures = 0, failures + 1
+                    if not claimed:
+                        await self._pause(failures)
+        finally:
+            self._emitter.relays.discard(wake)
+
+    def stop(self) -> None:
+        """Claim no more rows; `run` returns when the running handlers have."""
+        self._stopping = True
+        self._woken.set()
+
+    async def __aenter__(self) -> Self:
+        """Run in the background of this program."""
+        self._stopping = False
+        self._task = asyncio.get_running_loop().create_task(
+            self.run(), name=f"relay {self.name}", context=context_outside_transactions()
+        )
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Stop within ``stop_timeout``; rows under way are left to their lease."""
+        task, self._task = self._task, None
+        if task is None:
+            return
+        self.stop()
+        await asyncio.wait([task], timeout=self.settings.stop_timeout.total_seconds())
+        if not task.done():
+            logger.warning(
+                "Relay %s stopped with handlers running; their rows will come again", self.name
+            )
+            task.cancel()
+            await asyncio.wait([task], timeout=1)
+
+    async def _pause(self, failures: int) -> None:
+        seconds = self.settings.poll_interval.total_seconds() * min(2**failures, 30)
+        try:
+            async with asyncio.timeout(seconds):
+                await self._woken.wait()
+        except TimeoutError:
+            return
+
+    async def _deliver_batch(self) -> tuple[int, int]:
+        """Claim some rows and deliver them; return how many were claimed and how many succeeded."""
+        connection = root_of(connection_for(OutboxEntry))
+        known = {
+            each.name: each
+            for event in self._emitter.events()
+            for each in self._emitter.subscriptions(event, "durable")
+        }
+        now = self._clock()
+        rows = await outbox.claim(
+            connection,
+            relay=self.name,
+            subscriptions=sorted(known),
+            user_table=self._user_model._meta.db_table,
+            now=now,
+            lease_ends=now + self.settings.lease,
+            limit=self.settings.batch_size,
+        )
+        if not rows:
+            return 0, 0
+        batch = _Batch(self, connection, known, await self._users_of(rows, connection))
+        return len(rows), await batch.deliver(rows)
+
+    async def _users_of(
+        self, rows: Sequence[Claimed], connection: BaseDBAsyncClient
+    ) -> dict[str, UserT]:
+        ids = {row.subject_id for row in rows if row.subject_id is not None}
+        keys = [key for each in ids if (key := primary_key(self._user_model, each)) is not None]
+        users = await self._user_model.filter(pk__in=keys).using_db(connection) if keys else []
+        return {str(user.pk): user for user in users}
+
+
+class _Batch(Generic[UserT]):
+    """Rows that one relay claimed together."""
+
+    def __init__(
+        self,
+        relay: Relay[UserT],
+        connection: BaseDBAsyncClient,
+        known: Mapping[str, Subscription],
+        users: Mapping[str, UserT],
+    ) -> None:
+        self._relay = relay
+        self._settings = relay.settings
+        self._connection = connection
+        self._known = known
+        self._users = users
+        loop = asyncio.get_running_loop()
+        self._ends = loop.time() + self._settings.lease.total_seconds()
+        self._places = asyncio.Semaphore(self._settings.concurrency)
+
+    async def deliver(self, rows: Sequence[Claimed]) -> int:
+        """Deliver *rows*, those of one subscription and subject one by one; return the successes."""
+        queues: dict[object, list[Claimed]] = {}
+        for row in rows:
+            queue = row.id if row.subject_id is None else (row.subscription, row.subject_id)
+            queues.setdefault(queue, []).append(row)
+        outcomes = await asyncio.gather(*(self._deliver_in_order(each) for each in queues.values()))
+        delivered = [row for each in outcomes for row in each]
+        await outbox.done(self._connection, delivered, self._relay.name)
+        return len(delivered)
+
+    async def _deliver_in_order(self, rows: Sequence[Claimed]) -> list[Claimed]:
+        """Deliver rows until one fails; give the rest back, which wait behind it."""
+        async with self._places:
+            for position, row in enumerate(rows):
+                try:
+                    await self._within_the_lease(row)
+                except Exception as failure:  # noqa: BLE001 - of whatever kind, it is retried, then buried
+                    await self._failed(row, failure)
+                    now, rest = self._relay._clock(), rows[position + 1 :]
+                    await outbox.release(self._connection, rest, self._relay.name, now)
+                    return list(rows[:position])
+        return list(rows)
+
+    async def _within_the_lease(self, row: Claimed) -> None:
+        left = self._ends - asyncio.get_running_loop().time()
+        if left <= 0:
+            raise TimeoutError("the lease ended before its turn came")
+        task = asyncio.ensure_future(self._call(row))
+        try:
+            done, _ = await asyncio.wait([task], timeout=left)
+        except asyncio.CancelledError:
+            task.cancel()
+            raise
+        if not done:
+            task.cancel()  # and not awaited: a handler may refuse to be cancelled
+            raise TimeoutError(f"took longer than the lease of {self._settings.lease}")
+        await task
+
+    async def _call(self, row: Claimed) -> None:
+        subscription = self._known[row.subscription]
+        event = Event.from_dict(row.payload)
+        if isinstance(event, UserEvent):
+            user = self._users.get(row.subject_id or "")
+            if user is None and subscription.requires_user(type(event)):
+                raise UserGoneError(f"the user {row.subject_id} was deleted")
+            event = replace(event, user=user)
+        await self._relay._emitter.call(event, subscription)
+
+    async def _failed(self, row: Claimed, failure: Exception) -> None:
+        cause = failure.original if isinstance(failure, EventError) else failure
+        error = f"{type(cause).__name__}: {describe(cause)}"[:_MAX_ERROR_LENGTH].replace("\0", "?")
+        now, relay = self._relay._clock(), self._relay.name
+        if isinstance(failure, UserGoneError) or row.attempts >= self._settings.max_attempts:
+            logger.error(
+                "Outbox row %s (%s for %s) is a dead letter after %s attempts: %r",
+                *(row.id, row.event_name, row.subscription, row.attempts, error),
+            )
+            await outbox.bury(self._connection, row, relay, at=now, error=error)
+        else:
+            logger.warning(
+                "Outbox row %s (%s for %s) failed, attempt %s: %r",
+                *(row.id, row.event_name, row.subscription, row.attempts, error),
+            )
+            due_at = now + self._pause_after(row.attempts)
+            await outbox.postpone(self._connection, row, relay, due_at=due_at, error=error)
+
+    def _pause_after(self, attempts: int) -> timedelta:
+        """Return the back-off: doubled with each attempt, bounded, and spread by up to half."""
+        longest = self._settings.max_backoff
+        pause = longest
+        if attempts < 32:  # beyond that the product would overflow
+            pause = min(self._settings.backoff * (1 << (attempts - 1)), longest)
+        return pause * (1 - secrets.SystemRandom().random() / 2)
