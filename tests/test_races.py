@@ -1,0 +1,591 @@
+"""Two calls at the same time, on PostgreSQL, each order of their commits forced.
+
+SQLite runs one transaction after the other and would hide every race.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextvars import ContextVar
+from datetime import timedelta
+from typing import Any, TypeAlias
+
+import asyncpg
+import pytest
+from passlib.hash import pbkdf2_sha256
+from tortoise.backends.asyncpg.client import TransactionWrapper
+from tortoise.context import TortoiseContext
+
+from tests.app import User
+from tests.conftest import PASSWORD, POSTGRES_URL, SECRET, needs_postgres
+from tests.probes import EMAIL, NEW_PASSWORD, assert_goes_on, assert_over, connection_of, log_in
+from tortoise_auth import (
+    AuthConfig,
+    AuthenticationError,
+    AuthResult,
+    AuthService,
+    EventEmitter,
+    Revocation,
+    TortoiseAuthError,
+)
+from tortoise_auth.events import (
+    PasswordChanged,
+    RefreshTokenReused,
+    SessionRefreshed,
+    SessionRevoked,
+    UserDeactivated,
+    UserLogin,
+    UserLogout,
+)
+from tortoise_auth.exceptions import (
+    IdentifierTakenError,
+    TokenReusedError,
+    TokenRevokedError,
+)
+from tortoise_auth.sessions import Sessions
+from tortoise_auth.testing import Captured, FakeClock, capture
+
+pytestmark = needs_postgres
+
+OTHER_PASSWORD = "another donkey charger"
+CALLERS = 20
+LIMIT = 20
+"""Seconds after which a race that does not come about is a failure."""
+
+Call: TypeAlias = Callable[[], Awaitable[object]]
+
+holds_its_commit: ContextVar[bool] = ContextVar("holds_its_commit", default=False)
+
+
+@pytest.fixture(autouse=True)
+def events(emitter: EventEmitter) -> Iterator[Captured]:
+    with capture(emitter) as captured:
+        yield captured
+
+
+@pytest.fixture
+async def ada(postgres: TortoiseContext) -> User:
+    return await User.create_user(email=EMAIL, password=PASSWORD)
+
+
+@pytest.fixture
+async def session(auth: AuthService[User], ada: User) -> AuthResult[User]:
+    return await log_in(auth)
+
+
+class Database:
+    """A connection of its own to the database of the test, which sees only what is committed."""
+
+    def __init__(self, connection: asyncpg.Connection) -> None:
+        self._connection = connection
+
+    async def value(self, sql: str, *arguments: object) -> Any:
+        """Return the only value that a query gives."""
+        return await self._connection.fetchval(sql, *arguments)
+
+    async def until_somebody_waits_for(self, process: int) -> None:
+        """Return when another connection waits for a lock that *process* holds."""
+        waits = "SELECT count(*) FROM pg_stat_activity WHERE $1 = ANY(pg_blocking_pids(pid))"
+        async with asyncio.timeout(LIMIT):
+            while not await self.value(waits, process):
+                pass
+
+    async def assert_events_equal_changes(self, events: Captured) -> None:
+        """Everything in the tables was told, and nothing else."""
+        ended = len(events.of(SessionRevoked)) + len(events.of(RefreshTokenReused))
+        ended += sum(event.sessions_ended for event in events.of(UserLogout))
+        ended += sum(event.sessions_ended for event in events.of(PasswordChanged))
+        ended += sum(event.sessions_ended for event in events.of(UserDeactivated))
+        raised = len(events.of(PasswordChanged)) + len(events.of(UserDeactivated))
+        table = "FROM tortoise_auth_session"
+        assert await self.value(f"SELECT count(*) {table}") == len(events.of(UserLogin))
+        assert await self.value(f"SELECT count(revoked_at) {table}") == ended
+        assert await self.value(f"SELECT coalesce(sum(generation), 0) {table}") == len(
+            events.of(SessionRefreshed)
+        )
+        assert await self.value("SELECT max(session_version) FROM app_user") == raised
+
+    async def live_sessions(self) -> int:
+        """Return how many sessions are not over."""
+        sql = """
+            SELECT count(*) FROM tortoise_auth_session s JOIN app_user u ON u.id::text = s.user_id
+            WHERE s.revoked_at IS NULL AND u.is_active AND u.session_version = s.session_version
+        """
+        return int(await self.value(sql))
+
+
+@pytest.fixture
+async def fresh(postgres: TortoiseContext) -> AsyncIterator[Database]:
+    rows = await connection_of(postgres).execute_query_dict("SELECT current_schema() AS name")
+    connection = await asyncpg.connect(
+        POSTGRES_URL, server_settings={"search_path": rows[0]["name"]}
+    )
+    try:
+        yield Database(connection)
+    finally:
+        await connection.close()
+
+
+async def outcome(call: Call) -> object:
+    """Return what *call* returns or raises."""
+    try:
+        return await call()
+    except TortoiseAuthError as error:
+        return error
+
+
+async def overlap(
+    monkeypatch: pytest.MonkeyPatch, fresh: Database, first: Call, second: Call
+) -> tuple[Any, Any]:
+    """Let *second* read what was there before *first*, and commit after it.
+
+    *first* writes and stops in front of its COMMIT. *second* starts, reads the old state, and comes
+    to wait for a row that *first* has locked. Then *first* commits.
+    """
+    loop = asyncio.get_running_loop()
+    holder: asyncio.Future[int] = loop.create_future()
+    go = asyncio.Event()
+    commit = TransactionWrapper.commit
+
+    async def commit_when_told(self: TransactionWrapper) -> None:
+        if holds_its_commit.get() and not holder.done():
+            holder.set_result(self._connection.get_server_pid())
+            await go.wait()
+        await commit(self)
+
+    async def run_first() -> object:
+        holds_its_commit.set(True)
+        return await outcome(first)
+
+    monkeypatch.setattr(TransactionWrapper, "commit", commit_when_told)
+    async with asyncio.timeout(LIMIT):
+        one = loop.create_task(run_first())
+        process = await holder
+        two = loop.create_task(outcome(second))
+        await fresh.until_somebody_waits_for(process)
+        go.set()
+        return await one, await two
+
+
+ENDERS = ["logout_access", "logout_refresh", "logout_all", "set_password", "deactivate", "revoke"]
+
+
+def ender_of(auth: AuthService[User], ada: User, session: AuthResult[User], name: str) -> Call:
+    """Return a call that ends *session*."""
+    enders: dict[str, Call] = {
+        "logout_access": lambda: auth.logout(session.access_token),
+        "logout_refresh": lambda: auth.logout(session.refresh_token),
+        "logout_all": lambda: auth.logout_all(ada),
+        "set_password": lambda: auth.set_password(ada, NEW_PASSWORD),
+        "deactivate": lambda: auth.deactivate(ada),
+        "revoke": lambda: auth.revoke_session(session.session.id),
+    }
+    return enders[name]
+
+
+class TestRefreshAndEnd:
+    @pytest.mark.parametrize("ender", ENDERS)
+    async def test_refresh_commits_first(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        fresh: Database,
+        auth: AuthService[User],
+        ada: User,
+        session: AuthResult[User],
+        events: Captured,
+        ender: str,
+    ) -> None:
+        """The tokens of a refresh that came first are dead when the call that ends returns."""
+        refreshed, ended = await overlap(
+            monkeypatch,
+            fresh,
+            lambda: auth.refresh(session.refresh_token),
+            ender_of(auth, ada, session, ender),
+        )
+        assert isinstance(refreshed, AuthResult)
+        assert not isinstance(ended, Exception)
+        assert await fresh.live_sessions() == 0
+        await fresh.assert_events_equal_changes(events)
+        await assert_over(auth, refreshed)
+
+    @pytest.mark.parametrize("ender", ENDERS)
+    async def test_end_commits_first(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        fresh: Database,
+        auth: AuthService[User],
+        ada: User,
+        session: AuthResult[User],
+        events: Captured,
+        ender: str,
+    ) -> None:
+        """A refresh that had seen the session alive gets no tokens, and no alarm sounds."""
+        ended, refused = await overlap(
+            monkeypatch,
+            fresh,
+            ender_of(auth, ada, session, ender),
+            lambda: auth.refresh(session.refresh_token),
+        )
+        assert not isinstance(ended, Exception)
+        assert type(refused) is TokenRevokedError
+        assert await fresh.live_sessions() == 0
+        assert "refresh_token_reused" not in events.names
+        await fresh.assert_events_equal_changes(events)
+
+    @pytest.mark.parametrize("order", ["refresh", "set_password"])
+    async def test_kept_session_goes_on(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        fresh: Database,
+        auth: AuthService[User],
+        ada: User,
+        session: AuthResult[User],
+        events: Captured,
+        order: str,
+    ) -> None:
+        """A session that a password change keeps survives a refresh at the same time."""
+        calls: dict[str, Call] = {
+            "refresh": lambda: auth.refresh(session.refresh_token),
+            "set_password": lambda: auth.set_password(ada, NEW_PASSWORD, keep=session.session),
+        }
+        first = calls.pop(order)
+        outcomes = await overlap(monkeypatch, fresh, first, *calls.values())
+        (refreshed,) = [result for result in outcomes if result is not None]
+        await assert_goes_on(auth, refreshed)
+        assert await fresh.live_sessions() == 1
+        await fresh.assert_events_equal_changes(events)
+
+
+class TestManyRefreshes:
+    async def test_one_wins(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        fresh: Database,
+        auth: AuthService[User],
+        session: AuthResult[User],
+        events: Captured,
+    ) -> None:
+        """Of twenty who all saw the token unspent one gets tokens; the alarm sounds once."""
+        other = await log_in(auth)
+        meet(monkeypatch, Sessions, "find_by_refresh_token", CALLERS)
+        async with asyncio.timeout(LIMIT):
+            outcomes = await asyncio.gather(
+                *(outcome(lambda: auth.refresh(session.refresh_token)) for _ in range(CALLERS))
+            )
+        (won,) = [result for result in outcomes if isinstance(result, AuthResult)]
+        refused = [result for result in outcomes if result is not won]
+        assert {type(error) for error in refused} == {TokenReusedError}
+        assert len(refused) == CALLERS - 1
+        assert events.names.count("refresh_token_reused") == 1
+        assert events.names.count("session_refreshed") == 1
+        await fresh.assert_events_equal_changes(events)
+        assert await fresh.live_sessions() == 1
+        await assert_over(auth, won)
+        await assert_goes_on(auth, other)
+
+    async def test_all_of_two_within_the_grace(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        fresh: Database,
+        ada: User,
+        clock: FakeClock,
+        events: Captured,
+    ) -> None:
+        """Where the host allows it, both of two get tokens, and nobody is alarmed."""
+        config = AuthConfig(secret=SECRET, refresh_reuse_grace=timedelta(seconds=10))
+        auth = AuthService(User, config, clock=clock)
+        session = await log_in(auth)
+        first, second = await overlap(
+            monkeypatch,
+            fresh,
+            lambda: auth.refresh(session.refresh_token),
+            lambda: auth.refresh(session.refresh_token),
+        )
+        for result in (first, second):
+            assert await auth.authenticate(result.access_token) == ada
+        await assert_goes_on(auth, second)
+        assert "refresh_token_reused" not in events.names
+        await fresh.assert_events_equal_changes(events)
+
+    async def test_replays_sound_one_alarm(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        fresh: Database,
+        auth: AuthService[User],
+        session: AuthResult[User],
+        events: Captured,
+    ) -> None:
+        """However many replay a spent token at the same time, the session ends once."""
+        newest = await auth.refresh(session.refresh_token)
+        meet(monkeypatch, Sessions, "find_by_refresh_token", CALLERS)
+        async with asyncio.timeout(LIMIT):
+            outcomes = await asyncio.gather(
+                *(outcome(lambda: auth.refresh(session.refresh_token)) for _ in range(CALLERS))
+            )
+        assert {type(error) for error in outcomes} == {TokenReusedError}
+        assert events.names.count("refresh_token_reused") == 1
+        await fresh.assert_events_equal_changes(events)
+        await assert_over(auth, newest)
+
+
+class TestOneEnd:
+    @pytest.mark.parametrize("second", ENDERS)
+    @pytest.mark.parametrize("first", [*ENDERS, "reuse"])
+    async def test_is_told_once(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        fresh: Database,
+        auth: AuthService[User],
+        ada: User,
+        session: AuthResult[User],
+        events: Captured,
+        first: str,
+        second: str,
+    ) -> None:
+        """Of two calls that both saw a session alive one ends it, and the other does not say so."""
+        newest = await auth.refresh(session.refresh_token)
+        calls: dict[str, Call] = {
+            name: ender_of(auth, ada, newest, name) for name in {first, second} - {"reuse"}
+        }
+        calls["reuse"] = lambda: auth.refresh(session.refresh_token)
+        one, two = await overlap(monkeypatch, fresh, calls[first], calls[second])
+        if isinstance(one, Revocation):
+            assert one.sessions == 1
+        else:
+            assert one is None or type(one) is TokenReusedError
+        if isinstance(two, Revocation):
+            assert two.sessions == 0
+        await fresh.assert_events_equal_changes(events)
+        await assert_over(auth, newest)
+
+
+class TestLoginAndEnd:
+    @pytest.mark.parametrize("ender", ["set_password", "deactivate"])
+    async def test_login_commits_first(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        fresh: Database,
+        auth: AuthService[User],
+        ada: User,
+        session: AuthResult[User],
+        events: Captured,
+        ender: str,
+    ) -> None:
+        """A session that was opened meanwhile ends with the others."""
+        other = await User.get(pk=ada.pk)
+        result, ended = await overlap(
+            monkeypatch, fresh, lambda: log_in(auth), ender_of(auth, other, session, ender)
+        )
+        assert isinstance(result, AuthResult)
+        assert not isinstance(ended, Exception)
+        assert await fresh.live_sessions() == 0
+        await fresh.assert_events_equal_changes(events)
+        await assert_over(auth, result)
+
+    @pytest.mark.parametrize("ender", ["set_password", "deactivate"])
+    async def test_end_commits_first(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        fresh: Database,
+        auth: AuthService[User],
+        ada: User,
+        session: AuthResult[User],
+        events: Captured,
+        ender: str,
+    ) -> None:
+        """A password that was right when it was read opens nothing any more."""
+        ended, refused = await overlap(
+            monkeypatch, fresh, ender_of(auth, ada, session, ender), lambda: log_in(auth)
+        )
+        assert not isinstance(ended, Exception)
+        assert type(refused) is AuthenticationError
+        assert await fresh.live_sessions() == 0
+        await fresh.assert_events_equal_changes(events)
+
+
+class TestRehash:
+    @pytest.fixture
+    async def ada(self, ada: User) -> User:
+        """An account whose hash is of an older scheme."""
+        ada.password = pbkdf2_sha256.using(rounds=10).hash(PASSWORD)
+        await ada.save(update_fields=["password"])
+        return ada
+
+    @pytest.mark.parametrize("check", ["login", "check_password"])
+    @pytest.mark.parametrize("order", ["rehash", "set_password"])
+    async def test_never_replaces_a_new_password(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        fresh: Database,
+        auth: AuthService[User],
+        ada: User,
+        events: Captured,
+        check: str,
+        order: str,
+    ) -> None:
+        """Whoever commits first, the new password stays and the old one is gone."""
+        other = await User.get(pk=ada.pk)
+        calls: dict[str, Call] = {
+            "rehash": {
+                "login": lambda: log_in(auth),
+                "check_password": lambda: other.check_password(PASSWORD),
+            }[check],
+            "set_password": lambda: auth.set_password(ada, NEW_PASSWORD),
+        }
+        first = calls.pop(order)
+        await overlap(monkeypatch, fresh, first, *calls.values())
+
+        stored = await User.get(pk=ada.pk)
+        assert await stored.check_password(NEW_PASSWORD)
+        assert not await stored.check_password(PASSWORD)
+        assert ada.password == stored.password
+        assert ("password_rehashed" in events.names) == (order == "rehash")
+        assert await fresh.live_sessions() == 0
+        await fresh.assert_events_equal_changes(events)
+
+    async def test_happens_once(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        fresh: Database,
+        auth: AuthService[User],
+        ada: User,
+        events: Captured,
+    ) -> None:
+        """Of two logins one replaces the hash, and both succeed."""
+        results = await overlap(monkeypatch, fresh, lambda: log_in(auth), lambda: log_in(auth))
+        for result in results:
+            await assert_goes_on(auth, result)
+        assert events.names.count("password_rehashed") == 1
+        assert await (await User.get(pk=ada.pk)).check_password(PASSWORD)
+        await fresh.assert_events_equal_changes(events)
+
+
+class TestPasswords:
+    async def test_change_and_change(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        fresh: Database,
+        auth: AuthService[User],
+        ada: User,
+        session: AuthResult[User],
+        events: Captured,
+    ) -> None:
+        """Of two who both knew the current password one changes it, and the other is refused."""
+        other = await User.get(pk=ada.pk)
+        before = other.password
+        one, two = await overlap(
+            monkeypatch,
+            fresh,
+            lambda: auth.change_password(ada, PASSWORD, NEW_PASSWORD),
+            lambda: auth.change_password(other, PASSWORD, OTHER_PASSWORD),
+        )
+        assert one is None
+        assert type(two) is AuthenticationError
+        assert other.password == before
+        assert await (await User.get(pk=ada.pk)).check_password(NEW_PASSWORD)
+        assert events.names.count("password_changed") == 1
+        await fresh.assert_events_equal_changes(events)
+
+    async def test_set_and_change(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        fresh: Database,
+        auth: AuthService[User],
+        ada: User,
+        events: Captured,
+    ) -> None:
+        """A reset is not undone by somebody who still knows the password from before it."""
+        other = await User.get(pk=ada.pk)
+        one, two = await overlap(
+            monkeypatch,
+            fresh,
+            lambda: auth.set_password(ada, NEW_PASSWORD),
+            lambda: auth.change_password(other, PASSWORD, OTHER_PASSWORD),
+        )
+        assert one is None
+        assert type(two) is AuthenticationError
+        assert await (await User.get(pk=ada.pk)).check_password(NEW_PASSWORD)
+        await fresh.assert_events_equal_changes(events)
+
+    async def test_set_and_set(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        fresh: Database,
+        auth: AuthService[User],
+        ada: User,
+        events: Captured,
+    ) -> None:
+        """Of two resets the later one holds, and each has ended the sessions of its time."""
+        other = await User.get(pk=ada.pk)
+        await overlap(
+            monkeypatch,
+            fresh,
+            lambda: auth.set_password(ada, NEW_PASSWORD),
+            lambda: auth.set_password(other, OTHER_PASSWORD),
+        )
+        stored = await User.get(pk=ada.pk)
+        assert await stored.check_password(OTHER_PASSWORD)
+        assert (ada.session_version, other.session_version, stored.session_version) == (1, 2, 2)
+        assert events.names.count("password_changed") == 2
+        await fresh.assert_events_equal_changes(events)
+
+
+class TestAccounts:
+    async def test_one_of_two_is_created(
+        self, monkeypatch: pytest.MonkeyPatch, fresh: Database, events: Captured
+    ) -> None:
+        """Two sign-ups with one address make one account."""
+        one, two = await overlap(
+            monkeypatch,
+            fresh,
+            lambda: User.create_user(email=EMAIL, password=PASSWORD),
+            lambda: User.create_user(email=EMAIL.upper(), password=NEW_PASSWORD),
+        )
+        assert isinstance(one, User)
+        assert type(two) is IdentifierTakenError
+        assert await fresh.value("SELECT count(*) FROM app_user") == 1
+        assert events.names == ["user_registered"]
+
+    @pytest.mark.parametrize("method", ["deactivate", "activate"])
+    async def test_is_closed_and_opened_once(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        fresh: Database,
+        auth: AuthService[User],
+        ada: User,
+        events: Captured,
+        method: str,
+    ) -> None:
+        """Of two who close or open an account one does it and tells it."""
+        if method == "activate":
+            await auth.deactivate(ada)
+        events.clear()
+        other = await User.get(pk=ada.pk)
+        await overlap(
+            monkeypatch,
+            fresh,
+            lambda: getattr(auth, method)(ada),
+            lambda: getattr(auth, method)(other),
+        )
+        assert events.names == [f"user_{method}d"]
+        assert await fresh.value("SELECT session_version FROM app_user") == 1
+        assert await fresh.value("SELECT is_active FROM app_user") == (method == "activate")
+
+
+def meet(monkeypatch: pytest.MonkeyPatch, owner: type, method: str, callers: int) -> None:
+    """Let the first *callers* of a method return only when all of them have their answer."""
+    original = getattr(owner, method)
+    barrier = asyncio.Barrier(callers)
+    came = 0
+
+    async def answer_together(*args: object) -> object:
+        nonlocal came
+        came += 1
+        expected = came <= callers
+        answer = await original(*args)
+        if expected:
+            await barrier.wait()
+        return answer
+
+    monkeypatch.setattr(owner, method, answer_together)
