@@ -26,7 +26,7 @@ from tortoise.backends.base.client import (
 )
 from tortoise.connection import get_connections
 from tortoise.context import get_current_context
-from tortoise.exceptions import BaseORMException
+from tortoise.exceptions import BaseORMException, OperationalError, TransactionManagementError
 from tortoise.exceptions import ConfigurationError as TortoiseConfigurationError
 from tortoise.models import Model
 
@@ -102,11 +102,16 @@ class transaction:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        ending = self._commit() if error is None else self._block.__aexit__(kind, error, traceback)
+        ending = self._commit() if error is None else self._roll_back(error)
         try:
             await _uninterrupted(ending, self._context)
         finally:
+            self._opened._finalized = True  # Tortoise forgets to say so when the ending fails
             get_connections().reset(self._token)
+
+    async def _roll_back(self, error: BaseException) -> None:
+        # Not the type of the error: after its own ones Tortoise leaves the transaction open.
+        await self._block.__aexit__(BaseException, error, error.__traceback__)
 
     async def _commit(self) -> None:
         """Commit and leave the block; roll back if the commit fails.
@@ -116,14 +121,27 @@ class transaction:
         """
         if not self.nested:
             try:
+                await self._refuse_if_failed()
                 await self._opened.commit()
             except BaseException as error:
                 with suppress(Exception):
-                    await self._block.__aexit__(type(error), error, error.__traceback__)
+                    await self._roll_back(error)
                 raise
             self.committed = True
         await self._block.__aexit__(None, None, None)
         self.committed = True
+
+    async def _refuse_if_failed(self) -> None:
+        """Raise if a statement failed and somebody passed over it.
+
+        PostgreSQL rolls such a transaction back at its COMMIT, and does not say so.
+        """
+        if self._opened.capabilities.dialect == "postgres":
+            try:
+                await self._opened.execute_script("SELECT 1")
+            except TransactionManagementError as error:
+                # Of its own type it would make Tortoise leave the transaction open.
+                raise OperationalError("A statement failed in this transaction") from error
 
 
 def when_committed(connection: BaseDBAsyncClient, act: Callable[[], object]) -> None:

@@ -12,6 +12,7 @@ from tortoise.exceptions import ValidationError
 from tortoise.models import Model
 
 from tortoise_auth.clock import utc_now
+from tortoise_auth.context import storable
 from tortoise_auth.exceptions import InvalidIdentifierError
 
 MAX_EMAIL_LENGTH = 254
@@ -34,12 +35,10 @@ class UtcDatetimeField(fields.DatetimeField[MomentT]):
 
     def to_python_value(self, value: Any) -> datetime | None:  # noqa: ANN401 - the signature of the base class
         """Return *value*, as the database driver gave it, as aware UTC."""
-        if value is None:
-            return None
-        if not isinstance(value, datetime):
-            value = datetime.fromisoformat(str(value))
-        moment: datetime = value.replace(tzinfo=UTC) if value.tzinfo is None else value
-        return moment.astimezone(UTC)
+        if value is None or isinstance(value, datetime):
+            return self._in_utc(value)
+        moment = datetime.fromisoformat(value)  # SQLite keeps text, and CURRENT_TIMESTAMP is UTC
+        return moment.replace(tzinfo=moment.tzinfo or UTC).astimezone(UTC)
 
     def to_db_value(self, value: Any, instance: type[Model] | Model) -> Any:  # noqa: ANN401
         """Return *value* as aware UTC, filling in the time where the field was asked to."""
@@ -48,8 +47,12 @@ class UtcDatetimeField(fields.DatetimeField[MomentT]):
             setattr(instance, self.model_field_name, value)
         if value is None:
             self.validate(value)
+        return self._in_utc(value)
+
+    def _in_utc(self, value: object) -> datetime | None:
+        if value is None:
             return None
-        if not isinstance(value, datetime) or value.tzinfo is None:
+        if not isinstance(value, datetime) or value.utcoffset() is None:
             raise ValidationError(
                 f"{self.model_field_name}: give an aware datetime, for example datetime.now(UTC)"
             )
@@ -98,13 +101,23 @@ class EmailField(fields.CharField[str]):
 
     def to_db_value(self, value: Any, instance: type[Model] | Model) -> Any:  # noqa: ANN401
         """Return the normalised address."""
-        if isinstance(value, str):
-            try:
-                value = normalize_email(value)
-            except InvalidIdentifierError as error:
-                if not isinstance(instance, type):  # a lookup passes the class
-                    raise ValidationError(f"{self.model_field_name}: {error}") from None
-            else:
-                if isinstance(instance, Model):
-                    setattr(instance, self.model_field_name, value)
+        if value is not None:
+            looks_up = isinstance(instance, type)
+            value = self._findable(value) if looks_up else self._storable(value)
+            if isinstance(instance, Model):
+                setattr(instance, self.model_field_name, value)
         return super().to_db_value(value, instance)
+
+    def _storable(self, value: Any) -> str:  # noqa: ANN401
+        try:
+            return normalize_email(value)
+        except InvalidIdentifierError as error:
+            raise ValidationError(f"{self.model_field_name}: {error}") from None
+
+    def _findable(self, value: Any) -> str:  # noqa: ANN401
+        """Return what to compare with; what no address is if *value* would be an error."""
+        try:
+            text = normalize_email(value)
+        except InvalidIdentifierError:
+            text = str(value)
+        return text if storable(text, self.max_length) == text else "@"

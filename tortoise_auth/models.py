@@ -55,6 +55,7 @@ class Session(Model):
 
     class Meta(Model.Meta):
         table = "tortoise_auth_session"
+        table_description = "One login: a chain of refresh tokens, at most one of which is unspent."
         indexes = (("user_id", "user_table"),)
 
     @classmethod
@@ -116,7 +117,28 @@ class OutboxEntry(Model):
 
     class Meta(Model.Meta):
         table = "tortoise_auth_outbox"
+        table_description = "One event on its way to one durable subscription."
         indexes = (("subscription", "subject_id", "id"),)
+
+
+class AttemptCount(Model):
+    """How often passwords were tried for one account, or from one source.
+
+    Attributes:
+        key: What is counted; no identifier can be read from it.
+        count: Attempts since the last success or quiet time; the next pause follows from it.
+        failures: Failures in a row.
+        last_at: When the last attempt was counted.
+    """
+
+    key = fields.CharField(max_length=191, primary_key=True)
+    count = fields.IntField(default=0)
+    failures = fields.IntField(default=0)
+    last_at: UtcDatetimeField[datetime] = UtcDatetimeField(db_index=True)
+
+    class Meta(Model.Meta):
+        table = "tortoise_auth_attempts"
+        table_description = "How often passwords were tried for one account, or from one source."
 
 
 def primary_key(model: type[Model], text: str) -> object | None:

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
-from typing import Generic
+from typing import Generic, Literal, TypeVar
 from uuid import UUID
 
 from tortoise.expressions import F
 
 from tortoise_auth.clock import Clock, utc_now
-from tortoise_auth.context import RequestContext, current_context, storable
-from tortoise_auth.database import guarded, is_transaction, root_of, transaction
+from tortoise_auth.context import RequestContext, current_context
+from tortoise_auth.credentials import Credentials, Verified
+from tortoise_auth.database import (
+    guarded,
+    is_transaction,
+    root_of,
+    transaction,
+    when_committed,
+)
 from tortoise_auth.events.catalog import (
-    FailureReason,
+    Event,
     PasswordChanged,
     RefreshTokenReused,
     SessionRefreshed,
@@ -22,7 +29,6 @@ from tortoise_auth.events.catalog import (
     UserActivated,
     UserDeactivated,
     UserLogin,
-    UserLoginFailed,
     UserLogout,
 )
 from tortoise_auth.events.dispatch import EventEmitter
@@ -31,7 +37,6 @@ from tortoise_auth.events.unit_of_work import UnitOfWork, report
 from tortoise_auth.exceptions import (
     AuthenticationError,
     ConfigurationError,
-    InvalidIdentifierError,
     TokenError,
     TokenExpiredError,
     TokenInvalidError,
@@ -41,6 +46,7 @@ from tortoise_auth.exceptions import (
 from tortoise_auth.models import Session
 from tortoise_auth.passwords import PasswordHasher, PasswordPolicy
 from tortoise_auth.sessions import Found, Sessions
+from tortoise_auth.throttling import DatabaseThrottle, Throttle
 from tortoise_auth.tokens import AccessClaims, AccessTokens, AuthConfig, RefreshToken
 from tortoise_auth.users import (
     AbstractUser,
@@ -50,7 +56,7 @@ from tortoise_auth.users import (
     stored_version,
 )
 
-_MAX_IDENTIFIER_LENGTH = 320
+EventT = TypeVar("EventT", bound=Event)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,6 +115,8 @@ class AuthService(Generic[UserT]):
         emitter: Where events go; by default the emitter of the user model.
         passwords: What hashes; by default the hasher of the user model.
         policy: Which new passwords are accepted; by default the policy of the user model.
+        throttle: How often passwords may be tried; by default a `DatabaseThrottle`. Warning: with
+            ``None`` anybody may guess as fast as you can hash.
         clock: The time.
 
     Raises:
@@ -124,6 +132,7 @@ class AuthService(Generic[UserT]):
         emitter: EventEmitter | None = None,
         passwords: PasswordHasher | None = None,
         policy: PasswordPolicy | None = None,
+        throttle: Throttle | Literal["database"] | None = "database",
         clock: Clock = utc_now,
     ) -> None:
         _check_model(user_model)
@@ -137,6 +146,16 @@ class AuthService(Generic[UserT]):
         self._clock = clock
         self._sessions = Sessions(user_model, config, clock)
         self._tokens = AccessTokens(config, clock)
+        self._throttle = DatabaseThrottle(clock=clock) if throttle == "database" else throttle
+        self._credentials = Credentials(
+            user_model,
+            self._sessions,
+            self.passwords,
+            self.emitter,
+            self._throttle,
+            config.keys[0].derive("throttle"),
+            clock,
+        )
 
     @guarded
     async def login(
@@ -158,26 +177,19 @@ class AuthService(Generic[UserT]):
 
         Raises:
             AuthenticationError: One and the same for every reason (OWASP ASVS 6.3.8).
+            ThrottledError: Too many attempts; the password was not even looked at.
             ValueError: *claims* names a claim that is ours or holds what JSON cannot.
         """
         AccessTokens.check_extra(claims or {})
         context = current_context(context)
-        user = await self._find_user(identifier)
-        active = user if user is not None and user.is_active else None
-        verification = await self.passwords.verify(
-            password, active.password if active is not None else None
-        )
-        if user is None or active is None or not verification.valid:
-            reason: FailureReason = (
-                "not_found" if user is None else "inactive" if active is None else "bad_password"
-            )
-            raise await self._login_failed(identifier, reason, user, context)
-        replacement = await self.passwords.hash(password) if verification.outdated else None
-        opened = await self._open_session(user, replacement, context)
+        verified = await self._credentials.check_login(identifier, password, context)
+        opened = await self._open_session(verified, context)
         if opened is None:
             # The password was changed or the account closed while the hash was computed.
-            raise await self._login_failed(identifier, "bad_password", user, context)
-        return self._result(user, *opened, claims)
+            raise await self._credentials.refusal(
+                identifier, "bad_password", verified.user, context
+            )
+        return self._result(verified.user, *opened, claims)
 
     @guarded
     async def authenticate(self, access_token: str) -> UserT:
@@ -265,14 +277,8 @@ class AuthService(Generic[UserT]):
             async with self._unit_of_work() as unit:
                 ended = await self._sessions.revoke(found.session, unit.connection)
                 if ended:
-                    unit.record(
-                        UserLogout(
-                            user=found.user,
-                            subject_id=str(found.user.pk),
-                            context=current_context(context),
-                            session_id=str(found.session.id),
-                            occurred_at=self._clock(),
-                        )
+                    self._record(
+                        unit, UserLogout, found.user, context, session_id=str(found.session.id)
                     )
         return Revocation(int(ended), found.session.user_id)
 
@@ -294,16 +300,7 @@ class AuthService(Generic[UserT]):
         async with self._unit_of_work() as unit:
             ended = await self._sessions.revoke_all(user, unit.connection, keep=_session_id(keep))
             if ended:
-                unit.record(
-                    UserLogout(
-                        user=user,
-                        subject_id=str(user.pk),
-                        context=current_context(context),
-                        sessions_ended=ended,
-                        everywhere=True,
-                        occurred_at=self._clock(),
-                    )
-                )
+                self._record(unit, UserLogout, user, context, sessions_ended=ended, everywhere=True)
         return Revocation(ended, str(user.pk))
 
     @guarded
@@ -348,17 +345,11 @@ class AuthService(Generic[UserT]):
 
         Raises:
             AuthenticationError: The current password is wrong, or the account is inactive.
+            ThrottledError: Too many attempts; the password was not even looked at.
             PasswordPolicyError: With every rule that the new password breaks.
         """
-        rows = await (
-            self.user_model.filter(pk=user.pk, is_active=True)
-            .using_db(self._sessions.connection())
-            .values("password")
-        )
-        stored: str | None = rows[0]["password"] if rows else None
-        verification = await self.passwords.verify(current_password, stored)
-        if not verification.valid:
-            raise AuthenticationError
+        context = current_context(context)
+        stored = await self._credentials.check_current(user, current_password, context)
         self.policy.check(new_password, about=user.words_about())
         hashed = await self.passwords.hash(new_password)
         changed = await self._replace_password(
@@ -396,14 +387,8 @@ class AuthService(Generic[UserT]):
             async with self._unit_of_work() as unit:
                 ended = await self._sessions.revoke(found.session, unit.connection)
                 if ended:
-                    unit.record(
-                        SessionRevoked(
-                            user=found.user,
-                            subject_id=str(found.user.pk),
-                            context=current_context(context),
-                            session_id=str(found.session.id),
-                            occurred_at=self._clock(),
-                        )
+                    self._record(
+                        unit, SessionRevoked, found.user, context, session_id=str(found.session.id)
                     )
         return Revocation(int(ended), found.session.user_id)
 
@@ -423,15 +408,7 @@ class AuthService(Generic[UserT]):
                 version = await stored_version(user, unit)
                 ended = await self._sessions.revoke_all(user, unit.connection)
                 unit.when_committed(lambda: _follow(user, is_active=False, session_version=version))
-                unit.record(
-                    UserDeactivated(
-                        user=user,
-                        subject_id=str(user.pk),
-                        context=current_context(context),
-                        sessions_ended=ended,
-                        occurred_at=self._clock(),
-                    )
-                )
+                self._record(unit, UserDeactivated, user, context, sessions_ended=ended)
         return Revocation(ended, str(user.pk))
 
     @guarded
@@ -441,19 +418,18 @@ class AuthService(Generic[UserT]):
             row = self.user_model.filter(pk=user.pk, is_active=False).using_db(unit.connection)
             if await row.update(is_active=True, updated_at=self._clock()):
                 unit.when_committed(lambda: _follow(user, is_active=True))
-                unit.record(
-                    UserActivated(
-                        user=user,
-                        subject_id=str(user.pk),
-                        context=current_context(context),
-                        occurred_at=self._clock(),
-                    )
-                )
+                self._record(unit, UserActivated, user, context)
 
     @guarded
     async def purge_expired(self) -> int:
-        """Delete the rows of sessions whose lifetime is over; return how many. For a cron job."""
-        return await self._sessions.purge()
+        """Delete the rows of sessions whose lifetime is over; return how many. For a cron job.
+
+        Old counters of the database throttle go, too.
+        """
+        purged = await self._sessions.purge()
+        if isinstance(self._throttle, DatabaseThrottle):
+            await self._throttle.purge()
+        return purged
 
     def relay(
         self,
@@ -493,6 +469,32 @@ class AuthService(Generic[UserT]):
         )
         return Relay(self.emitter, self.user_model, settings, clock=self._clock)
 
+    def _event(
+        self,
+        kind: Callable[..., EventT],
+        user: UserT,
+        context: RequestContext | None,
+        **details: object,
+    ) -> EventT:
+        """Return an event that happened to *user* now."""
+        return kind(
+            user=user,
+            subject_id=str(user.pk),
+            context=context,
+            occurred_at=self._clock(),
+            **details,
+        )
+
+    def _record(
+        self,
+        unit: UnitOfWork,
+        kind: Callable[..., Event],
+        user: UserT,
+        context: RequestContext | None,
+        **details: object,
+    ) -> None:
+        unit.record(self._event(kind, user, context, **details))
+
     def _unit_of_work(self) -> UnitOfWork:
         return UnitOfWork(self._sessions.connection(), self.emitter, clock=self._clock)
 
@@ -518,34 +520,11 @@ class AuthService(Generic[UserT]):
             refresh_expires_at=session.refresh_expires_at,
         )
 
-    async def _find_user(self, identifier: str) -> UserT | None:
-        connection = self._sessions.connection()
-        try:
-            normal = self.user_model.normalize_identifier(identifier)
-        except InvalidIdentifierError:
-            return None
-        matching = self.user_model.filter(**{self.user_model.identifier_field: normal})
-        return await matching.using_db(connection).first()
-
-    async def _login_failed(
-        self, identifier: str, reason: FailureReason, user: UserT | None, context: RequestContext
-    ) -> AuthenticationError:
-        typed = identifier if isinstance(identifier, str) else ""
-        failed = UserLoginFailed(
-            identifier=storable(typed, _MAX_IDENTIFIER_LENGTH),
-            reason=reason,
-            user_id=None if user is None else str(user.pk),
-            subject_id=None if user is None else str(user.pk),
-            context=context,
-            occurred_at=self._clock(),
-        )
-        await report(failed, self._sessions.connection(), self.emitter, clock=self._clock)
-        return AuthenticationError()
-
     async def _open_session(
-        self, user: UserT, replacement: str | None, context: RequestContext
+        self, verified: Verified[UserT], context: RequestContext
     ) -> tuple[Session, RefreshToken] | None:
         """Save the login; ``None`` if the account is not as it was when the password was checked."""
+        user, replacement = verified.user, verified.replacement
         opened: tuple[Session, RefreshToken] | None = None
         unit = self._unit_of_work()
         try:
@@ -554,34 +533,26 @@ class AuthService(Generic[UserT]):
                     if replacement is not None:
                         await replace_outdated_hash(user, replacement, unit)
                     opened = await self._sessions.open(user, context, unit.connection)
-                    unit.record(
-                        UserLogin(
-                            user=user,
-                            subject_id=str(user.pk),
-                            context=context,
-                            session_id=str(opened[0].id),
-                            occurred_at=self._clock(),
-                        )
-                    )
+                    self._record(unit, UserLogin, user, context, session_id=str(opened[0].id))
         except BaseException:
             if unit.committed and opened is not None:
                 # The caller was cancelled, or a handler raised: nobody will ever hold the tokens.
-                self.emitter.detach(self._end_orphan(user, opened[0], context), "orphan session")
+                self._end_orphan_later(user, opened[0], context)
             raise
         return opened
+
+    def _end_orphan_later(self, user: UserT, session: Session, context: RequestContext) -> None:
+        """End a session that nobody holds, as soon as it is there for other connections."""
+        when_committed(
+            self._sessions.connection(),
+            lambda: self.emitter.detach(self._end_orphan(user, session, context), "orphan session"),
+        )
 
     async def _end_orphan(self, user: UserT, session: Session, context: RequestContext) -> None:
         async with self._unit_of_work() as unit:
             if await self._sessions.revoke(session, unit.connection):
-                unit.record(
-                    SessionRevoked(
-                        user=user,
-                        subject_id=str(user.pk),
-                        context=context,
-                        session_id=str(session.id),
-                        actor="system",
-                        occurred_at=self._clock(),
-                    )
+                self._record(
+                    unit, SessionRevoked, user, context, session_id=str(session.id), actor="system"
                 )
 
     async def _enter(self, user: UserT, unit: UnitOfWork) -> bool:
@@ -607,15 +578,13 @@ class AuthService(Generic[UserT]):
         async with self._unit_of_work() as unit:
             following = await self._sessions.rotate(session, presented, context, unit)
             if following is not None:
-                unit.record(
-                    SessionRefreshed(
-                        user=user,
-                        subject_id=str(user.pk),
-                        context=context,
-                        session_id=str(session.id),
-                        generation=session.generation + 1,
-                        occurred_at=now,
-                    )
+                self._record(
+                    unit,
+                    SessionRefreshed,
+                    user,
+                    context,
+                    session_id=str(session.id),
+                    generation=session.generation + 1,
                 )
         return following
 
@@ -623,12 +592,11 @@ class AuthService(Generic[UserT]):
         """End the session of a spent token; tell it once, and only if it was alive."""
         if not found.is_alive(self._clock()):
             return TokenReusedError()
-        event = RefreshTokenReused(
-            user=found.user,
-            subject_id=str(found.user.pk),
-            context=context,
+        event = self._event(
+            RefreshTokenReused,
+            found.user,
+            context,
             session_id=str(found.session.id),
-            occurred_at=self._clock(),
         )
         connection = self._sessions.connection()
         if is_transaction(connection):
@@ -672,15 +640,7 @@ class AuthService(Generic[UserT]):
                 ended = await self._sessions.revoke_all(user, unit.connection, keep=kept)
                 if kept is not None:
                     await self._sessions.confirm(kept, user, version, unit.connection)
-                unit.record(
-                    PasswordChanged(
-                        user=user,
-                        subject_id=str(user.pk),
-                        context=current_context(context),
-                        sessions_ended=ended,
-                        occurred_at=now,
-                    )
-                )
+                self._record(unit, PasswordChanged, user, context, sessions_ended=ended)
         return version is not None
 
 

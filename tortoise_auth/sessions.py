@@ -19,12 +19,12 @@ from tortoise.models import Model
 
 from tortoise_auth.clock import Clock
 from tortoise_auth.context import RequestContext
-from tortoise_auth.database import connection_for
 from tortoise_auth.events.unit_of_work import UnitOfWork
-from tortoise_auth.exceptions import ConfigurationError, TokenExpiredError, TokenRevokedError
+from tortoise_auth.exceptions import TokenExpiredError, TokenRevokedError
 from tortoise_auth.models import Session, primary_key
+from tortoise_auth.throttling import source_of
 from tortoise_auth.tokens import AuthConfig, RefreshToken
-from tortoise_auth.users import UserT, user_table
+from tortoise_auth.users import UserT, shared_connection, user_table
 
 logger = logging.getLogger("tortoise_auth.sessions")
 
@@ -80,19 +80,8 @@ class Sessions(Generic[UserT]):
         self._join = _SessionWithUser(user_model)
 
     def connection(self) -> BaseDBAsyncClient:
-        """Return the connection of sessions and users, which must be one.
-
-        Raises:
-            ConfigurationError: They live on two, so that no transaction can hold both.
-        """
-        users, sessions = connection_for(self._user_model), connection_for(Session)
-        if users.connection_name != sessions.connection_name:
-            raise ConfigurationError(
-                f"{self._user_model.__name__} lives on the connection {users.connection_name!r}, "
-                f"tortoise_auth.models on {sessions.connection_name!r}. A login writes to both in "
-                "one transaction: register them on the same connection."
-            )
-        return users
+        """Return the connection of sessions and users; see `shared_connection`."""
+        return shared_connection(self._user_model)
 
     async def open(
         self, user: UserT, context: RequestContext, connection: BaseDBAsyncClient
@@ -233,6 +222,17 @@ class Sessions(Generic[UserT]):
             .order_by("-last_used_at")
         )
 
+    async def were_opened_from(self, user_id: str, source: str | None) -> bool:
+        """Tell whether a user has logged in from a source before, as far as we remember."""
+        connection = self.connection()
+        rows = await (
+            Session.filter(user_id=user_id, user_table=user_table(self._user_model))
+            .using_db(connection)
+            .distinct()
+            .values("ip")
+        )
+        return source is not None and source in {source_of(row["ip"]) for row in rows}
+
     async def purge(self) -> int:
         """Delete sessions whose absolute lifetime is over, in batches; return how many.
 
@@ -253,8 +253,9 @@ class Sessions(Generic[UserT]):
             deleted += await Session.filter(id__in=ids).using_db(connection).delete()
 
     async def _one(self, **which: object) -> Session | None:
+        connection = self.connection()
         matching = Session.filter(user_table=user_table(self._user_model), **which)
-        return await matching.using_db(self.connection()).first()
+        return await matching.using_db(connection).first()
 
     async def _with_user(self, session: Session) -> Found[UserT] | None:
         pk = primary_key(self._user_model, session.user_id)

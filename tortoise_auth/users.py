@@ -7,6 +7,7 @@ from datetime import datetime
 from typing import ClassVar, Self, TypeVar
 
 from tortoise import fields
+from tortoise.backends.base.client import BaseDBAsyncClient
 from tortoise.exceptions import IntegrityError, ValidationError
 from tortoise.expressions import F
 from tortoise.models import Model
@@ -179,7 +180,7 @@ class AbstractUser(Model):
             ServiceUnavailableError: The database failed; the old password works.
         """
         hashed = await self.password_hasher.hash(raw_password)
-        async with UnitOfWork(connection_for(type(self)), self.emitter) as unit:
+        async with UnitOfWork(shared_connection(type(self)), self.emitter) as unit:
             now = utc_now()
             await store_password(self, hashed, unit, at=now)
             ended = await Session.end_all(
@@ -271,6 +272,22 @@ class AbstractUser(Model):
                 f"{cls.__name__}: {', '.join(unstorable)} holds a NUL character or a lone "
                 "surrogate, which not every database can store"
             )
+
+
+def shared_connection(model: type[Model]) -> BaseDBAsyncClient:
+    """Return the connection of the users of *model* and of sessions, which must be one.
+
+    Raises:
+        ConfigurationError: They live on two, so that no transaction can hold both.
+    """
+    users, sessions = connection_for(model), connection_for(Session)
+    if users.connection_name != sessions.connection_name:
+        raise ConfigurationError(
+            f"{model.__name__} lives on the connection {users.connection_name!r}, "
+            f"tortoise_auth.models on {sessions.connection_name!r}. A login writes to both in one "
+            "transaction: register them on the same connection."
+        )
+    return users
 
 
 def user_table(model: type[Model]) -> str:

@@ -2,6 +2,7 @@
 
 from tortoise_auth.events.background import Backend, BackgroundQueue, BackgroundQueueFull, Job
 from tortoise_auth.events.catalog import (
+    AccountLocked,
     Event,
     LoginThrottled,
     NamedEvent,
@@ -35,6 +36,7 @@ from tortoise_auth.events.subscription import Delivery, Subscription
 from tortoise_auth.exceptions import EventError, SubscriptionError
 
 __all__ = [
+    "AccountLocked",
     "Backend",
     "BackgroundQueue",
     "BackgroundQueueFull",

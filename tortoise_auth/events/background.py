@@ -26,7 +26,7 @@ Overflow: TypeAlias = Literal["log", "raise"]
 MAX_HOPS = 32
 """How often a background handler may emit into the background what emits again, and so on."""
 
-_hops: ContextVar[int] = ContextVar("tortoise_auth_background_hops", default=0)
+_round: ContextVar[_Round | None] = ContextVar("tortoise_auth_background_round", default=None)
 
 
 class BackgroundQueueFull(RuntimeError):
@@ -68,9 +68,23 @@ class Backend(Protocol):
 
 
 @dataclass(slots=True)
+class _Round:
+    """One delivery of those that handlers emit in a circle; what it leaves behind is not in it."""
+
+    number: int
+    over: bool = False
+
+    @staticmethod
+    def next() -> _Round:
+        current = _round.get()
+        return _Round(1 if current is None or current.over else current.number + 1)
+
+
+@dataclass(slots=True)
 class _Queued:
     job: Job
     context: Context
+    round: _Round
 
 
 class _Lane:
@@ -109,18 +123,15 @@ class BackgroundQueue:
         """
         loop = asyncio.get_running_loop()
         lane = self._lane(loop)
-        hops = _hops.get() + 1
-        if hops > MAX_HOPS:
+        round_ = _Round.next()
+        if round_.number > MAX_HOPS:
             return self._refuse(job, f"handlers emit in a circle ({MAX_HOPS} rounds)")
         if len(lane.waiting) >= self.size:
             return self._refuse(job, f"{self.size} deliveries are waiting already")
         context = context_outside_transactions()
-        context.run(_hops.set, hops)
-        lane.waiting.append(_Queued(job, context))
-        if lane.pump is None or lane.pump.done():
-            lane.pump = loop.create_task(
-                _pump(lane), name="tortoise_auth background delivery", context=Context()
-            )
+        context.run(_round.set, round_)
+        lane.waiting.append(_Queued(job, context, round_))
+        self._pumping(lane)
         return True
 
     async def __aenter__(self) -> Self:
@@ -143,25 +154,62 @@ class BackgroundQueue:
         Returns:
             Descriptions of what was lost. It has been logged, too.
         """
-        lane = self._lane(asyncio.get_running_loop())
-        if lane.pump is None or lane.pump is asyncio.current_task():
+        loop = asyncio.get_running_loop()
+        lane = self._lane(loop)
+        if lane.pump is asyncio.current_task():
             return []
-        if not lane.pump.done():
-            await asyncio.wait([lane.pump], timeout=timeout)
-        if lane.pump.done():
-            return []
-        lost = ([lane.running] if lane.running else []) + [queued.job for queued in lane.waiting]
+        try:
+            async with asyncio.timeout(timeout):
+                while lane.waiting or lane.pump is not None:
+                    await asyncio.wait([self._pumping(lane)])
+        except TimeoutError:
+            return self._abandon(loop, lane, f"closed after {timeout:g} s")
+        return []
+
+    def _abandon(self, loop: asyncio.AbstractEventLoop, lane: _Lane, why: str) -> list[str]:
+        """Cancel what runs. If it refuses, it must not hold up later jobs: these get a new lane."""
+        with self._lock:
+            if self._lanes.get(loop) is lane:
+                del self._lanes[loop]
+        lost = self._give_up(lane, why)
+        if lane.pump is not None:
+            lane.pump.cancel()
+        return lost
+
+    def _pumping(self, lane: _Lane) -> asyncio.Task[None]:
+        """Return the task that works a lane off, of this loop; start it if there is none."""
+        if lane.pump is None:
+            lane.pump = asyncio.get_running_loop().create_task(
+                self._pump(lane), name="tortoise_auth background delivery", context=Context()
+            )
+        return lane.pump
+
+    async def _pump(self, lane: _Lane) -> None:
+        try:
+            while lane.waiting:
+                queued = lane.waiting.popleft()
+                lane.running = queued.job
+                await _in_context(queued)
+                lane.running = None
+        except asyncio.CancelledError:  # the loop ends, and nobody closed the emitter before
+            self._give_up(lane, "was cancelled")
+            raise
+        finally:
+            lane.pump = lane.running = None  # a task keeps its loop, and the loop this lane
+
+    def _give_up(self, lane: _Lane, why: str) -> list[str]:
+        lost = [job.description for job in (lane.running, *(q.job for q in lane.waiting)) if job]
+        lane.running = None
         lane.waiting.clear()
-        lane.pump.cancel()
         self.dropped += len(lost)
-        descriptions = [job.description for job in lost]
-        logger.error(
-            "Background delivery closed after %s s with %d deliveries lost: %s",
-            timeout,
-            len(descriptions),
-            ", ".join(descriptions[:20]),
-        )
-        return descriptions
+        if lost:
+            logger.error(
+                "Background delivery %s with %d deliveries lost: %s",
+                why,
+                len(lost),
+                ", ".join(lost[:20]),
+            )
+        return lost
 
     def _lane(self, loop: asyncio.AbstractEventLoop) -> _Lane:
         with self._lock:
@@ -175,16 +223,13 @@ class BackgroundQueue:
         return False
 
 
-async def _pump(lane: _Lane) -> None:
-    while lane.waiting:
-        queued = lane.waiting.popleft()
-        lane.running = queued.job
-        try:
-            await _InContext(queued.context, queued.job)
-        except Exception:  # a job deals with its handlers; the pump must outlive whatever is left
-            logger.exception("Background delivery of %s failed", queued.job.description)
-        finally:
-            lane.running = None
+async def _in_context(queued: _Queued) -> None:
+    try:
+        await _InContext(queued.context, queued.job)
+    except Exception:  # a job deals with its handlers; the pump must outlive whatever is left
+        logger.exception("Background delivery of %s failed", queued.job.description)
+    finally:
+        queued.round.over = True
 
 
 class _InContext:

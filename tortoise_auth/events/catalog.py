@@ -34,7 +34,7 @@ UserT = TypeVar("UserT", bound=Model, default=Model)
 """The host's user model: annotate a handler with ``UserLogin[User]`` to have ``event.user`` typed."""
 
 Actor: TypeAlias = Literal["user", "admin", "system", "unauthenticated"]
-FailureReason: TypeAlias = Literal["not_found", "inactive", "bad_password", "throttled"]
+FailureReason: TypeAlias = Literal["not_found", "inactive", "bad_password", "throttled", "locked"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,10 +97,7 @@ class Event:
         found = next((each for each in declared_events() if each.name == name), None)
         if found is None or not issubclass(found, cls):
             raise ValueError(f"{name!r} is not the name of a declared {cls.__name__}")
-        if (
-            not isinstance(version := data.get("schema_version"), int)
-            or version > found.schema_version
-        ):
+        if type(version := data.get("schema_version")) is not int or version > found.schema_version:
             raise ValueError(f"{name} has schema version {version!r}, not {found.schema_version}")
         values: dict[str, Any] = dict.fromkeys(_live(found))
         values |= restored(found, _stored(found), data)
@@ -271,11 +268,22 @@ class LoginThrottled(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
+class AccountLocked(UserEvent[UserT]):
+    """So many logins failed in a row that the password is disabled until it is changed.
+
+    Sessions go on, and a password reset opens the account again (NIST SP 800-63B-4, 3.2.2).
+    """
+
+    actor: Actor = "unauthenticated"
+
+
+@dataclass(frozen=True, kw_only=True)
 class NamedEvent(Event):
     """What a listener to everything receives for an event that was emitted by name alone.
 
     Attributes:
-        args, kwargs: The payload. In ``to_dict()`` whatever JSON cannot hold is named by its type.
+        args, kwargs: The payload. In ``to_dict()`` whatever JSON cannot hold is named by its type;
+            ``repr()`` leaves it out, since nobody knows what is in it.
     """
 
     args: Sequence[Any] = ()
@@ -287,6 +295,9 @@ class NamedEvent(Event):
         event = cls(args=tuple(args), kwargs=MappingProxyType(dict(kwargs)))
         object.__setattr__(event, "name", name)
         return event
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.name!r} {self.id}>"
 
     def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return the payload."""

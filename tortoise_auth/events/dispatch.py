@@ -23,7 +23,7 @@ from tortoise_auth.database import (
 from tortoise_auth.events import outbox
 from tortoise_auth.events.background import Backend, BackgroundQueue
 from tortoise_auth.events.catalog import Event
-from tortoise_auth.events.emission import Emission, invoke, is_handler_failure
+from tortoise_auth.events.emission import Emission, Nested, invoke, is_handler_failure
 from tortoise_auth.events.registry import Registry, Table
 from tortoise_auth.events.subscription import Handler, Subscription, describe_handler
 from tortoise_auth.exceptions import ConfigurationError, EventError, describe
@@ -39,6 +39,9 @@ _CONTROL_CHARACTERS = {code: f"\\x{code:02x}" for code in (*range(0x20), *range(
     0x2028: "\\u2028",
     0x2029: "\\u2029",
 }
+
+_MAX_CONCURRENT = 3
+"""Emits inside more calls of handlers than this run one by one: those in a circle would double."""
 
 
 class EventEmitter(Registry):
@@ -165,7 +168,8 @@ class EventEmitter(Registry):
     def emit_sync(self, event: str | Event, /, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
         """Run all handlers of *event*, async ones too, from code without an event loop.
 
-        Returns when they are done, those in the background included.
+        Returns when they are done, those in the background included, unless a backend of your own
+        takes these.
 
         Raises:
             RuntimeError: An event loop is running in this thread; await `emit`.
@@ -222,19 +226,37 @@ class EventEmitter(Registry):
         Returns:
             Descriptions of the deliveries that were lost; they have been logged, too.
         """
-        lost: list[str] = []
-        others = self._stragglers - {asyncio.current_task()}
-        if others:
-            _, late = await asyncio.wait(others, timeout=timeout)
-            for task in late:
-                task.cancel()
-                lost.append(task.get_name())
-                logger.error("Closed after %s s while %s was under way", timeout, task.get_name())
+        now = asyncio.get_running_loop().time
+        began = now()
+        lost = await self._finish_tasks(timeout)
+        left = None if timeout is None else max(0.0, timeout - (now() - began))
         if isinstance(self.backend, BackgroundQueue):
-            return lost + await self.backend.drain(timeout)
-        async with asyncio.timeout(timeout):
-            await self.backend.__aexit__(None, None, None)
+            return lost + await self.backend.drain(left)
+        try:
+            async with asyncio.timeout(left) as scope:
+                await self.backend.__aexit__(None, None, None)
+        except TimeoutError:
+            if not scope.expired():
+                raise
+            lost.append(f"what {type(self.backend).__name__} had not finished")
+            logger.error("Closed after %s s with deliveries lost: %s", timeout, lost[-1])
         return lost
+
+    async def _finish_tasks(self, timeout: float | None) -> list[str]:  # noqa: ASYNC109 - as above
+        """Wait for the tasks of handlers in this loop; cancel those that are late, and name them."""
+        loop, current = asyncio.get_running_loop(), asyncio.current_task()
+        waiting = [
+            task
+            for task in tuple(self._stragglers)  # other loops, in other threads, add theirs
+            if task.get_loop() is loop and task is not current
+        ]
+        if not waiting:
+            return []
+        _, late = await asyncio.wait(waiting, timeout=timeout)
+        for task in late:
+            task.cancel()
+            logger.error("Closed after %s s while %s was under way", timeout, task.get_name())
+        return [task.get_name() for task in late]
 
     # ---- for the unit of work and the relay -------------------------------------------------
 
@@ -350,6 +372,8 @@ class EventEmitter(Registry):
     async def _run_concurrently(
         self, emission: Emission, subscriptions: Sequence[Subscription]
     ) -> None:
+        if Nested.depth() >= _MAX_CONCURRENT:
+            return await self._run_in_order(emission, subscriptions)
         plain = iter([each for each in subscriptions if not each.is_async])
         together = [each for each in subscriptions if each.is_async]
         failures: list[EventError] = []
@@ -374,8 +398,13 @@ class EventEmitter(Registry):
             self._track(asyncio.create_task(self._settle(emission, each), name=emission.text))
             for each in subscriptions
         ]
-        if tasks:
-            await asyncio.wait(tasks)  # cancelled, it leaves them running, and tracked
+        try:
+            if tasks:
+                await asyncio.wait(tasks)
+        except asyncio.CancelledError:  # they go on, and nobody is left to raise their failures to
+            for task in tasks:
+                task.add_done_callback(self._log_orphan)
+            raise
         return [failed for task in tasks for failed in task.result()]
 
     async def _settle(self, emission: Emission, subscription: Subscription) -> list[EventError]:
@@ -460,6 +489,10 @@ class EventEmitter(Registry):
                 exc_info=(type(cause), cause, cause.__traceback__),
             )
 
+    def _log_orphan(self, task: asyncio.Task[list[EventError]]) -> None:
+        if self.errors != "log" and not task.cancelled() and task.exception() is None:
+            self._log(task.result())
+
     def _raise_group(self, emission: Emission, failures: list[EventError]) -> None:
         if failures and self.errors == "group":
             raise ExceptionGroup(f"Handlers for event '{emission.name}' failed", failures)
@@ -476,7 +509,8 @@ class EventEmitter(Registry):
             )
 
     async def _run_quietly(self, emission: Emission, subscriptions: Sequence[Subscription]) -> None:
-        """Run handlers for nobody who could catch what they raise."""
+        """Run handlers for nobody who could catch what they raise, in a context of their own."""
+        Nested.forget()
         failures: list[EventError] = []
         together: list[Subscription] = []
         for subscription in subscriptions:
@@ -502,7 +536,9 @@ class EventEmitter(Registry):
         try:
             await self.emit(event, *args, **kwargs)
         finally:
-            await self.aclose()
+            await self._finish_tasks(None)
+            if isinstance(self.backend, BackgroundQueue):  # another may be running in another loop
+                await self.backend.drain()
 
     def _track(self, task: asyncio.Task[ReturnT]) -> asyncio.Task[ReturnT]:
         self._stragglers.add(task)  # the loop itself keeps only weak references
@@ -547,15 +583,11 @@ async def _logged(work: Coroutine[Any, Any, None], what: str) -> None:
 
 
 def _inside_another_emit() -> bool:
-    running = {
-        code.__code__
-        for code in (EventEmitter.emit, EventEmitter._run_in_order, EventEmitter._run_concurrently)
-    }
     frame, found = inspect.currentframe(), 0
     while frame is not None and found < 2:
-        found += frame.f_code in running
+        found += frame.f_code is EventEmitter.emit.__code__
         frame = frame.f_back
-    return found > 1
+    return found > 1 or Nested.depth() > 0
 
 
 emitter = EventEmitter(strict=True)

@@ -5,10 +5,15 @@ from __future__ import annotations
 import asyncio
 import inspect
 from collections.abc import Sequence
+from contextvars import ContextVar
+from types import TracebackType
 from typing import Any
 
 from tortoise_auth.events.catalog import Event, NamedEvent
-from tortoise_auth.events.subscription import EVERYTHING, Arguments, Subscription
+from tortoise_auth.events.subscription import EVERYTHING, Arguments, Handler, Subscription
+
+MAX_NESTED = 100
+"""How many handlers may be inside one another, each called by an emit of the one around it."""
 
 
 class Emission:
@@ -39,6 +44,8 @@ class Emission:
             raise TypeError(f"emit() takes the name of an event or an event object, not {event!r}")
         if args or kwargs:
             raise TypeError("emit() takes an event object alone: its fields are the payload")
+        if isinstance(event, NamedEvent):
+            return cls(event.name, None, *event.arguments())
         return cls(event.name, event, (), {})
 
     @property
@@ -71,12 +78,65 @@ class Emission:
 
 async def invoke(subscription: Subscription, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
     """Call a handler to its end: a plain function on a worker thread, unless it wants otherwise."""
-    if subscription.threaded:
-        result = await asyncio.to_thread(subscription.handler, *args, **kwargs)
-    else:
-        result = subscription.handler(*args, **kwargs)
-    if result is not None and inspect.isawaitable(result):
-        await result
+    with Nested():
+        if subscription.threaded:
+            result = await asyncio.to_thread(_called, subscription.handler, args, kwargs)
+        else:
+            result = subscription.handler(*args, **kwargs)
+        if result is not None and inspect.isawaitable(result):
+            await result
+
+
+def _called(handler: Handler, args: Sequence[Any], kwargs: dict[str, Any]) -> object:
+    try:
+        return handler(*args, **kwargs)
+    except StopIteration as stop:
+        # No future can hold one: whoever awaits it would wait for ever.
+        raise RuntimeError("the handler raised StopIteration") from stop
+
+
+class Nested:
+    """A call of a handler, as emits inside it find it.
+
+    Tasks and threads share no stack that could overflow when handlers emit in a circle, so what is
+    inside what is counted.
+
+    Raises:
+        RecursionError: There are `MAX_NESTED` around it already.
+    """
+
+    __slots__ = ("_depth", "_outer", "_over")
+
+    def __enter__(self) -> None:
+        self._outer = _innermost.get()
+        self._depth = self.depth() + 1
+        self._over = False
+        if self._depth > MAX_NESTED:
+            raise RecursionError(f"more than {MAX_NESTED} emits are inside one another")
+        _innermost.set(self)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        _innermost.set(self._outer)
+        self._over, self._outer = True, None  # tasks that it leaves behind are not inside it
+
+    @staticmethod
+    def depth() -> int:
+        """Return how many calls of handlers are around this one."""
+        innermost = _innermost.get()
+        return 0 if innermost is None or innermost._over else innermost._depth
+
+    @staticmethod
+    def forget() -> None:
+        """Begin anew, in a context of its own."""
+        _innermost.set(None)
+
+
+_innermost: ContextVar[Nested | None] = ContextVar("tortoise_auth_nested", default=None)
 
 
 def is_handler_failure(failure: BaseException) -> bool:

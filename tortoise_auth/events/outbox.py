@@ -7,6 +7,7 @@ because both are written in one transaction; it goes when the handler has succee
 from __future__ import annotations
 
 import json
+import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -15,6 +16,8 @@ from uuid import UUID
 
 from tortoise.backends.base.client import BaseDBAsyncClient
 from tortoise.expressions import F
+from tortoise.functions import Count, Min
+from tortoise.queryset import QuerySet
 
 from tortoise_auth.database import notify
 from tortoise_auth.events.catalog import Event, UserEvent
@@ -53,12 +56,22 @@ AND NOT EXISTS (
 ORDER BY o.id LIMIT {limit} {skip_locked}
 """
 
-# The rows behind heads that this relay holds: nobody else can claim those meanwhile.
+# The rows behind heads that this relay holds: nobody else can claim those meanwhile. They end where
+# one is not due, because the clock of whoever wrote it is ahead, or because it backs off behind a
+# dead letter that was given a new start.
 _FOLLOWERS = """
-SELECT o.id FROM tortoise_auth_outbox o JOIN tortoise_auth_outbox head
+WITH head AS MATERIALIZED (
+    SELECT h.id, h.subscription, h.subject_id, h.user_table, (
+        SELECT MIN(gap.id) FROM tortoise_auth_outbox gap
+        WHERE gap.subscription = h.subscription AND gap.subject_id = h.subject_id
+        AND gap.user_table = h.user_table AND gap.id > h.id AND gap.due_at > {now}
+    ) AS ends
+    FROM tortoise_auth_outbox h WHERE h.id IN ({heads})
+)
+SELECT o.id FROM tortoise_auth_outbox o JOIN head
 ON head.subscription = o.subscription AND head.subject_id = o.subject_id
-AND head.user_table = o.user_table AND head.id < o.id
-WHERE head.id IN ({heads}) AND o.due_at <= {now}
+AND head.user_table = o.user_table AND head.id < o.id AND o.id < COALESCE(head.ends, o.id + 1)
+WHERE o.due_at <= {now}
 ORDER BY o.id LIMIT {limit}
 """
 
@@ -112,9 +125,12 @@ async def write(
 
 async def mark(connection: BaseDBAsyncClient, event: Event, at: datetime) -> int:
     """Leave a mark in the transaction of *connection*; return its id, for `take_mark`."""
-    entry = _entry(event, AFTER_COMMIT, at, due_at=None)
-    await entry.save(using_db=connection)
-    return int(entry.id)
+    # SQLite gives the id of a row that was rolled back to the next one: the mark of one delivery
+    # must not be taken for that of another.
+    mark_id = -1 - secrets.randbits(62)
+    entry = _entry(event, AFTER_COMMIT, at, due_at=None, id=mark_id)
+    await entry.save(using_db=connection, force_create=True)
+    return mark_id
 
 
 async def take_mark(connection: BaseDBAsyncClient, mark_id: int) -> bool:
@@ -198,16 +214,15 @@ async def bury(
 async def status(connection: BaseDBAsyncClient, now: datetime) -> OutboxStatus:
     """Count what is there."""
     waiting = OutboxEntry.filter(due_at__isnull=False).using_db(connection)
-    by_name: dict[str, int] = {}
-    for name in await waiting.values_list("subscription", flat=True):
-        by_name[str(name)] = by_name.get(str(name), 0) + 1
-    oldest = await waiting.order_by("created_at").first()
+    counted = waiting.annotate(rows=Count("id"), oldest=Min("created_at")).group_by("subscription")
+    names = await counted.values("subscription", "rows", "oldest")
+    oldest = min((each["oldest"] for each in names), default=now)
     return OutboxStatus(
-        waiting=sum(by_name.values()),
+        waiting=sum(each["rows"] for each in names),
         due=await waiting.filter(due_at__lte=now).count(),
         dead=await OutboxEntry.filter(dead_at__isnull=False).using_db(connection).count(),
-        oldest_waiting=max(0.0, (now - oldest.created_at).total_seconds()) if oldest else 0.0,
-        subscriptions=by_name,
+        oldest_waiting=max(0.0, (now - oldest).total_seconds()),
+        subscriptions={each["subscription"]: each["rows"] for each in names},
     )
 
 
@@ -222,11 +237,12 @@ async def entries(
 async def retry(connection: BaseDBAsyncClient, ids: Sequence[int], now: datetime) -> int:
     """Give dead letters, or rows that back off, a new start; return how many there were."""
     rows = OutboxEntry.filter(id__in=list(ids)).exclude(subscription=AFTER_COMMIT)
-    changed = await rows.using_db(connection).update(
-        due_at=now, dead_at=None, attempts=0, claimed_by=None
-    )
-    await notify(connection, CHANNEL)
-    return changed
+    return await _start_again(rows, connection, now)
+
+
+async def retry_dead(connection: BaseDBAsyncClient, now: datetime) -> int:
+    """Give every dead letter a new start; return how many there were."""
+    return await _start_again(OutboxEntry.filter(dead_at__isnull=False), connection, now)
 
 
 async def purge(connection: BaseDBAsyncClient, *, before: datetime) -> int:
@@ -236,8 +252,18 @@ async def purge(connection: BaseDBAsyncClient, *, before: datetime) -> int:
     return await dead.using_db(connection).delete() + await left.using_db(connection).delete()
 
 
+async def _start_again(
+    rows: QuerySet[OutboxEntry], connection: BaseDBAsyncClient, now: datetime
+) -> int:
+    changed = await rows.using_db(connection).update(
+        due_at=now, dead_at=None, attempts=0, claimed_by=None
+    )
+    await notify(connection, CHANNEL)
+    return changed
+
+
 def _entry(
-    event: Event, subscription: str, at: datetime, *, due_at: datetime | None
+    event: Event, subscription: str, at: datetime, *, due_at: datetime | None, **others: int
 ) -> OutboxEntry:
     user = event.user if isinstance(event, UserEvent) else None
     return OutboxEntry(
@@ -249,19 +275,20 @@ def _entry(
         payload=event.to_dict(),
         created_at=at,
         due_at=due_at,
+        **others,
     )
 
 
 async def _claim(
     connection: BaseDBAsyncClient, chosen: str, values: Mapping[str, Any]
 ) -> list[Claimed]:
-    """Run a claim, with the placeholders of the dialect in the order in which they stand in it."""
+    """Run a claim, with the numbered placeholders of the dialect."""
     postgres = connection.capabilities.dialect == "postgres"
     given: list[Any] = []
 
     def place(value: object) -> str:
         given.append(value)
-        return f"${len(given)}" if postgres else "?"
+        return f"{'$' if postgres else '?'}{len(given)}"
 
     marks = {
         name: ", ".join(map(place, value)) if isinstance(value, list) else place(value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import threading
 import warnings
 from collections import Counter
@@ -112,6 +113,16 @@ class Registry:
         [Callable[[FirstT | SecondT], ReturnT]], Callable[[FirstT | SecondT], ReturnT]
     ]: ...
     @overload
+    def on(
+        self,
+        event: type[Event],
+        second: type[Event],
+        third: type[Event],
+        /,
+        *more: type[Event],
+        **options: Unpack[Options],
+    ) -> Callable[[HandlerT], HandlerT]: ...
+    @overload
     def on(self, *events: str, **options: Unpack[Options]) -> Callable[[HandlerT], HandlerT]: ...
     @overload
     def on(self, event: str, handler: HandlerT, /, **options: Unpack[Options]) -> HandlerT: ...
@@ -150,12 +161,36 @@ class Registry:
 
     @overload
     def once(
-        self, *events: str | type[Event], **options: Unpack[Options]
-    ) -> Callable[[HandlerT], HandlerT]: ...
+        self, event: type[FirstT], /, **options: Unpack[Options]
+    ) -> Callable[[Callable[[FirstT], ReturnT]], Callable[[FirstT], ReturnT]]: ...
     @overload
     def once(
-        self, event: str | type[Event], handler: HandlerT, /, **options: Unpack[Options]
-    ) -> HandlerT: ...
+        self,
+        event: type[FirstT],
+        handler: Callable[[FirstT], ReturnT],
+        /,
+        **options: Unpack[Options],
+    ) -> Callable[[FirstT], ReturnT]: ...
+    @overload
+    def once(
+        self, event: type[FirstT], second: type[SecondT], /, **options: Unpack[Options]
+    ) -> Callable[
+        [Callable[[FirstT | SecondT], ReturnT]], Callable[[FirstT | SecondT], ReturnT]
+    ]: ...
+    @overload
+    def once(
+        self,
+        event: type[Event],
+        second: type[Event],
+        third: type[Event],
+        /,
+        *more: type[Event],
+        **options: Unpack[Options],
+    ) -> Callable[[HandlerT], HandlerT]: ...
+    @overload
+    def once(self, *events: str, **options: Unpack[Options]) -> Callable[[HandlerT], HandlerT]: ...
+    @overload
+    def once(self, event: str, handler: HandlerT, /, **options: Unpack[Options]) -> HandlerT: ...
     def once(self, *events: Any, **options: Unpack[Options]) -> Any:
         """Register a handler for one call, as `on` does with ``once=True``.
 
@@ -410,6 +445,14 @@ def _key(event: str | type[Event]) -> str:
     return event if isinstance(event, str) else event_name(event)
 
 
+def _level_of_caller() -> int:
+    """Return the ``stacklevel`` at which a function here warns of the line that called the module."""
+    frame, level = inspect.currentframe(), 0
+    while frame is not None and frame.f_globals.get("__name__") == __name__:
+        frame, level = frame.f_back, level + 1
+    return level
+
+
 def _check_against_catalogue(subscription: Subscription) -> None:
     declared = {each.name: each for each in declared_events()}
     event = declared.get(subscription.event)
@@ -421,7 +464,7 @@ def _check_against_catalogue(subscription: Subscription) -> None:
                 f"Handler '{called}' listens to '{subscription.event}', which nobody declared. "
                 f"Did you mean '{near[0]}'?",
                 SubscriptionWarning,
-                stacklevel=5,
+                stacklevel=_level_of_caller(),
             )
         return
     if subscription.wants_event:

@@ -34,6 +34,9 @@ logger = logging.getLogger("tortoise_auth.relay")
 
 _MAX_ERROR_LENGTH = 2000
 
+_RECORD_EVERY = 1.0
+"""Seconds. What was delivered is recorded at least so often, however slow the rest of a batch is."""
+
 
 class UserGoneError(LookupError):
     """The handler needs the user of the event, and the account was deleted meanwhile."""
@@ -47,8 +50,9 @@ class RelaySettings:
         batch_size: Rows claimed at once.
         concurrency: Users whose rows are delivered at the same time.
         max_attempts: Failures after which a row becomes a dead letter.
-        lease: How long a claimed row is left alone by other relays. A handler that takes longer
-            has failed; a relay that was killed gives its rows back after it.
+        lease: How long a claimed row is left alone by other relays; after it the rows of a relay
+            that was killed come again. A handler that has not begun within its first half is not
+            called; one that has not ended with it has failed.
         backoff: The pause after the first failure; it doubles with each, with jitter.
         max_backoff: The longest pause.
         poll_interval: How often to look without being woken.
@@ -111,6 +115,7 @@ class Relay(Generic[UserT]):
         self._woken = asyncio.Event()
         self._stopping = False
         self._task: asyncio.Task[None] | None = None
+        self._under_way: set[asyncio.Task[None]] = set()
 
     async def drain(self) -> int:
         """Deliver everything that is due now; return how many rows were delivered."""
@@ -118,7 +123,7 @@ class Relay(Generic[UserT]):
         while True:
             claimed, succeeded = await self._deliver_batch()
             delivered += succeeded
-            if not claimed:
+            if not claimed or self._stopping:
                 return delivered
 
     async def run(self) -> None:
@@ -144,15 +149,20 @@ class Relay(Generic[UserT]):
                         await self._pause(failures)
         finally:
             self._emitter.relays.discard(wake)
+            self._stopping = False
 
     def stop(self) -> None:
-        """Claim no more rows; `run` returns when the running handlers have."""
+        """Claim no more rows and begin no more; `run` returns when the running handlers have."""
         self._stopping = True
         self._woken.set()
 
     async def __aenter__(self) -> Self:
-        """Run in the background of this program."""
-        self._stopping = False
+        """Run in the background of this program.
+
+        Raises:
+            ConfigurationError: Tortoise or the models are not set up.
+        """
+        connection_for(OutboxEntry)
         self._task = asyncio.get_running_loop().create_task(
             self.run(), name=f"relay {self.name}", context=context_outside_transactions()
         )
@@ -169,13 +179,15 @@ class Relay(Generic[UserT]):
         if task is None:
             return
         self.stop()
-        await asyncio.wait([task], timeout=self.settings.stop_timeout.total_seconds())
-        if not task.done():
-            logger.warning(
-                "Relay %s stopped with handlers running; their rows will come again", self.name
-            )
-            task.cancel()
-            await asyncio.wait([task], timeout=1)
+        try:
+            await asyncio.wait([task], timeout=self.settings.stop_timeout.total_seconds())
+        finally:
+            if not task.done():
+                logger.warning(
+                    "Relay %s stopped with handlers running; their rows will come again", self.name
+                )
+                task.cancel()
+        await asyncio.wait([task], timeout=1)
 
     async def _pause(self, failures: int) -> None:
         seconds = self.settings.poll_interval.total_seconds() * min(2**failures, 30)
@@ -193,7 +205,7 @@ class Relay(Generic[UserT]):
             for event in self._emitter.events()
             for each in self._emitter.subscriptions(event, "durable")
         }
-        now = self._clock()
+        now, began = self._clock(), asyncio.get_running_loop().time()
         rows = await outbox.claim(
             connection,
             relay=self.name,
@@ -205,7 +217,8 @@ class Relay(Generic[UserT]):
         )
         if not rows:
             return 0, 0
-        batch = _Batch(self, connection, known, await self._users_of(rows, connection))
+        users = await self._users_of(rows, connection)
+        batch = _Batch(self, connection, known, users, began)
         return len(rows), await batch.deliver(rows)
 
     async def _users_of(
@@ -226,15 +239,19 @@ class _Batch(Generic[UserT]):
         connection: BaseDBAsyncClient,
         known: Mapping[str, Subscription],
         users: Mapping[str, UserT],
+        began: float,
     ) -> None:
         self._relay = relay
         self._settings = relay.settings
         self._connection = connection
         self._known = known
         self._users = users
-        loop = asyncio.get_running_loop()
-        self._ends = loop.time() + self._settings.lease.total_seconds()
+        self._now = asyncio.get_running_loop().time
+        lease = self._settings.lease.total_seconds()
+        self._last_call, self._ends = began + lease / 2, began + lease
         self._places = asyncio.Semaphore(self._settings.concurrency)
+        self._delivered: list[Claimed] = []
+        self._recorded = 0
 
     async def deliver(self, rows: Sequence[Claimed]) -> int:
         """Deliver *rows*, those of one subscription and subject one by one; return the successes."""
@@ -242,31 +259,48 @@ class _Batch(Generic[UserT]):
         for row in rows:
             queue = row.id if row.subject_id is None else (row.subscription, row.subject_id)
             queues.setdefault(queue, []).append(row)
-        outcomes = await asyncio.gather(*(self._deliver_in_order(each) for each in queues.values()))
-        delivered = [row for each in outcomes for row in each]
-        await outbox.done(self._connection, delivered, self._relay.name)
-        return len(delivered)
+        tasks = {asyncio.ensure_future(self._deliver_in_order(each)) for each in queues.values()}
+        waiting = tasks
+        try:
+            while waiting:
+                _, waiting = await asyncio.wait(waiting, timeout=_RECORD_EVERY)
+                await self._record()
+        finally:  # with some left if it was cancelled, or the database is down
+            for task in waiting:
+                task.cancel()
+            await self._record()
+        for failure in [task.exception() for task in tasks]:
+            if failure is not None:
+                raise failure
+        return self._recorded
 
-    async def _deliver_in_order(self, rows: Sequence[Claimed]) -> list[Claimed]:
+    async def _deliver_in_order(self, rows: Sequence[Claimed]) -> None:
         """Deliver rows until one fails; give the rest back, which wait behind it."""
         async with self._places:
-            for position, row in enumerate(rows):
+            for position, row in enumerate(rows, 1):
+                if self._relay._stopping or self._now() > self._last_call:
+                    return await self._give_back(rows[position - 1 :])
                 try:
                     await self._within_the_lease(row)
                 except Exception as failure:  # noqa: BLE001 - of whatever kind, it is retried, then buried
                     await self._failed(row, failure)
-                    now, rest = self._relay._clock(), rows[position + 1 :]
-                    await outbox.release(self._connection, rest, self._relay.name, now)
-                    return list(rows[:position])
-        return list(rows)
+                    return await self._give_back(rows[position:])
+                self._delivered.append(row)
+
+    async def _record(self) -> None:
+        delivered, self._delivered = self._delivered, []
+        await outbox.done(self._connection, delivered, self._relay.name)
+        self._recorded += len(delivered)
+
+    async def _give_back(self, rows: Sequence[Claimed]) -> None:
+        await outbox.release(self._connection, rows, self._relay.name, self._relay._clock())
 
     async def _within_the_lease(self, row: Claimed) -> None:
-        left = self._ends - asyncio.get_running_loop().time()
-        if left <= 0:
-            raise TimeoutError("the lease ended before its turn came")
         task = asyncio.ensure_future(self._call(row))
+        self._relay._under_way.add(task)  # the loop itself keeps only weak references
+        task.add_done_callback(self._relay._under_way.discard)
         try:
-            done, _ = await asyncio.wait([task], timeout=left)
+            done, _ = await asyncio.wait([task], timeout=self._ends - self._now())
         except asyncio.CancelledError:
             task.cancel()
             raise

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import types
 import typing
 from collections.abc import Mapping, Sequence, Set
-from dataclasses import MISSING, Field, asdict
+from contextlib import suppress
+from dataclasses import MISSING, Field, asdict, fields
 from datetime import datetime
 from decimal import Decimal
 from enum import Enum
@@ -24,6 +26,8 @@ def plain(value: object, where: str) -> Any:  # noqa: ANN401 - JSON
     match value:
         case Enum():
             return plain(value.value, where)
+        case float() if not math.isfinite(value):
+            raise TypeError(f"{where} holds {value}, which JSON cannot")
         case None | bool() | int() | float() | str():
             return value
         case UUID() | Decimal():
@@ -65,27 +69,45 @@ def restored(cls: type, names: Sequence[str], data: Mapping[str, Any]) -> dict[s
 
 
 def _as(hint: Any, value: Any) -> Any:  # noqa: ANN401
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        return None if value is None else _as(_first_fitting(arguments, value), value)
-    if origin in (tuple, list, set, frozenset):
-        inner = arguments[0] if arguments else Any
-        return origin(_as(inner, each) for each in value)
-    if hint is RequestContext:
-        return RequestContext(**value)
-    if hint is UUID or hint is Decimal:
-        return hint(value)
-    if hint is datetime:
-        return datetime.fromisoformat(value)
-    if isinstance(hint, type) and issubclass(hint, Enum):
-        return hint(value)
+    kind, inner = typing.get_origin(hint) or hint, typing.get_args(hint)
+    if kind in (typing.Union, types.UnionType):
+        return _as_one_of(inner, value)
+    if kind is typing.Literal and value not in inner:
+        raise ValueError(f"it is none of {', '.join(map(repr, inner))}")
+    if kind is tuple and inner and inner[-1] is not Ellipsis:
+        return tuple(_as(*each) for each in zip(inner, _json(list, value), strict=True))
+    if kind in (tuple, list, set, frozenset):
+        return kind(_as(inner[0] if inner else Any, each) for each in _json(list, value))
+    if kind in (dict, Mapping):
+        members = _json(dict, value).items()
+        return {name: _as(inner[1] if inner else Any, each) for name, each in members}
+    if kind is RequestContext:
+        names = [each.name for each in fields(RequestContext)]
+        return RequestContext(**restored(RequestContext, names, _json(dict, value)))
+    if kind is UUID or kind is Decimal:
+        return kind(_json(str, value))
+    if kind is datetime:
+        return datetime.fromisoformat(_json(str, value))
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        return kind(value)
+    if kind is float and type(value) is int:
+        return value
+    return _json(kind, value) if kind in (str, int, float, bool, types.NoneType) else value
+
+
+def _as_one_of(hints: Sequence[Any], value: object) -> Any:  # noqa: ANN401
+    """Return *value* as the member of a union that it is of already, or else as the first it fits."""
+    for hint in sorted(hints, key=lambda hint: type(value) is not hint):
+        with suppress(ValueError, TypeError, ArithmeticError):
+            return _as(hint, value)
+    raise ValueError(f"a {type(value).__name__} does not fit")
+
+
+def _json(kind: type, value: Any) -> Any:  # noqa: ANN401
+    """Return *value* if it is what JSON has for *kind*."""
+    if type(value) is not kind:
+        raise ValueError(f"a {type(value).__name__} is not a {kind.__name__}")
     return value
-
-
-def _first_fitting(hints: Sequence[Any], value: object) -> Any:  # noqa: ANN401
-    """Choose among the members of a union: one that the JSON value is of already, or else the first."""
-    real = [hint for hint in hints if hint is not type(None)]
-    return next((hint for hint in real if type(value) is hint), real[0])
 
 
 def _is_required(cls: type, name: str) -> bool:

@@ -88,8 +88,16 @@ def subscribe(
         raise SubscriptionError(
             f"Handler '{called}' is a coroutine function; thread=True is for plain functions"
         )
+    listens_to = event_name(event)
+    wants_event = not isinstance(event, str) or event == EVERYTHING
+    takes = Parameters.of(handler)
+    if wants_event and not takes.one_argument:
+        raise SubscriptionError(
+            f"Handler '{called}' for event '{listens_to}' is called with the event object alone "
+            "and must take one positional argument"
+        )
     return Subscription(
-        event=event_name(event),
+        event=listens_to,
         handler=handler,
         name=name or default_name(handler),
         priority=priority,
@@ -98,8 +106,8 @@ def subscribe(
         timeout=timeout,
         is_async=is_async,
         threaded=not is_async and thread is not False,
-        wants_event=not isinstance(event, str) or event == EVERYTHING,
-        takes=Parameters.of(handler),
+        wants_event=wants_event,
+        takes=takes,
     )
 
 
@@ -185,6 +193,11 @@ class Parameters:
     def most_positional(self) -> int:
         """How many arguments can be given by position."""
         return _UNLIMITED if self.any_positional else len(self.positional)
+
+    @property
+    def one_argument(self) -> bool:
+        """Whether the handler can be called with one positional argument."""
+        return self.most_positional > 0 and self.required <= set(self.positional[:1])
 
     @property
     def keywords(self) -> frozenset[str] | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections import deque
 from collections.abc import Callable
 from functools import partial
@@ -83,8 +82,9 @@ class UnitOfWork:
             raise
         try:
             await self._transaction.__aexit__(None, None, None)
-        except asyncio.CancelledError:
-            if self.committed:  # cancelled too late: what happened is told all the same
+        except BaseException:
+            # Cancelled, or cut off from the database, too late: what happened is told all the same.
+            if self.committed:
                 self._take_effect()
                 self._run_detached(deque(self._recorded))
                 self._hand_over()
@@ -146,15 +146,20 @@ async def report(
     Raises:
         EventError: A handler in the transaction, or an inline one if the emitter says so, failed.
     """
+    transactional = emitter.subscriptions(event.name, "transaction")
     durable = emitter.subscriptions(event.name, "durable")
-    for subscription in emitter.subscriptions(event.name, "transaction"):
-        await emitter.call(event, subscription)
-    if durable and is_transaction(connection):
+    if (transactional or durable) and not is_transaction(connection):
+        async with UnitOfWork(connection, emitter, clock=clock) as unit:
+            unit.record(event)
+        return
+    if transactional:
+        async with transaction(connection):
+            for subscription in transactional:
+                await emitter.call(event, subscription)
+    if durable:
         # Another connection, in a task that nobody waits for: in the caller's transaction the row
         # would go with a rollback, and to wait for a second connection here is a deadlock.
         emitter.detach(_write(event, connection, emitter, clock), f"outbox row of {event.name}")
-    elif durable:
-        await _write(event, connection, emitter, clock)
     try:
         await emitter.run(event, emitter.subscriptions(event.name, "inline"))
     finally:

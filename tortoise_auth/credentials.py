@@ -1,0 +1,268 @@
+"""Checking a password: throttled, at the same cost whatever is wrong, and told of when refused."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from collections.abc import Awaitable
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from tortoise_auth.clock import Clock
+from tortoise_auth.context import RequestContext, storable
+from tortoise_auth.database import is_transaction
+from tortoise_auth.events.catalog import (
+    AccountLocked,
+    Event,
+    FailureReason,
+    LoginThrottled,
+    UserLoginFailed,
+)
+from tortoise_auth.events.dispatch import EventEmitter
+from tortoise_auth.events.unit_of_work import report
+from tortoise_auth.exceptions import (
+    AuthenticationError,
+    InvalidIdentifierError,
+    ServiceUnavailableError,
+    ThrottledError,
+    TortoiseAuthError,
+)
+from tortoise_auth.passwords import PasswordHasher, Verification
+from tortoise_auth.sessions import Sessions
+from tortoise_auth.throttling import Attempt, Reservation, Throttle, source_of
+from tortoise_auth.users import UserT, user_table
+
+ResultT = TypeVar("ResultT")
+
+_MAX_IDENTIFIER_LENGTH = 320
+_STRANGERS = 1 << 18
+"""Counters that all identifiers without an account share, so that guessers cannot fill the table."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verified(Generic[UserT]):
+    """A password that was right.
+
+    Attributes:
+        user: Whose it is, as read before the check.
+        replacement: A hash of today's cost, if the stored one is outdated.
+    """
+
+    user: UserT
+    replacement: str | None
+
+
+class Credentials(Generic[UserT]):
+    """Checks passwords of one user model.
+
+    Args:
+        user_model: The host's user model.
+        sessions: Its sessions, which know where a user has logged in from.
+        passwords: What hashes.
+        emitter: Where refusals are told.
+        throttle: How often passwords may be tried; ``None`` for as often as anybody likes.
+        secret: Hides identifiers from who reads the counters, and keeps guessers from choosing
+            which of them share one.
+        clock: The time.
+    """
+
+    def __init__(
+        self,
+        user_model: type[UserT],
+        sessions: Sessions[UserT],
+        passwords: PasswordHasher,
+        emitter: EventEmitter,
+        throttle: Throttle | None,
+        secret: bytes,
+        clock: Clock,
+    ) -> None:
+        self._user_model = user_model
+        self._sessions = sessions
+        self._passwords = passwords
+        self._emitter = emitter
+        self._throttle = throttle
+        self._secret = secret
+        self._clock = clock
+
+    async def check_login(
+        self, identifier: str, password: str, context: RequestContext
+    ) -> Verified[UserT]:
+        """Check the password of whoever has this identifier.
+
+        Raises:
+            AuthenticationError: For whatever reason; it has been told.
+            ThrottledError: It was not checked; that has been told, too.
+        """
+        user = await self._find_user(identifier)
+        reservation = await self._reserve(identifier, user, context)
+        active = user if user is not None and user.is_active else None
+        locked = reservation is not None and reservation.locked
+        stored = active.password if active is not None and not locked else None
+        verification, replacement = await self._verify(password, stored, reservation)
+        if user is None or not verification.valid:
+            reason: FailureReason = (
+                "not_found"
+                if user is None
+                else "inactive"
+                if active is None
+                else "locked"
+                if locked
+                else "bad_password"
+            )
+            await self._failed(reservation, user, context)
+            raise await self.refusal(identifier, reason, user, context)
+        await self._succeeded(reservation)
+        return Verified(user, replacement)
+
+    async def check_current(self, user: UserT, password: str, context: RequestContext) -> str:
+        """Check the password of somebody who is logged in; return the stored hash it matches.
+
+        Raises:
+            AuthenticationError: It is wrong, or the account is inactive.
+            ThrottledError: It was not checked.
+        """
+        connection = self._sessions.connection()
+        rows = await (
+            self._user_model.filter(pk=user.pk, is_active=True)
+            .using_db(connection)
+            .values("password", "session_version")
+        )
+        user_now = await self._user_model.filter(pk=user.pk).using_db(connection).first()
+        identifier = str(getattr(user, user.identifier_field))
+        reservation = await self._reserve(identifier, user_now, context)
+        locked = reservation is not None and reservation.locked
+        stored: str | None = rows[0]["password"] if rows and not locked else None
+        verification, _ = await self._verify(password, stored, reservation, rehash=False)
+        if stored is None or not verification.valid:
+            await self._failed(reservation, user_now, context)
+            raise AuthenticationError
+        await self._succeeded(reservation)
+        return stored
+
+    async def refusal(
+        self, identifier: str, reason: FailureReason, user: UserT | None, context: RequestContext
+    ) -> AuthenticationError:
+        """Tell that a login was refused, and return the error to raise: always the same."""
+        await self._tell(
+            UserLoginFailed(
+                identifier=_shown(identifier),
+                reason=reason,
+                user_id=_id(user),
+                subject_id=_id(user),
+                context=context,
+                occurred_at=self._clock(),
+            )
+        )
+        return AuthenticationError()
+
+    async def _find_user(self, identifier: str) -> UserT | None:
+        connection = self._sessions.connection()
+        try:
+            normal = self._user_model.normalize_identifier(identifier)
+        except InvalidIdentifierError:
+            return None
+        matching = self._user_model.filter(**{self._user_model.identifier_field: normal})
+        return await matching.using_db(connection).first()
+
+    async def _verify(
+        self,
+        password: str,
+        stored: str | None,
+        reservation: Reservation | None,
+        *,
+        rehash: bool = True,
+    ) -> tuple[Verification, str | None]:
+        try:
+            verification = await self._passwords.verify(password, stored)
+            outdated = rehash and verification.outdated
+            return verification, await self._passwords.hash(password) if outdated else None
+        except Exception:
+            # Our own fault, so it costs nobody an attempt. A cancellation does: who hangs up in
+            # time would guess for free.
+            if self._throttle is not None and reservation is not None:
+                await _available(self._throttle.released(reservation))
+            raise
+
+    async def _reserve(
+        self, identifier: str, user: UserT | None, context: RequestContext
+    ) -> Reservation | None:
+        if self._throttle is None:
+            return None
+        source = source_of(context.ip)
+
+        async def familiar() -> bool:
+            return await self._sessions.were_opened_from(_id(user) or "", source)
+
+        attempt = Attempt(account=self._account(identifier, user), source=source, familiar=familiar)
+        try:
+            return await _available(self._throttle.reserve(attempt))
+        except ThrottledError as throttled:
+            await self.refusal(identifier, "throttled", user, context)
+            await self._tell(
+                LoginThrottled(
+                    identifier=_shown(identifier),
+                    retry_after=throttled.retry_after,
+                    subject_id=_id(user),
+                    context=context,
+                    occurred_at=self._clock(),
+                )
+            )
+            raise
+
+    async def _failed(
+        self, reservation: Reservation | None, user: UserT | None, context: RequestContext
+    ) -> None:
+        if self._throttle is None or reservation is None:
+            return
+        counting = _available(self._throttle.failed(reservation))
+        if is_transaction(self._sessions.connection()):
+            self._emitter.detach(counting, "count of a failed login")
+        else:
+            await counting
+        if reservation.locks and user is not None:
+            await self._tell(
+                AccountLocked(
+                    user=user, subject_id=_id(user), context=context, occurred_at=self._clock()
+                )
+            )
+
+    async def _succeeded(self, reservation: Reservation | None) -> None:
+        if self._throttle is not None and reservation is not None:
+            await _available(self._throttle.succeeded(reservation))
+
+    def _account(self, identifier: str, user: UserT | None) -> str:
+        """Return what stands for an account: its key and version, so that a new password starts anew."""
+        table = user_table(self._user_model)
+        if user is not None:
+            return self._hidden(f"{table}:{user.pk}:{user.session_version}")
+        try:
+            typed = self._user_model.normalize_identifier(identifier)
+        except InvalidIdentifierError:
+            typed = _shown(identifier)
+        return f"stranger:{table}:{int(self._hidden(f'{table}:{typed}'), 16) % _STRANGERS}"
+
+    def _hidden(self, text: str) -> str:
+        return hmac.new(self._secret, text.encode("utf-8", "replace"), hashlib.sha256).hexdigest()
+
+    async def _tell(self, event: Event) -> None:
+        await report(event, self._sessions.connection(), self._emitter, clock=self._clock)
+
+
+async def _available(answer: Awaitable[ResultT]) -> ResultT:
+    """Await a throttle; whatever is wrong with its store, the door stays shut."""
+    try:
+        return await answer
+    except TortoiseAuthError:
+        raise
+    except Exception as error:  # noqa: BLE001 - any store, any client library
+        kind = type(error).__name__
+    raise ServiceUnavailableError(f"The throttle could not count this attempt ({kind})")
+
+
+def _shown(identifier: object) -> str:
+    """Return an identifier as events carry it: text, bounded, storable."""
+    return storable(identifier if isinstance(identifier, str) else "", _MAX_IDENTIFIER_LENGTH)
+
+
+def _id(user: UserT | None) -> str | None:
+    return None if user is None else str(user.pk)

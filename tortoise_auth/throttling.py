@@ -1,0 +1,374 @@
+"""Slow down guessing: a protocol, and an implementation in the database that needs no further service.
+
+An attempt is *reserved* before the password is hashed, so that a burst cannot be heard faster than
+it is counted. After a few free failures each one doubles the pause. Live sessions, refresh and
+password resets are not touched, and a source from which the user has logged in before has a budget
+of its own: guessing from elsewhere cannot keep the user out.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from abc import ABC, abstractmethod
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from typing import Protocol
+
+from tortoise.backends.base.client import BaseDBAsyncClient
+
+from tortoise_auth.clock import Clock, utc_now
+from tortoise_auth.database import connection_for, is_transaction, root_of
+from tortoise_auth.exceptions import ConfigurationError, ThrottledError
+from tortoise_auth.models import AttemptCount
+
+_MAX_RACES = 100
+_ACCOUNT, _FAMILIAR, _SOURCE = "account:", "familiar:", "source:"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attempt:
+    """Somebody tries a password.
+
+    Attributes:
+        account: Stands for the account, existing or not. Opaque: a throttle stores it as it is.
+        source: The network it comes from, see `source_of`; ``None`` if it is not known.
+        familiar: Tells whether the user has logged in from there before. Asked only when it matters.
+    """
+
+    account: str
+    source: str | None
+    familiar: Callable[[], Awaitable[bool]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reservation:
+    """Leave to check one password.
+
+    Attributes:
+        attempt: The attempt.
+        locked: The account has had so many failures in a row that no password is right any more,
+            until it is changed. The caller must refuse, as if the password were wrong.
+        locks: If this attempt fails, the account becomes locked: tell it.
+        counted: What was counted, for the throttle alone.
+    """
+
+    attempt: Attempt
+    locked: bool = False
+    locks: bool = False
+    counted: tuple[Counted, ...] = field(default=(), repr=False)
+
+
+class Throttle(Protocol):
+    """Decides how often passwords may be tried. Any failure to decide must be an exception."""
+
+    async def reserve(self, attempt: Attempt) -> Reservation:
+        """Count an attempt before its password is checked.
+
+        Raises:
+            ThrottledError: Too many came before; it was not counted and must not be heard.
+        """
+        ...
+
+    async def failed(self, reservation: Reservation) -> None:
+        """The password was wrong."""
+        ...
+
+    async def succeeded(self, reservation: Reservation) -> None:
+        """It was right: forget the failures of the account, but not those of the source."""
+        ...
+
+    async def released(self, reservation: Reservation) -> None:
+        """It could not be checked, and that was our fault: give the attempt back."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limit:
+    """Free failures, then a pause that doubles with each.
+
+    Attributes:
+        free: Attempts without a pause.
+        pause: The first pause.
+        longest: The longest pause.
+        quiet: After so long without an attempt the pauses begin anew.
+
+    Raises:
+        ConfigurationError: A number or duration makes no sense.
+    """
+
+    free: int
+    pause: timedelta = timedelta(seconds=1)
+    longest: timedelta = timedelta(minutes=15)
+    quiet: timedelta = timedelta(days=1)
+
+    def __post_init__(self) -> None:
+        if self.free < 1 or not timedelta(0) < self.pause <= self.longest <= self.quiet:
+            raise ConfigurationError(
+                "A limit needs free >= 1 and durations with 0 < pause <= longest <= quiet"
+            )
+
+    def after(self, count: int) -> timedelta:
+        """Return the pause after *count* attempts."""
+        if count < self.free:
+            return timedelta(0)
+        doublings = min(count - self.free, 40)
+        return min(self.pause * (1 << doublings), self.longest)
+
+
+@dataclass(frozen=True, slots=True)
+class Counted:
+    """One counter, as it was written for one attempt.
+
+    Attributes:
+        key: What is counted.
+        count: Attempts, this one included.
+        failures: Failures in a row, if this one fails.
+        at: When it was counted.
+        in_transaction: A transaction of the caller may take it back.
+    """
+
+    key: str
+    count: int
+    failures: int
+    at: datetime
+    in_transaction: bool = False
+
+    @property
+    def of_source(self) -> bool:
+        """It counts what comes from one source, whatever the account."""
+        return self.key.startswith(_SOURCE)
+
+
+class CountingThrottle(ABC):
+    """The rules that throttles share; where the counts are kept is left to subclasses.
+
+    Source first, then the account. If the account is blocked and the source is one from which the
+    user has logged in before, a counter of the two together decides instead, while the failures in
+    a row still count for the account.
+
+    Args:
+        max_failures: Failures in a row after which the password is disabled until it is changed
+            (NIST SP 800-63B-4, 3.2.2: at most 100).
+
+    Raises:
+        ConfigurationError: ``max_failures`` is not between 1 and 100.
+    """
+
+    def __init__(self, max_failures: int) -> None:
+        if not 1 <= max_failures <= 100:
+            raise ConfigurationError(
+                "A throttle must disable a password after at most 100 failures in a row "
+                "(NIST SP 800-63B-4, 3.2.2): choose max_failures between 1 and 100"
+            )
+        self._max_failures = max_failures
+
+    async def reserve(self, attempt: Attempt) -> Reservation:
+        """Count an attempt before its password is checked.
+
+        Raises:
+            ThrottledError: Too many came before; it was not counted.
+        """
+        source = None
+        if attempt.source is not None:
+            source = await self._take(_SOURCE + attempt.source)
+        try:
+            counted = await self._take_account(attempt)
+        except BaseException:
+            if source is not None:
+                await self._give_back(source)
+            raise
+        failures = counted[0].failures
+        return Reservation(
+            attempt=attempt,
+            locked=failures > self._max_failures,
+            locks=failures == self._max_failures,
+            counted=counted if source is None else (*counted, source),
+        )
+
+    async def failed(self, reservation: Reservation) -> None:  # noqa: B027 - the usual case, not a gap
+        """The password was wrong: what was counted stays."""
+
+    async def succeeded(self, reservation: Reservation) -> None:
+        """Forget the failures of the account; give the source its attempt back, and no more."""
+        for counted in reservation.counted:
+            await (self._give_back(counted) if counted.of_source else self._forget(counted))
+
+    async def released(self, reservation: Reservation) -> None:
+        """Give every counter its attempt back."""
+        for counted in reservation.counted:
+            await self._give_back(counted)
+
+    async def _take_account(self, attempt: Attempt) -> tuple[Counted, ...]:
+        key = _ACCOUNT + attempt.account
+        try:
+            return (await self._take(key),)
+        except ThrottledError:
+            if attempt.source is None or not await attempt.familiar():
+                raise
+        own = await self._take(f"{_FAMILIAR}{attempt.account}:{attempt.source}")
+        return await self._take(key, unlimited=True), own
+
+    @staticmethod
+    def _is_source(key: str) -> bool:
+        return key.startswith(_SOURCE)
+
+    @abstractmethod
+    async def _take(self, key: str, *, unlimited: bool = False) -> Counted:
+        """Count one attempt in one atomic step; if *unlimited* only its failure in a row.
+
+        Raises:
+            ThrottledError: It is too early.
+        """
+
+    @abstractmethod
+    async def _give_back(self, counted: Counted) -> None:
+        """Take one attempt off a counter."""
+
+    @abstractmethod
+    async def _forget(self, counted: Counted) -> None:
+        """Set a counter to zero."""
+
+
+class DatabaseThrottle(CountingThrottle):
+    """Counts attempts in a table of the host's own database.
+
+    Counts hold even if a transaction of the caller is rolled back. If the database fails, the
+    attempt is refused with an error, never let through.
+
+    Args:
+        account: The limit for one account, from wherever the attempts come: 10 free by default.
+        source: The limit for one source, whatever accounts it tries: 50 free by default, because
+            many people share an address. Successes do not count.
+        max_failures: See `CountingThrottle`.
+        clock: The time.
+
+    Raises:
+        ConfigurationError: ``max_failures`` is not between 1 and 100.
+    """
+
+    def __init__(
+        self,
+        *,
+        account: Limit = Limit(free=10),
+        source: Limit = Limit(free=50, quiet=timedelta(hours=1)),
+        max_failures: int = 100,
+        clock: Clock = utc_now,
+    ) -> None:
+        super().__init__(max_failures)
+        self._account = account
+        self._source = source
+        self._clock = clock
+
+    async def failed(self, reservation: Reservation) -> None:
+        """Nothing, unless a transaction of the caller may have taken back what was counted."""
+        for counted in reservation.counted:
+            if counted.in_transaction:
+                await self._count_again(counted)
+
+    async def purge(self) -> int:
+        """Delete counters that say nothing any more; return how many.
+
+        Those with failures in a row are kept: these never expire.
+        """
+        old = self._clock() - max(self._account.quiet, self._source.quiet)
+        stale = AttemptCount.filter(last_at__lt=old, failures=0)
+        return await stale.using_db(_counting_connection()).delete()
+
+    async def _take(self, key: str, *, unlimited: bool = False) -> Counted:
+        connection = _counting_connection()
+        in_transaction = is_transaction(connection)
+        for _ in range(_MAX_RACES):
+            now = self._clock()
+            row = await _row(connection, key, now)
+            taken = self._next(row, now, unlimited=unlimited, in_transaction=in_transaction)
+            if await _swap(connection, row, taken.count, taken.failures, taken.at):
+                return taken
+        raise ThrottledError(self._account.pause.total_seconds())
+
+    def _next(
+        self, row: AttemptCount, now: datetime, *, unlimited: bool, in_transaction: bool
+    ) -> Counted:
+        of_source = self._is_source(row.key)
+        limit = self._source if of_source else self._account
+        # A clock that was set back must neither free nor block for longer than the rules say.
+        elapsed = max(now - row.last_at, timedelta(0))
+        count = 0 if elapsed >= limit.quiet else row.count
+        failures = row.failures if of_source else row.failures + 1
+        if unlimited:
+            return Counted(row.key, row.count, failures, row.last_at, in_transaction)
+        wait = limit.after(count) - elapsed
+        if wait > timedelta(0):
+            raise ThrottledError(wait.total_seconds())
+        return Counted(row.key, count + 1, failures, now, in_transaction)
+
+    async def _give_back(self, counted: Counted) -> None:
+        connection = _counting_connection()
+        for _ in range(_MAX_RACES):
+            row = await AttemptCount.filter(key=counted.key).using_db(connection).first()
+            if row is None:
+                return
+            count, failures = max(row.count - 1, 0), max(row.failures - 1, 0)
+            if await _swap(connection, row, count, failures, row.last_at):
+                return
+
+    async def _forget(self, counted: Counted) -> None:
+        row = AttemptCount.filter(key=counted.key).using_db(_counting_connection())
+        await row.update(count=0, failures=0)
+
+    async def _count_again(self, counted: Counted) -> None:
+        connection = _counting_connection()
+        row = await _row(connection, counted.key, counted.at)
+        if row.count < counted.count and row.last_at <= counted.at:
+            await _swap(connection, row, counted.count, counted.failures, counted.at)
+
+
+def _counting_connection() -> BaseDBAsyncClient:
+    """Return where counts are written: on PostgreSQL never in a transaction of the caller.
+
+    SQLite has one connection, which the caller's transaction holds; there `failed` counts again
+    once it is over.
+    """
+    connection = connection_for(AttemptCount)
+    if is_transaction(connection) and connection.capabilities.dialect != "sqlite":
+        return root_of(connection)
+    return connection
+
+
+async def _row(connection: BaseDBAsyncClient, key: str, now: datetime) -> AttemptCount:
+    """Return a counter; insert it where there is none, without an error that spoils a transaction."""
+    found = AttemptCount.filter(key=key).using_db(connection)
+    row = await found.first()
+    if row is None:
+        new = AttemptCount(key=key, count=0, failures=0, last_at=now)
+        await AttemptCount.bulk_create([new], ignore_conflicts=True, using_db=connection)
+        row = await found.first()
+    return row if row is not None else new
+
+
+async def _swap(
+    connection: BaseDBAsyncClient, row: AttemptCount, count: int, failures: int, at: datetime
+) -> bool:
+    """Write a counter if it is still as it was read."""
+    unchanged = AttemptCount.filter(key=row.key, count=row.count, failures=row.failures)
+    return bool(
+        await unchanged.using_db(connection).update(count=count, failures=failures, last_at=at)
+    )
+
+
+def source_of(ip: str | None) -> str | None:
+    """Return the network that counts as one source: an IPv4 address, the /64 of an IPv6 address.
+
+    Anything else is taken as it is: the caller knows what it gives.
+    """
+    if ip is None:
+        return None
+    try:
+        address = ipaddress.ip_address(ip.strip())
+    except ValueError:
+        return ip
+    if isinstance(address, ipaddress.IPv6Address):
+        if address.ipv4_mapped is not None:
+            return str(address.ipv4_mapped)
+        return str(ipaddress.ip_network((int(address), 64), strict=False))
+    return str(address)
