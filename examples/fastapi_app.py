@@ -105,6 +105,8 @@ async def refuse(request: Request, error: exceptions.TortoiseAuthError) -> JSONR
         raise error  # a mistake of ours, not of the visitor
     answer: dict[str, object] = {"code": error.code, "detail": str(error)}
     headers = {"WWW-Authenticate": "Bearer"} if status == 401 else {}
+    if isinstance(error, exceptions.ThrottledError):
+        headers["Retry-After"] = f"{error.retry_after:.0f}"
     if isinstance(error, exceptions.PasswordPolicyError):
         answer["failures"] = [failure.code for failure in error.failures]
     return JSONResponse(answer, status, headers)

@@ -24,6 +24,7 @@ key, hash or SQL.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -68,7 +69,7 @@ class ThrottledError(TortoiseAuthError):
     code = "throttled"
 
     def __init__(self, retry_after: float) -> None:
-        super().__init__(f"Too many attempts; try again in {retry_after:.0f} seconds")
+        super().__init__(f"Too many attempts; try again in {math.ceil(retry_after)} seconds")
         self.retry_after = retry_after
 
     def __reduce__(self) -> tuple[type[ThrottledError], tuple[float]]:
