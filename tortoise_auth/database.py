@@ -191,6 +191,8 @@ def guarded(
 
 
 def _translated(error: Exception, doing: str) -> Exception:
+    if isinstance(error, TortoiseConfigurationError):
+        return ConfigurationError(f"Tortoise ORM is not set up as it must be: {error}")
     if _is_missing_table(error):
         return ConfigurationError(
             "A table of tortoise_auth is missing or outdated. Run your migrations, or "
