@@ -480,7 +480,7 @@ class AuthService(Generic[UserT]):
         return kind(
             user=user,
             subject_id=str(user.pk),
-            context=context,
+            context=current_context(context),
             occurred_at=self._clock(),
             **details,
         )

@@ -1,0 +1,95 @@
+"""The circumstances of a request, on every event."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from tortoise.context import TortoiseContext
+
+from tests.app import User
+from tests.conftest import PASSWORD
+from tortoise_auth import AuthService, EventEmitter, RequestContext
+from tortoise_auth.context import request_context
+from tortoise_auth.exceptions import AuthenticationError, TokenReusedError
+from tortoise_auth.testing import Captured, capture
+
+GIVEN = RequestContext(ip="203.0.113.7", user_agent="Firefox", request_id="r-1")
+EVERY_EVENT = {
+    "user_registered",
+    "user_login_failed",
+    "user_login",
+    "session_refreshed",
+    "refresh_token_reused",
+    "session_revoked",
+    "password_changed",
+    "user_logout",
+    "user_deactivated",
+    "user_activated",
+}
+
+
+@pytest.fixture
+def events(emitter: EventEmitter) -> Iterator[Captured]:
+    with capture(emitter) as captured:
+        yield captured
+
+
+async def live(auth: AuthService[User], context: RequestContext | None) -> None:
+    """Do everything that emits an event."""
+    ada = await User.create_user(email="ada@example.com", password=PASSWORD)
+    with pytest.raises(AuthenticationError):
+        await auth.login("ada@example.com", "wrong", context=context)
+    first = await auth.login("ada@example.com", PASSWORD, context=context)
+    await auth.refresh(first.refresh_token, context=context)
+    with pytest.raises(TokenReusedError):
+        await auth.refresh(first.refresh_token, context=context)
+    second = await auth.login("ada@example.com", PASSWORD, context=context)
+    await auth.revoke_session(second.session.id, context=context)
+    await auth.set_password(ada, "wrong donkey charger nail", context=context)
+    third = await auth.login("ada@example.com", "wrong donkey charger nail", context=context)
+    await auth.logout(third.access_token, context=context)
+    await auth.login("ada@example.com", "wrong donkey charger nail", context=context)
+    await auth.logout_all(ada, context=context)
+    await auth.deactivate(ada, context=context)
+    await auth.activate(ada, context=context)
+
+
+class TestEveryEvent:
+    async def test_carries_what_was_given(
+        self, sqlite: TortoiseContext, auth: AuthService[User], events: Captured
+    ) -> None:
+        """An explicit context is on every event of the call."""
+        await live(auth, GIVEN)
+        assert {event.name for event in events} == EVERY_EVENT
+        assert {event.context for event in events if event.name != "user_registered"} == {GIVEN}
+
+    async def test_carries_what_a_middleware_set(
+        self, sqlite: TortoiseContext, auth: AuthService[User], events: Captured
+    ) -> None:
+        """So is what the context variable holds, where nothing is given."""
+        token = request_context.set(GIVEN)
+        try:
+            await live(auth, None)
+        finally:
+            request_context.reset(token)
+        assert {event.name for event in events} == EVERY_EVENT
+        assert {event.context for event in events} == {GIVEN}
+
+    async def test_is_empty_otherwise(
+        self, sqlite: TortoiseContext, auth: AuthService[User], events: Captured
+    ) -> None:
+        """Without either it is there, and empty."""
+        await live(auth, None)
+        assert {event.context for event in events} == {RequestContext()}
+
+
+class TestRequestContext:
+    def test_is_bounded_and_storable(self) -> None:
+        """Clients choose most of it, so it is cut, and what no database stores is replaced."""
+        hostile = RequestContext(ip="1" * 1000, user_agent="a\0\ud800" * 1000, request_id="r" * 999)
+        assert hostile.ip == "1" * 64
+        assert hostile.user_agent is not None
+        assert hostile.user_agent.startswith("a\ufffd\ufffda")
+        assert len(hostile.user_agent) == 255
+        assert hostile.request_id == "r" * 128
