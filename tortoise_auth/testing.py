@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
-from typing import ClassVar, TypeVar, overload
+from typing import ClassVar, TypeVar, get_origin, overload
 
 from tortoise_auth.events import Event, EventEmitter
 from tortoise_auth.passwords import PasswordHasher
@@ -65,7 +65,8 @@ class Captured(Sequence[Event]):
 
     def of(self, kind: type[EventT]) -> list[EventT]:
         """Return those of one class."""
-        return [event for event in self._events if isinstance(event, kind)]
+        cls: type[EventT] = get_origin(kind) or kind  # UserLogin, also for UserLogin[User]
+        return [event for event in self._events if isinstance(event, cls)]
 
     def one(self, kind: type[EventT]) -> EventT:
         """Return the only one of its class.
@@ -108,7 +109,7 @@ class Captured(Sequence[Event]):
 
 @contextmanager
 def capture(emitter: EventEmitter, *, mute: bool = False) -> Iterator[Captured]:
-    """Record what *emitter* emits.
+    """Record what *emitter* emits; afterwards its listeners are as they were before.
 
     Example::
 

@@ -16,6 +16,7 @@ from typing import Generic, Self
 from tortoise.backends.base.client import BaseDBAsyncClient
 
 from tortoise_auth.clock import Clock, utc_now
+from tortoise_auth.context import storable
 from tortoise_auth.database import (
     Listener,
     connection_for,
@@ -321,7 +322,7 @@ class _Batch(Generic[UserT]):
 
     async def _failed(self, row: Claimed, failure: Exception) -> None:
         cause = failure.original if isinstance(failure, EventError) else failure
-        error = f"{type(cause).__name__}: {describe(cause)}"[:_MAX_ERROR_LENGTH].replace("\0", "?")
+        error = storable(f"{type(cause).__name__}: {describe(cause)}", _MAX_ERROR_LENGTH)
         now, relay = self._relay._clock(), self._relay.name
         if isinstance(failure, UserGoneError) or row.attempts >= self._settings.max_attempts:
             logger.error(
