@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
-from collections.abc import Awaitable
+from collections.abc import Coroutine
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from tortoise_auth.clock import Clock
 from tortoise_auth.context import RequestContext, storable
@@ -37,6 +38,9 @@ ResultT = TypeVar("ResultT")
 _MAX_IDENTIFIER_LENGTH = 320
 _STRANGERS = 1 << 18
 """Counters that all identifiers without an account share, so that guessers cannot fill the table."""
+_PATIENCE = 5.0
+"""Seconds to wait for a throttle: its store may hang, or its pool be empty for good because whoever
+has a connection waits for a second one, in a transaction of the caller."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,16 +126,12 @@ class Credentials(Generic[UserT]):
             ThrottledError: It was not checked.
         """
         connection = self._sessions.connection()
-        rows = await (
-            self._user_model.filter(pk=user.pk, is_active=True)
-            .using_db(connection)
-            .values("password", "session_version")
-        )
         user_now = await self._user_model.filter(pk=user.pk).using_db(connection).first()
         identifier = str(getattr(user, user.identifier_field))
         reservation = await self._reserve(identifier, user_now, context)
+        active = user_now if user_now is not None and user_now.is_active else None
         locked = reservation is not None and reservation.locked
-        stored: str | None = rows[0]["password"] if rows and not locked else None
+        stored = active.password if active is not None and not locked else None
         verification, _ = await self._verify(password, stored, reservation, rehash=False)
         if stored is None or not verification.valid:
             await self._failed(reservation, user_now, context)
@@ -180,7 +180,7 @@ class Credentials(Generic[UserT]):
             # Our own fault, so it costs nobody an attempt. A cancellation does: who hangs up in
             # time would guess for free.
             if self._throttle is not None and reservation is not None:
-                await _available(self._throttle.released(reservation))
+                await self._settle(self._throttle.released(reservation))
             raise
 
     async def _reserve(
@@ -193,7 +193,11 @@ class Credentials(Generic[UserT]):
         async def familiar() -> bool:
             return await self._sessions.were_opened_from(_id(user) or "", source)
 
-        attempt = Attempt(account=self._account(identifier, user), source=source, familiar=familiar)
+        attempt = Attempt(
+            account=self._account(identifier, user),
+            source=None if source is None else self._hidden(f"{self._table}:{source}"),
+            familiar=familiar,
+        )
         try:
             return await _available(self._throttle.reserve(attempt))
         except ThrottledError as throttled:
@@ -214,11 +218,7 @@ class Credentials(Generic[UserT]):
     ) -> None:
         if self._throttle is None or reservation is None:
             return
-        counting = _available(self._throttle.failed(reservation))
-        if is_transaction(self._sessions.connection()):
-            self._emitter.detach(counting, "count of a failed login")
-        else:
-            await counting
+        await self._settle(self._throttle.failed(reservation))
         if reservation.locks and user is not None:
             await self._tell(
                 AccountLocked(
@@ -228,18 +228,32 @@ class Credentials(Generic[UserT]):
 
     async def _succeeded(self, reservation: Reservation | None) -> None:
         if self._throttle is not None and reservation is not None:
-            await _available(self._throttle.succeeded(reservation))
+            await self._settle(self._throttle.succeeded(reservation))
+
+    async def _settle(self, counting: Coroutine[Any, Any, None]) -> None:
+        """Tell the throttle how an attempt ended; after a transaction of the caller, if there is one.
+
+        It would wait for a second connection there, or go with a rollback.
+        """
+        if is_transaction(self._sessions.connection()):
+            self._emitter.detach(counting, "count of a login")
+        else:
+            await _available(counting)
 
     def _account(self, identifier: str, user: UserT | None) -> str:
         """Return what stands for an account: its key and version, so that a new password starts anew."""
-        table = user_table(self._user_model)
         if user is not None:
-            return self._hidden(f"{table}:{user.pk}:{user.session_version}")
+            return self._hidden(f"{self._table}:{user.pk}:{user.session_version}")
         try:
             typed = self._user_model.normalize_identifier(identifier)
         except InvalidIdentifierError:
             typed = _shown(identifier)
-        return f"stranger:{table}:{int(self._hidden(f'{table}:{typed}'), 16) % _STRANGERS}"
+        number = int(self._hidden(f"{self._table}:{typed}"), 16) % _STRANGERS
+        return f"stranger:{self._table}:{number}"
+
+    @property
+    def _table(self) -> str:
+        return user_table(self._user_model)
 
     def _hidden(self, text: str) -> str:
         return hmac.new(self._secret, text.encode("utf-8", "replace"), hashlib.sha256).hexdigest()
@@ -248,10 +262,11 @@ class Credentials(Generic[UserT]):
         await report(event, self._sessions.connection(), self._emitter, clock=self._clock)
 
 
-async def _available(answer: Awaitable[ResultT]) -> ResultT:
+async def _available(answer: Coroutine[Any, Any, ResultT]) -> ResultT:
     """Await a throttle; whatever is wrong with its store, the door stays shut."""
     try:
-        return await answer
+        async with asyncio.timeout(_PATIENCE):
+            return await answer
     except TortoiseAuthError:
         raise
     except Exception as error:  # noqa: BLE001 - any store, any client library

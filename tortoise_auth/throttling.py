@@ -32,7 +32,7 @@ class Attempt:
 
     Attributes:
         account: Stands for the account, existing or not. Opaque: a throttle stores it as it is.
-        source: The network it comes from, see `source_of`; ``None`` if it is not known.
+        source: Stands for the network it comes from; ``None`` if it is not known. Opaque, too.
         familiar: Tells whether the user has logged in from there before. Asked only when it matters.
     """
 
@@ -112,27 +112,23 @@ class Limit:
         """Return the pause after *count* attempts."""
         if count < self.free:
             return timedelta(0)
-        doublings = min(count - self.free, 40)
-        return min(self.pause * (1 << doublings), self.longest)
+        enough = (self.longest // self.pause).bit_length()
+        return min(self.pause * (1 << min(count - self.free, enough)), self.longest)
 
 
 @dataclass(frozen=True, slots=True)
 class Counted:
-    """One counter, as it was written for one attempt.
+    """One attempt, as it was counted by one counter.
 
     Attributes:
-        key: What is counted.
-        count: Attempts, this one included.
+        key: The counter.
         failures: Failures in a row, if this one fails.
-        at: When it was counted.
-        in_transaction: A transaction of the caller may take it back.
+        limited: It counts against the limit, and not only as a failure in a row.
     """
 
     key: str
-    count: int
     failures: int
-    at: datetime
-    in_transaction: bool = False
+    limited: bool = True
 
     @property
     def of_source(self) -> bool:
@@ -174,7 +170,7 @@ class CountingThrottle(ABC):
             source = await self._take(_SOURCE + attempt.source)
         try:
             counted = await self._take_account(attempt)
-        except BaseException:
+        except Exception:  # not a cancellation: nobody waits any more, least of all for a store
             if source is not None:
                 await self._give_back(source)
             raise
@@ -212,6 +208,11 @@ class CountingThrottle(ABC):
     @staticmethod
     def _is_source(key: str) -> bool:
         return key.startswith(_SOURCE)
+
+    @staticmethod
+    def _is_account(key: str) -> bool:
+        """Failures in a row are those of an account, and of nothing else."""
+        return key.startswith(_ACCOUNT)
 
     @abstractmethod
     async def _take(self, key: str, *, unlimited: bool = False) -> Counted:
@@ -259,12 +260,12 @@ class DatabaseThrottle(CountingThrottle):
         self._account = account
         self._source = source
         self._clock = clock
+        self._counters = _Counters()
 
     async def failed(self, reservation: Reservation) -> None:
-        """Nothing, unless a transaction of the caller may have taken back what was counted."""
+        """The password was wrong: what was counted stays, whatever became of the caller's transaction."""
         for counted in reservation.counted:
-            if counted.in_transaction:
-                await self._count_again(counted)
+            await self._counters.save(counted.key)
 
     async def purge(self) -> int:
         """Delete counters that say nothing any more; return how many.
@@ -272,63 +273,102 @@ class DatabaseThrottle(CountingThrottle):
         Those with failures in a row are kept: these never expire.
         """
         old = self._clock() - max(self._account.quiet, self._source.quiet)
-        stale = AttemptCount.filter(last_at__lt=old, failures=0)
-        return await stale.using_db(_counting_connection()).delete()
+        return await self._counters.purge(old)
 
     async def _take(self, key: str, *, unlimited: bool = False) -> Counted:
-        connection = _counting_connection()
-        in_transaction = is_transaction(connection)
         for _ in range(_MAX_RACES):
             now = self._clock()
-            row = await _row(connection, key, now)
-            taken = self._next(row, now, unlimited=unlimited, in_transaction=in_transaction)
-            if await _swap(connection, row, taken.count, taken.failures, taken.at):
-                return taken
+            row = await self._counters.read(key, now)
+            if row.last_at > now:
+                # The clock was set back: the pause begins again, lest it lasts until the clock has
+                # come to where it was.
+                await self._counters.swap(row, row.count, row.failures, now)
+                continue
+            count, at = (row.count, row.last_at) if unlimited else (self._next(row, now), now)
+            failures = row.failures + 1 if self._is_account(key) else 0
+            if await self._counters.swap(row, count, failures, at):
+                return Counted(key, failures, limited=not unlimited)
         raise ThrottledError(self._account.pause.total_seconds())
 
-    def _next(
-        self, row: AttemptCount, now: datetime, *, unlimited: bool, in_transaction: bool
-    ) -> Counted:
-        of_source = self._is_source(row.key)
-        limit = self._source if of_source else self._account
-        # A clock that was set back must neither free nor block for longer than the rules say.
-        elapsed = max(now - row.last_at, timedelta(0))
+    def _next(self, row: AttemptCount, now: datetime) -> int:
+        """Return the count with one more attempt."""
+        limit = self._source if self._is_source(row.key) else self._account
+        elapsed = now - row.last_at
         count = 0 if elapsed >= limit.quiet else row.count
-        failures = row.failures if of_source else row.failures + 1
-        if unlimited:
-            return Counted(row.key, row.count, failures, row.last_at, in_transaction)
         wait = limit.after(count) - elapsed
         if wait > timedelta(0):
             raise ThrottledError(wait.total_seconds())
-        return Counted(row.key, count + 1, failures, now, in_transaction)
+        return count + 1
 
     async def _give_back(self, counted: Counted) -> None:
-        connection = _counting_connection()
         for _ in range(_MAX_RACES):
-            row = await AttemptCount.filter(key=counted.key).using_db(connection).first()
-            if row is None:
-                return
-            count, failures = max(row.count - 1, 0), max(row.failures - 1, 0)
-            if await _swap(connection, row, count, failures, row.last_at):
+            row = await self._counters.read(counted.key, self._clock())
+            count, failures = max(row.count - counted.limited, 0), max(row.failures - 1, 0)
+            if await self._counters.swap(row, count, failures, row.last_at):
                 return
 
     async def _forget(self, counted: Counted) -> None:
-        row = AttemptCount.filter(key=counted.key).using_db(_counting_connection())
-        await row.update(count=0, failures=0)
-
-    async def _count_again(self, counted: Counted) -> None:
-        connection = _counting_connection()
-        row = await _row(connection, counted.key, counted.at)
-        if row.count < counted.count and row.last_at <= counted.at:
-            await _swap(connection, row, counted.count, counted.failures, counted.at)
+        for _ in range(_MAX_RACES):
+            row = await self._counters.read(counted.key, self._clock())
+            if await self._counters.swap(row, 0, 0, row.last_at):
+                return
 
 
-def _counting_connection() -> BaseDBAsyncClient:
-    """Return where counts are written: on PostgreSQL never in a transaction of the caller.
+class _Counters:
+    """The table of counters, which no transaction of the caller takes back.
 
-    SQLite has one connection, which the caller's transaction holds; there `failed` counts again
-    once it is over.
+    On PostgreSQL it is written through a connection outside of that transaction. SQLite has one
+    connection: there, what is counted within a transaction is kept in memory until it is over.
     """
+
+    def __init__(self) -> None:
+        self._unsaved: dict[str, AttemptCount] = {}
+
+    async def read(self, key: str, now: datetime) -> AttemptCount:
+        """Return a counter; a new one begins *now*."""
+        connection = _connection()
+        if not is_transaction(connection):
+            await self.save(key)
+            return await _row(connection, key, now)
+        if key in self._unsaved:
+            return self._unsaved[key]
+        row = await AttemptCount.filter(key=key).using_db(connection).first()
+        return row or AttemptCount(key=key, last_at=now)
+
+    async def swap(self, row: AttemptCount, count: int, failures: int, at: datetime) -> bool:
+        """Write a counter if it is still as it was read."""
+        connection = _connection()
+        if not is_transaction(connection):
+            return await _swap(connection, row, count, failures, at)
+        if self._unsaved.get(row.key, row) is not row:
+            return False
+        self._unsaved[row.key] = AttemptCount(
+            key=row.key, count=count, failures=failures, last_at=at
+        )
+        return True
+
+    async def save(self, key: str) -> None:
+        """Write what was counted within a transaction, now that it is over."""
+        connection = _connection()
+        for _ in range(_MAX_RACES):
+            unsaved = self._unsaved.get(key)
+            if unsaved is None or is_transaction(connection):
+                return
+            row = await _row(connection, key, unsaved.last_at)
+            saved = await _swap(connection, row, unsaved.count, unsaved.failures, unsaved.last_at)
+            if saved and self._unsaved.get(key) is unsaved:
+                del self._unsaved[key]
+
+    async def purge(self, before: datetime) -> int:
+        """Delete the counters that nobody has touched since, but those with failures in a row."""
+        for key in tuple(self._unsaved):
+            await self.save(key)
+        stale = AttemptCount.filter(last_at__lt=before, failures=0)
+        return await stale.using_db(_connection()).delete()
+
+
+def _connection() -> BaseDBAsyncClient:
+    """Return where counts are written: in a transaction of the caller only if there is no other way."""
     connection = connection_for(AttemptCount)
     if is_transaction(connection) and connection.capabilities.dialect != "sqlite":
         return root_of(connection)
@@ -336,11 +376,11 @@ def _counting_connection() -> BaseDBAsyncClient:
 
 
 async def _row(connection: BaseDBAsyncClient, key: str, now: datetime) -> AttemptCount:
-    """Return a counter; insert it where there is none, without an error that spoils a transaction."""
+    """Return a counter; insert it where there is none, without an error if somebody else does."""
     found = AttemptCount.filter(key=key).using_db(connection)
     row = await found.first()
     if row is None:
-        new = AttemptCount(key=key, count=0, failures=0, last_at=now)
+        new = AttemptCount(key=key, last_at=now)
         await AttemptCount.bulk_create([new], ignore_conflicts=True, using_db=connection)
         row = await found.first()
     return row if row is not None else new
@@ -349,8 +389,13 @@ async def _row(connection: BaseDBAsyncClient, key: str, now: datetime) -> Attemp
 async def _swap(
     connection: BaseDBAsyncClient, row: AttemptCount, count: int, failures: int, at: datetime
 ) -> bool:
-    """Write a counter if it is still as it was read."""
-    unchanged = AttemptCount.filter(key=row.key, count=row.count, failures=row.failures)
+    """Write a counter if it is still as it was read.
+
+    The time is compared, too: after a quiet time a counter of 1 becomes 1 again.
+    """
+    unchanged = AttemptCount.filter(
+        key=row.key, count=row.count, failures=row.failures, last_at=row.last_at
+    )
     return bool(
         await unchanged.using_db(connection).update(count=count, failures=failures, last_at=at)
     )
@@ -361,7 +406,7 @@ def source_of(ip: str | None) -> str | None:
 
     Anything else is taken as it is: the caller knows what it gives.
     """
-    if ip is None:
+    if ip is None or not ip.strip():
         return None
     try:
         address = ipaddress.ip_address(ip.strip())

@@ -35,7 +35,7 @@ logger = logging.getLogger("tortoise_auth.relay")
 
 _MAX_ERROR_LENGTH = 2000
 
-_RECORD_EVERY = 1.0
+_RECORD_EVERY = 0.1
 """Seconds. What was delivered is recorded at least so often, however slow the rest of a batch is."""
 
 

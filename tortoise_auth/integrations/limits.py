@@ -8,7 +8,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-from tortoise_auth.clock import utc_now
 from tortoise_auth.exceptions import ConfigurationError, ThrottledError
 from tortoise_auth.throttling import Counted, CountingThrottle
 
@@ -16,6 +15,7 @@ try:
     from limits import RateLimitItem, parse_many
     from limits.aio.storage import Storage
     from limits.aio.strategies import FixedWindowRateLimiter
+    from limits.errors import ConfigurationError as UnknownStorageError
     from limits.storage import storage_from_string
 except ImportError as missing:
     raise ImportError(
@@ -57,11 +57,7 @@ class LimitsThrottle(CountingThrottle):
         max_failures: int = 100,
     ) -> None:
         super().__init__(max_failures)
-        made = (
-            storage_from_string(storage, implementation="redispy")
-            if isinstance(storage, str)
-            else storage
-        )
+        made = _storage(storage) if isinstance(storage, str) else storage
         if not isinstance(made, Storage):
             raise ConfigurationError(
                 "LimitsThrottle needs an asynchronous storage: its URI begins with async+, for "
@@ -82,14 +78,14 @@ class LimitsThrottle(CountingThrottle):
                 ends = (await self._limiter.get_window_stats(window, key)).reset_time
                 raise ThrottledError(max(ends - time.time(), 1.0))
         failures = 0
-        if not self._is_source(key):
+        if self._is_account(key):
             failures = await self._storage.incr(_failures_of(key), _FAILURES_KEPT)
-        return Counted(key, 0 if unlimited else 1, failures, utc_now())
+        return Counted(key, failures, limited=not unlimited)
 
     async def _give_back(self, counted: Counted) -> None:
-        for window in self._of(counted.key) if counted.count else ():
+        for window in self._of(counted.key) if counted.limited else ():
             await self._uncount(window.key_for(counted.key), window.get_expiry())
-        if not counted.of_source:
+        if self._is_account(counted.key):
             await self._uncount(_failures_of(counted.key), _FAILURES_KEPT)
 
     async def _forget(self, counted: Counted) -> None:
@@ -108,11 +104,25 @@ def _failures_of(key: str) -> str:
     return f"tortoise_auth:failures:{key}"
 
 
+def _storage(uri: str) -> object:
+    try:
+        return storage_from_string(uri, implementation="redispy")
+    except UnknownStorageError:
+        # Its words hold the URI, and that may hold a password.
+        raise ConfigurationError(
+            "LimitsThrottle cannot use this storage: no such scheme, or its client library is not "
+            "installed. Write, for example, async+redis://localhost:6379"
+        ) from None
+
+
 def _windows(notation: str) -> Sequence[RateLimitItem]:
     try:
-        return sorted(parse_many(notation), key=lambda window: window.get_expiry())
+        windows = sorted(parse_many(notation), key=lambda window: window.get_expiry())
     except ValueError:
+        windows = []
+    if not windows or any(window.amount < 1 for window in windows):
         raise ConfigurationError(
             f"LimitsThrottle cannot read {notation!r}; write, for example, "
             '"10 per minute; 50 per day"'
-        ) from None
+        )
+    return windows

@@ -1,0 +1,170 @@
+"""The page about formats: its snippets run, ship what it says, and its table is true."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import jwt
+import pytest
+from tortoise.context import TortoiseContext
+
+from tests.app import User
+from tests.conftest import PASSWORD, SECRET
+from tests.events.standards import CANARY, LIBRARY, as_sent, sample, violations
+from tests.events.test_formats_set import pem
+from tests.test_docs import run, snippets
+from tortoise_auth import AbstractUser, AuthConfig, AuthenticationError, AuthService, RequestContext
+from tortoise_auth.events import Event
+from tortoise_auth.events import emitter as library_emitter
+from tortoise_auth.events.formats import ecs, ocsf, set_claims
+from tortoise_auth.exceptions import TokenReusedError
+from tortoise_auth.testing import isolated
+
+PAGE = Path(__file__).parents[2] / "docs" / "formats.md"
+CONTEXT = RequestContext(ip="203.0.113.7", user_agent="Firefox", request_id="r-1")
+
+
+class Sink:
+    """What the page sends things to."""
+
+    def __init__(self) -> None:
+        self.records: list[dict[str, Any]] = []
+        self.posts: list[tuple[str, str, dict[str, str]]] = []
+
+    async def send(self, record: dict[str, Any]) -> None:
+        """Take a record."""
+        self.records.append(as_sent(record))
+
+    async def post(self, path: str, body: str, headers: dict[str, str]) -> None:
+        """Take a token."""
+        self.posts.append((path, body, headers))
+
+
+@pytest.fixture
+async def page(
+    sqlite: TortoiseContext, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[dict[str, Any]]:
+    """The page as its reader has it, after every snippet."""
+    monkeypatch.setattr(AbstractUser, "emitter", library_emitter)
+    monkeypatch.setenv("SET_PRIVATE_KEY", pem("RS256").decode())
+    with isolated(library_emitter):
+        namespace: dict[str, Any] = {name: Sink() for name in ("siem", "elastic", "receiver")}
+        namespace["os"] = os
+        sources = list(snippets(PAGE))
+        assert len(sources) == 4
+        for source in sources:
+            await run(source, namespace, str(PAGE))
+        yield namespace
+
+
+async def live(auth: AuthService[User]) -> list[str]:
+    """Do everything that can be done with an account; return the names of the events, in order."""
+    user = await User.create_user(email="ada@example.com", password=PASSWORD)
+    for typed, password in ((CANARY, PASSWORD), ("ada@example.com", "wrong")):
+        with pytest.raises(AuthenticationError):
+            await auth.login(typed, password, context=CONTEXT)
+    first = await auth.login("ada@example.com", PASSWORD, context=CONTEXT)
+    second = await auth.refresh(first.refresh_token, context=CONTEXT)
+    with pytest.raises(TokenReusedError):
+        await auth.refresh(first.refresh_token, context=CONTEXT)
+    third = await auth.login("ada@example.com", PASSWORD)
+    await auth.logout(third.access_token)
+    fourth = await auth.login("ada@example.com", PASSWORD)
+    await auth.revoke_session(fourth.session.id)
+    await auth.set_password(user, "a wholly different phrase")
+    await auth.login("ada@example.com", "a wholly different phrase")
+    await auth.logout_all(user)
+    await auth.deactivate(user)
+    await auth.activate(user)
+    assert second.session.id == first.session.id
+    return (
+        "user_registered user_login_failed user_login_failed user_login session_refreshed "
+        "refresh_token_reused user_login user_logout user_login session_revoked password_changed "
+        "user_login user_logout user_deactivated user_activated"
+    ).split()
+
+
+class TestSnippets:
+    async def test_everything_is_shipped(self, page: dict[str, Any]) -> None:
+        """What really happens reaches all three, durably, and keeps the rules of each standard."""
+        auth = AuthService(User, AuthConfig(secret=SECRET))
+        names = await live(auth)
+        assert not page["siem"].records
+        await auth.relay().drain()
+        records, documents = page["siem"].records, page["elastic"].records
+        assert sorted(each["metadata"]["event_code"] for each in records) == sorted(names)
+        assert sorted(each["event"]["action"] for each in documents) == sorted(names)
+        for record in records:
+            assert violations(record, "ocsf-1.8.json", str(record["class_uid"])) == []
+        for document in documents:
+            assert violations(document, "ecs-9.4.json", "document") == []
+
+    async def test_tokens(self, page: dict[str, Any]) -> None:
+        """The receiver gets a token for all that has one, as RFC 8935 has it, and can check it."""
+        auth = AuthService(User, AuthConfig(secret=SECRET))
+        names = await live(auth)
+        await auth.relay().drain()
+        told = [name for name in names if _has_token(name)]
+        posts = page["receiver"].posts
+        assert len(posts) == len(told) == 11
+        for path, body, headers in posts:
+            assert path == "/events"
+            assert headers["Content-Type"] == "application/secevent+jwt"
+            found = jwt.decode(
+                body,
+                pem("RS256", public=True),
+                algorithms=["RS256"],
+                issuer="https://id.example.com/",
+                audience="https://shop.example.com/",
+            )
+            assert violations(found, "set-rfc8417.json", "claims") == []
+
+    async def test_no_secret(self, page: dict[str, Any]) -> None:
+        """A password that was typed as an identifier reaches nobody, nor does any e-mail address but
+        one that was typed."""
+        auth = AuthService(User, AuthConfig(secret=SECRET))
+        await live(auth)
+        await auth.relay().drain()
+        everything = repr([page[name].__dict__ for name in ("siem", "elastic", "receiver")])
+        assert CANARY not in everything
+        assert PASSWORD not in everything
+        assert everything.count("ada@example.com") == 3  # OCSF; ECS, and once more as related
+
+
+class TestTable:
+    @pytest.mark.parametrize("kind", LIBRARY, ids=lambda kind: kind.name)
+    def test_row(self, kind: type[Event]) -> None:
+        """The table has a row for every event, and it says what the functions do."""
+        event = sample(kind)
+        record, document = ocsf(event), ecs(event)["event"]
+        claims = set_claims(event, issuer="https://id.example.com/", audience="shop")
+        row = " | ".join(
+            (
+                f"| `{kind.name}`",
+                f"{record['type_uid']} {record['activity_name']}",
+                record["status"],
+                record["severity"],
+                f"{', '.join(document['category'])} / {', '.join(document['type'])}"
+                f" / {document['outcome']}",
+                _short(claims),
+            )
+        )
+        lines = [re.sub(r" +", " ", line) for line in PAGE.read_text().splitlines()]
+        assert re.sub(r" +", " ", f"{row} |") in lines
+
+
+def _has_token(name: str) -> bool:
+    (kind,) = (each for each in LIBRARY if each.name == name)
+    return set_claims(sample(kind), issuer="a", audience="b") is not None
+
+
+def _short(claims: dict[str, Any] | None) -> str:
+    if claims is None:
+        return ""
+    (uri,) = claims["events"]
+    *_, profile, _, name = uri.split("/")
+    return f"{profile.upper()} {name}"
