@@ -23,7 +23,7 @@ demo: $(STAMP) ## Run the quickstart: every step of a session, every hook heard
 	$(BIN)/python examples/quickstart.py
 
 test: $(STAMP) ## Run the tests (make test ARGS="-k login")
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
 
 lint: $(STAMP) ## Style and layers
 	$(BIN)/ruff check .
@@ -43,8 +43,10 @@ fmt: $(STAMP) ## Rewrite to style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(STAMP) ## Measure hashing, login storms and the event loop
+bench: $(STAMP) ## Measure logins under load, the emitter and the outbox
 	$(BIN)/python tests/benchmarks/hashing.py
+	$(BIN)/python tests/benchmarks/emitters.py
+	$(BIN)/python tests/benchmarks/outbox.py
 
 clean: ## Remove the environment and build products
 	rm -rf $(VENV) dist .coverage .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
