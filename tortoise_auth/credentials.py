@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import hmac
 from collections.abc import Coroutine
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 from tortoise_auth.clock import Clock
@@ -53,7 +53,7 @@ class Verified(Generic[UserT]):
     """
 
     user: UserT
-    replacement: str | None
+    replacement: str | None = field(repr=False)
 
 
 class Credentials(Generic[UserT]):
@@ -122,8 +122,8 @@ class Credentials(Generic[UserT]):
         """Check the password of somebody who is logged in; return the stored hash it matches.
 
         Raises:
-            AuthenticationError: It is wrong, or the account is inactive.
-            ThrottledError: It was not checked.
+            AuthenticationError: It is wrong, which has been told, or the account is inactive.
+            ThrottledError: It was not checked; that has been told, too.
         """
         connection = self._sessions.connection()
         user_now = await self._user_model.filter(pk=user.pk).using_db(connection).first()
@@ -135,14 +135,17 @@ class Credentials(Generic[UserT]):
         verification, _ = await self._verify(password, stored, reservation, rehash=False)
         if stored is None or not verification.valid:
             await self._failed(reservation, user_now, context)
-            raise AuthenticationError
+            if active is None:  # closed or gone: there is nothing to guess
+                raise AuthenticationError
+            reason: FailureReason = "locked" if locked else "bad_password"
+            raise await self.refusal(identifier, reason, user_now, context)
         await self._succeeded(reservation)
         return stored
 
     async def refusal(
         self, identifier: str, reason: FailureReason, user: UserT | None, context: RequestContext
     ) -> AuthenticationError:
-        """Tell that a login was refused, and return the error to raise: always the same."""
+        """Tell that a password was refused, and return the error to raise: always the same."""
         await self._tell(
             UserLoginFailed(
                 identifier=_shown(identifier),
@@ -199,7 +202,7 @@ class Credentials(Generic[UserT]):
             familiar=familiar,
         )
         try:
-            return await _available(self._throttle.reserve(attempt))
+            return await _available(self._throttle.reserve(attempt), _PATIENCE)
         except ThrottledError as throttled:
             await self.refusal(identifier, "throttled", user, context)
             await self._tell(
@@ -236,9 +239,9 @@ class Credentials(Generic[UserT]):
         It would wait for a second connection there, or go with a rollback.
         """
         if is_transaction(self._sessions.connection()):
-            self._emitter.detach(counting, "count of a login")
+            self._emitter.detach(_available(counting), "count of a login")
         else:
-            await _available(counting)
+            await _available(counting, _PATIENCE)
 
     def _account(self, identifier: str, user: UserT | None) -> str:
         """Return what stands for an account: its key and version, so that a new password starts anew."""
@@ -262,10 +265,12 @@ class Credentials(Generic[UserT]):
         await report(event, self._sessions.connection(), self._emitter, clock=self._clock)
 
 
-async def _available(answer: Coroutine[Any, Any, ResultT]) -> ResultT:
+async def _available(
+    answer: Coroutine[Any, Any, ResultT], patience: float | None = None
+) -> ResultT:
     """Await a throttle; whatever is wrong with its store, the door stays shut."""
     try:
-        async with asyncio.timeout(_PATIENCE):
+        async with asyncio.timeout(patience):
             return await answer
     except TortoiseAuthError:
         raise

@@ -204,7 +204,10 @@ class SubscriptionError(TortoiseAuthError, TypeError):
 
 
 class ServiceUnavailableError(TortoiseAuthError):
-    """The database failed. The credentials or token may well be good; try again later."""
+    """The database failed, the throttle's store, or the machine had no memory left to hash with.
+
+    The credentials or token may well be good; try again later.
+    """
 
     code = "service_unavailable"
 

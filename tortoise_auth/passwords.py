@@ -20,10 +20,16 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import ClassVar, TypeVar
 
+from argon2.low_level import error_to_str
 from passlib.context import CryptContext
 from zxcvbn.frequency_lists import FREQUENCY_LISTS
 
-from tortoise_auth.exceptions import ConfigurationError, PasswordPolicyError, PolicyFailure
+from tortoise_auth.exceptions import (
+    ConfigurationError,
+    PasswordPolicyError,
+    PolicyFailure,
+    ServiceUnavailableError,
+)
 
 ResultT = TypeVar("ResultT")
 
@@ -39,6 +45,8 @@ OWASP_ARGON2_FLOOR: Sequence[tuple[int, int]] = (
 )
 """Least (memory in KiB, passes) of Argon2id by the OWASP Password Storage Cheat Sheet."""
 
+_NO_MEMORY, _NO_THREAD = -22, -33  # error codes of the reference implementation, argon2.h
+_EXHAUSTED = frozenset({error_to_str(_NO_MEMORY), error_to_str(_NO_THREAD)})
 _UNUSABLE_PREFIX = "!"
 
 
@@ -148,6 +156,7 @@ class PasswordHasher:
 
         Raises:
             PasswordPolicyError: The input cannot be hashed at all. Other rules are the policy's.
+            ServiceUnavailableError: There was no memory for it, or no thread.
         """
         failures = input_failures(password)
         if failures:
@@ -167,6 +176,10 @@ class PasswordHasher:
 
         Returns:
             ``valid``, and ``outdated`` when the hash is right but of another scheme or cost.
+
+        Raises:
+            ServiceUnavailableError: There was no memory for it, or no thread. That says nothing
+                about the password.
         """
         if input_failures(password):
             return await self._on_a_thread(self._waste_one_hash)
@@ -224,7 +237,9 @@ class PasswordHasher:
             outdated = self._crypt.needs_update(hashed)
             valid = self._crypt.verify(password, hashed)
         # A corrupt or unknown hash, an unsupported parameter, or over 72 bytes for bcrypt.
-        except (ValueError, TypeError, NotImplementedError):
+        except (ValueError, TypeError, NotImplementedError) as error:
+            if str(error.__context__) in _EXHAUSTED:
+                raise
             return self._waste_one_hash()
         if not valid and outdated:  # it cost something else than a hash of today
             return self._waste_one_hash()
@@ -235,7 +250,11 @@ class PasswordHasher:
         return Verification(valid=False)
 
     async def _on_a_thread(self, work: Callable[[], ResultT]) -> ResultT:
-        return await asyncio.get_running_loop().run_in_executor(self._threads(), work)
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._threads(), work)
+        except (ValueError, MemoryError, RuntimeError) as error:
+            kind = type(error).__name__  # the text of what passlib raises holds the stored hash
+        raise ServiceUnavailableError(f"This machine could not compute a hash ({kind})")
 
     def _threads(self) -> ThreadPoolExecutor:
         """Return the pool, made on first use and again after a fork (whose threads are gone)."""

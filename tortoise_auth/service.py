@@ -343,6 +343,8 @@ class AuthService(Generic[UserT]):
     ) -> None:
         """The same as `set_password`, after checking the current password (OWASP ASVS 6.2.3).
 
+        A wrong current password counts as a refused login does, and emits ``user_login_failed``.
+
         Raises:
             AuthenticationError: The current password is wrong, or the account is inactive.
             ThrottledError: Too many attempts; the password was not even looked at.
@@ -506,7 +508,7 @@ class AuthService(Generic[UserT]):
         claims: Mapping[str, object] | None,
     ) -> AuthResult[UserT]:
         access_token, access_expires_at = self._tokens.issue(
-            subject=str(user.pk),
+            subject=session.user_id,  # not the live object's: a handler may have changed that
             session_id=str(session.id),
             session_ends=session.expires_at,
             extra=claims or {},

@@ -7,6 +7,7 @@ exactly one succeeds, on every database.
 from __future__ import annotations
 
 import logging
+import secrets
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
@@ -162,10 +163,11 @@ class Sessions(Generic[UserT]):
 
     def is_spendable(self, session: Session, token: RefreshToken) -> bool:
         """Tell whether *token* is the unspent one, or the one before within the grace period."""
-        if token.hash == session.refresh_hash:
+        if secrets.compare_digest(token.hash, session.refresh_hash):
             return True
         grace_ends = session.last_used_at + self._config.refresh_reuse_grace
-        return token.hash == session.previous_refresh_hash and self._clock() < grace_ends
+        is_previous = secrets.compare_digest(token.hash, session.previous_refresh_hash or "")
+        return is_previous and self._clock() < grace_ends
 
     async def revoke(self, session: Session, connection: BaseDBAsyncClient) -> bool:
         """End one session; false if it had ended before."""

@@ -11,11 +11,13 @@ from __future__ import annotations
 import ipaddress
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Protocol
 
 from tortoise.backends.base.client import BaseDBAsyncClient
+from tortoise.exceptions import IntegrityError
 
 from tortoise_auth.clock import Clock, utc_now
 from tortoise_auth.database import connection_for, is_transaction, root_of
@@ -124,11 +126,14 @@ class Counted:
         key: The counter.
         failures: Failures in a row, if this one fails.
         limited: It counts against the limit, and not only as a failure in a row.
+        at, before: When it was counted, and the one before it, if the counter keeps such times.
     """
 
     key: str
     failures: int
     limited: bool = True
+    at: datetime | None = None
+    before: datetime | None = None
 
     @property
     def of_source(self) -> bool:
@@ -287,7 +292,7 @@ class DatabaseThrottle(CountingThrottle):
             count, at = (row.count, row.last_at) if unlimited else (self._next(row, now), now)
             failures = row.failures + 1 if self._is_account(key) else 0
             if await self._counters.swap(row, count, failures, at):
-                return Counted(key, failures, limited=not unlimited)
+                return Counted(key, failures, not unlimited, at, before=row.last_at)
         raise ThrottledError(self._account.pause.total_seconds())
 
     def _next(self, row: AttemptCount, now: datetime) -> int:
@@ -303,8 +308,10 @@ class DatabaseThrottle(CountingThrottle):
     async def _give_back(self, counted: Counted) -> None:
         for _ in range(_MAX_RACES):
             row = await self._counters.read(counted.key, self._clock())
-            count, failures = max(row.count - counted.limited, 0), max(row.failures - 1, 0)
-            if await self._counters.swap(row, count, failures, row.last_at):
+            count = max(row.count - int(counted.limited), 0)
+            # It must not prolong the pause either, unless somebody else has since.
+            at = counted.before if row.last_at == counted.at else row.last_at
+            if await self._counters.swap(row, count, max(row.failures - 1, 0), at or row.last_at):
                 return
 
     async def _forget(self, counted: Counted) -> None:
@@ -381,7 +388,9 @@ async def _row(connection: BaseDBAsyncClient, key: str, now: datetime) -> Attemp
     row = await found.first()
     if row is None:
         new = AttemptCount(key=key, last_at=now)
-        await AttemptCount.bulk_create([new], ignore_conflicts=True, using_db=connection)
+        # Not in bulk: Tortoise leaves that transaction open on SQLite's one connection when cancelled.
+        with suppress(IntegrityError):
+            await new.save(force_create=True, using_db=connection)
         row = await found.first()
     return row if row is not None else new
 

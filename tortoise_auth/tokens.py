@@ -105,6 +105,8 @@ class SigningKey:
             raise ConfigurationError(
                 "A kid is 1 to 64 letters, digits, dots, dashes or underscores"
             )
+        if self._bytes in self.kid.encode():
+            raise ConfigurationError("The kid contains the secret, and every token shows its kid")
 
     @property
     def family(self) -> str:

@@ -86,11 +86,16 @@ class AbstractUser(Model):
     class Meta(Model.Meta):
         abstract = True
 
+    class PydanticMeta:
+        exclude = ("password", "session_version")
+
     @classmethod
     async def create_user(cls, *, password: str | None = None, **values: object) -> Self:
         """Create an account: normalise, apply the password policy, hash, save, tell.
 
-        Safe to call with a form's fields: those that decide about access are refused.
+        Safe to call with a form's fields: those of ours that decide about access are refused.
+        Warning: your own, such as ``is_admin``, are not, nor is the primary key; take from a form
+        what it may set, by name.
 
         Args:
             password: The password, or ``None`` for an account that cannot log in with one.
@@ -125,6 +130,8 @@ class AbstractUser(Model):
         try:
             async with UnitOfWork(connection_for(cls), cls.emitter) as unit:
                 user = await cls.create(password=hashed, using_db=unit.connection, **values)
+                if cls._meta.pk_attr in values:
+                    await user._end_sessions_of_predecessor(unit)
                 unit.record(
                     UserRegistered(user=user, subject_id=str(user.pk), context=current_context())
                 )
@@ -240,6 +247,15 @@ class AbstractUser(Model):
         names = ("email", self.identifier_field)
         return self._words_about({name: getattr(self, name, None) for name in names})
 
+    async def _end_sessions_of_predecessor(self, unit: UnitOfWork) -> None:
+        """End what is left of a deleted account that had the same primary key."""
+        await Session.end_all(
+            user_table=user_table(type(self)),
+            user_id=str(self.pk),
+            at=utc_now(),
+            using_db=unit.connection,
+        )
+
     @classmethod
     def _words_about(cls, values: dict[str, object]) -> list[str]:
         words = (values.get(name) for name in ("email", cls.identifier_field))
@@ -253,7 +269,7 @@ class AbstractUser(Model):
                 f"create_user() does not set {', '.join(protected)}: a form could smuggle it in. "
                 "Set it on the saved user, or use AuthService.deactivate()."
             )
-        unknown = sorted(values.keys() - cls._meta.fields_map.keys() - {"pk"})
+        unknown = sorted(values.keys() - cls._meta.fields_map.keys())
         if unknown:
             known = sorted(cls._meta.fields_map.keys() - _NOT_FOR_FORMS)
             raise ValueError(

@@ -94,8 +94,9 @@ class Event:
             ValueError: It is not an event, nobody declared its name, or a field is missing or wrong.
         """
         name = data.get("name") if isinstance(data, Mapping) else None
-        found = next((each for each in declared_events() if each.name == name), None)
-        if found is None or not issubclass(found, cls):
+        named = (each for each in declared_events() if each.name == name)
+        found = next((each for each in named if issubclass(each, cls)), None)
+        if found is None:
             raise ValueError(f"{name!r} is not the name of a declared {cls.__name__}")
         if type(version := data.get("schema_version")) is not int or version > found.schema_version:
             raise ValueError(f"{name} has schema version {version!r}, not {found.schema_version}")
@@ -141,7 +142,7 @@ class UserLogin(UserEvent[UserT]):
 
 @dataclass(frozen=True, kw_only=True)
 class UserLoginFailed(Event):
-    """A login was refused.
+    """A password was refused: at a login, or as the current one at a password change.
 
     Attributes:
         identifier: What was typed, bounded, NUL and lone surrogates replaced. People type their

@@ -10,7 +10,7 @@ import json
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
 
@@ -33,6 +33,14 @@ AFTER_COMMIT = "*after-commit*"
 Whether a transaction of the caller was really kept, and the savepoint in it, only the database can
 tell: by whether the mark is there afterwards. No relay claims marks.
 """
+
+_WRITE = """
+INSERT INTO tortoise_auth_outbox (
+    event_id, event_name, subscription, user_table, subject_id, payload, created_at, due_at, attempts
+) VALUES {rows}
+"""
+
+_ROW = "({{event_id}}, {{event_name}}, {{{name}}}, {{user_table}}, {{subject_id}}, {{payload}}, {{at}}, {{at}}, 0)"
 
 _CLAIM = """
 UPDATE tortoise_auth_outbox
@@ -114,13 +122,31 @@ async def write(
     subscriptions: Sequence[Subscription],
     at: datetime,
 ) -> None:
-    """Write a row for each durable subscription, in the transaction of *connection*."""
+    """Write a row for each durable subscription, in the transaction of *connection*.
+
+    One statement, which wakes the relays of other processes as well where the database can: it is
+    part of a login.
+    """
     if not subscriptions:
         return
-    await OutboxEntry.bulk_create(
-        [_entry(event, each.name, at, due_at=at) for each in subscriptions], using_db=connection
+    user = event.user if isinstance(event, UserEvent) else None
+    names = {f"name{position}": each.name for position, each in enumerate(subscriptions)}
+    statement = _WRITE.format(rows=", ".join(_ROW.format(name=name) for name in names))
+    if _is_postgres(connection):
+        statement = f"WITH written AS ({statement}) SELECT pg_notify('{CHANNEL}', '')"
+    await _run(
+        connection,
+        statement,
+        {
+            **names,
+            "event_id": str(event.id),
+            "event_name": event.name,
+            "user_table": user._meta.db_table if user is not None else "",
+            "subject_id": event.subject_id,
+            "payload": json.dumps(event.to_dict()),
+            "at": at.astimezone(UTC),
+        },
     )
-    await notify(connection, CHANNEL)
 
 
 async def mark(connection: BaseDBAsyncClient, event: Event, at: datetime) -> int:
@@ -128,8 +154,15 @@ async def mark(connection: BaseDBAsyncClient, event: Event, at: datetime) -> int
     # SQLite gives the id of a row that was rolled back to the next one: the mark of one delivery
     # must not be taken for that of another.
     mark_id = -1 - secrets.randbits(62)
-    entry = _entry(event, AFTER_COMMIT, at, due_at=None, id=mark_id)
-    await entry.save(using_db=connection, force_create=True)
+    await OutboxEntry.create(
+        id=mark_id,
+        event_id=event.id,
+        event_name=event.name,
+        subscription=AFTER_COMMIT,
+        payload={},
+        created_at=at,
+        using_db=connection,
+    )
     return mark_id
 
 
@@ -262,42 +295,38 @@ async def _start_again(
     return changed
 
 
-def _entry(
-    event: Event, subscription: str, at: datetime, *, due_at: datetime | None, **others: int
-) -> OutboxEntry:
-    user = event.user if isinstance(event, UserEvent) else None
-    return OutboxEntry(
-        event_id=event.id,
-        event_name=event.name,
-        subscription=subscription,
-        user_table=user._meta.db_table if user is not None else "",
-        subject_id=event.subject_id,
-        payload=event.to_dict(),
-        created_at=at,
-        due_at=due_at,
-        **others,
-    )
-
-
 async def _claim(
     connection: BaseDBAsyncClient, chosen: str, values: Mapping[str, Any]
 ) -> list[Claimed]:
-    """Run a claim, with the numbered placeholders of the dialect."""
-    postgres = connection.capabilities.dialect == "postgres"
+    locking = "FOR UPDATE OF o SKIP LOCKED" if _is_postgres(connection) else ""
+    chosen = chosen.replace("{skip_locked}", locking)
+    rows = await _run(connection, _CLAIM.replace("{chosen}", chosen), values)
+    return sorted((_claimed(row) for row in rows), key=lambda row: row.id)
+
+
+async def _run(
+    connection: BaseDBAsyncClient, statement: str, values: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """Run a statement with *values* in its braces, as the numbered placeholders of the dialect.
+
+    Building SQL costs Tortoise more than running it.
+    """
+    sign = "$" if _is_postgres(connection) else "?"
     given: list[Any] = []
 
     def place(value: object) -> str:
         given.append(value)
-        return f"{'$' if postgres else '?'}{len(given)}"
+        return f"{sign}{len(given)}"
 
     marks = {
         name: ", ".join(map(place, value)) if isinstance(value, list) else place(value)
         for name, value in values.items()
     }
-    marks["skip_locked"] = "FOR UPDATE OF o SKIP LOCKED" if postgres else ""
-    statement = _CLAIM.format(**marks, chosen=chosen.format(**marks))
-    rows = await connection.execute_query_dict(statement, given)
-    return sorted((_claimed(row) for row in rows), key=lambda row: row.id)
+    return await connection.execute_query_dict(statement.format(**marks), given)
+
+
+def _is_postgres(connection: BaseDBAsyncClient) -> bool:
+    return connection.capabilities.dialect == "postgres"
 
 
 def _claimed(row: Mapping[str, Any]) -> Claimed:

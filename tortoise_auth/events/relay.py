@@ -38,6 +38,9 @@ _MAX_ERROR_LENGTH = 2000
 _RECORD_EVERY = 0.1
 """Seconds. What was delivered is recorded at least so often, however slow the rest of a batch is."""
 
+_PATIENCE = 1.0
+"""Seconds. A batch that takes longer goes on by itself, while other rows are delivered."""
+
 
 class UserGoneError(LookupError):
     """The handler needs the user of the event, and the account was deleted meanwhile."""
@@ -116,16 +119,18 @@ class Relay(Generic[UserT]):
         self._woken = asyncio.Event()
         self._stopping = False
         self._task: asyncio.Task[None] | None = None
-        self._under_way: set[asyncio.Task[None]] = set()
+        self._places = asyncio.Semaphore(self.settings.concurrency)
+        self._batches: set[asyncio.Task[int]] = set()
+        self._calls: set[asyncio.Task[None]] = set()
 
     async def drain(self) -> int:
         """Deliver everything that is due now; return how many rows were delivered."""
         delivered = 0
-        while True:
-            claimed, succeeded = await self._deliver_batch()
-            delivered += succeeded
-            if not claimed or self._stopping:
-                return delivered
+        while batch := await self._claim():
+            delivered += await batch.deliver()
+            if self._stopping:
+                break
+        return delivered
 
     async def run(self) -> None:
         """Deliver until `stop` is called; survive a database that is down."""
@@ -141,15 +146,19 @@ class Relay(Generic[UserT]):
                 while not self._stopping:
                     self._woken.clear()
                     try:
-                        claimed, _ = await self._deliver_batch()
+                        found = await self._deliver_some()
                         failures = 0
                     except Exception:  # the database is down or restarts: so does everything else
                         logger.exception("Relay %s could not work; it will try again", self.name)
-                        claimed, failures = 0, failures + 1
-                    if not claimed:
+                        found, failures = False, failures + 1
+                    if not found:
                         await self._pause(failures)
+                await self._end_batches()
         finally:
             self._emitter.relays.discard(wake)
+            for batch in self._batches:
+                batch.cancel()
+            await self._end_batches()
             self._stopping = False
 
     def stop(self) -> None:
@@ -198,8 +207,34 @@ class Relay(Generic[UserT]):
         except TimeoutError:
             return
 
-    async def _deliver_batch(self) -> tuple[int, int]:
-        """Claim some rows and deliver them; return how many were claimed and how many succeeded."""
+    async def _deliver_some(self) -> bool:
+        """Deliver a batch, or let it go on by itself if it is slow; false if there is none."""
+        async with self._places:  # as long as all are taken, more rows would only wait claimed
+            pass
+        batch = await self._claim()
+        if batch is None:
+            return False
+        delivering = asyncio.create_task(batch.deliver(), name=f"batch of relay {self.name}")
+        self._batches.add(delivering)
+        over, _ = await asyncio.wait([delivering], timeout=_PATIENCE)
+        if over:
+            self._batches.discard(delivering)
+            delivering.result()
+        else:
+            delivering.add_done_callback(self._end_batch)
+        return True
+
+    def _end_batch(self, batch: asyncio.Task[int]) -> None:
+        self._batches.discard(batch)
+        failure = None if batch.cancelled() else batch.exception()
+        if failure is not None:
+            logger.error("Relay %s could not end a batch", self.name, exc_info=failure)
+
+    async def _end_batches(self) -> None:
+        if self._batches:
+            await asyncio.wait(self._batches)
+
+    async def _claim(self) -> _Batch[UserT] | None:
         connection = root_of(connection_for(OutboxEntry))
         known = {
             each.name: each
@@ -217,10 +252,9 @@ class Relay(Generic[UserT]):
             limit=self.settings.batch_size,
         )
         if not rows:
-            return 0, 0
+            return None
         users = await self._users_of(rows, connection)
-        batch = _Batch(self, connection, known, users, began)
-        return len(rows), await batch.deliver(rows)
+        return _Batch(self, connection, known, users, rows, began)
 
     async def _users_of(
         self, rows: Sequence[Claimed], connection: BaseDBAsyncClient
@@ -240,6 +274,7 @@ class _Batch(Generic[UserT]):
         connection: BaseDBAsyncClient,
         known: Mapping[str, Subscription],
         users: Mapping[str, UserT],
+        rows: Sequence[Claimed],
         began: float,
     ) -> None:
         self._relay = relay
@@ -250,14 +285,14 @@ class _Batch(Generic[UserT]):
         self._now = asyncio.get_running_loop().time
         lease = self._settings.lease.total_seconds()
         self._last_call, self._ends = began + lease / 2, began + lease
-        self._places = asyncio.Semaphore(self._settings.concurrency)
+        self._rows = rows
         self._delivered: list[Claimed] = []
         self._recorded = 0
 
-    async def deliver(self, rows: Sequence[Claimed]) -> int:
-        """Deliver *rows*, those of one subscription and subject one by one; return the successes."""
+    async def deliver(self) -> int:
+        """Deliver the rows, those of one subscription and subject one by one; return the successes."""
         queues: dict[object, list[Claimed]] = {}
-        for row in rows:
+        for row in self._rows:
             queue = row.id if row.subject_id is None else (row.subscription, row.subject_id)
             queues.setdefault(queue, []).append(row)
         tasks = {asyncio.ensure_future(self._deliver_in_order(each)) for each in queues.values()}
@@ -277,7 +312,7 @@ class _Batch(Generic[UserT]):
 
     async def _deliver_in_order(self, rows: Sequence[Claimed]) -> None:
         """Deliver rows until one fails; give the rest back, which wait behind it."""
-        async with self._places:
+        async with self._relay._places:
             for position, row in enumerate(rows, 1):
                 if self._relay._stopping or self._now() > self._last_call:
                     return await self._give_back(rows[position - 1 :])
@@ -298,8 +333,8 @@ class _Batch(Generic[UserT]):
 
     async def _within_the_lease(self, row: Claimed) -> None:
         task = asyncio.ensure_future(self._call(row))
-        self._relay._under_way.add(task)  # the loop itself keeps only weak references
-        task.add_done_callback(self._relay._under_way.discard)
+        self._relay._calls.add(task)  # the loop itself keeps only weak references
+        task.add_done_callback(self._relay._calls.discard)
         try:
             done, _ = await asyncio.wait([task], timeout=self._ends - self._now())
         except asyncio.CancelledError:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Protocol
-from urllib.parse import quote
+from uuid import UUID, uuid5
 
 from tortoise_auth.events.catalog import Event
 from tortoise_auth.events.dispatch import EventEmitter
@@ -186,10 +186,10 @@ def _broker_of(publisher: Publisher) -> str:
 def _options(broker: str, envelope: Mapping[str, Any], name: str) -> dict[str, Any]:
     """Return what this broker's ``publish`` is told beside the message.
 
-    The id of the message is that of the event and, because brokers drop duplicates by it, which
-    subscription published it: two of them may meet in one stream.
+    Brokers drop duplicates by the id of the message. It is made of that of the event and of the name
+    of the subscription, because the messages of two subscriptions may meet in one stream.
     """
-    message_id = f"{envelope['id']}:{quote(name, safe='')}"
+    message_id = str(uuid5(UUID(envelope["id"]), name))
     headers = {"content-type": CONTENT_TYPE}
     match broker:
         case "rabbit":

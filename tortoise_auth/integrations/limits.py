@@ -97,7 +97,8 @@ class LimitsThrottle(CountingThrottle):
         return self._source if self._is_source(key) else self._account
 
     async def _uncount(self, key: str, expiry: int) -> None:
-        await self._storage.incr(key, expiry, amount=-1)
+        if await self._storage.get(key) > 0:  # the window in which it was counted may be over
+            await self._storage.incr(key, expiry, amount=-1)
 
 
 def _failures_of(key: str) -> str:

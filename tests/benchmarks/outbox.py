@@ -1,0 +1,285 @@
+"""What durable events cost: rows per second of 1, 2 and 4 relays, and what a login pays for a row.
+
+Run it with ``python tests/benchmarks/outbox.py``, or ``--rows 2000 --logins 100`` for a quick look.
+PostgreSQL is expected where ``TORTOISE_AUTH_TEST_POSTGRES`` says, and left out where it is not. It
+exits with 1 when a target is missed. Other work on the machine shows in every number, so the load
+average is printed beside them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import multiprocessing
+import os
+import secrets
+import socket
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from tortoise import Tortoise
+from tortoise.connection import get_connection
+
+from tortoise_auth import AbstractUser, AuthConfig, AuthService, EventEmitter
+from tortoise_auth.clock import utc_now
+from tortoise_auth.events import UserLogin
+from tortoise_auth.events.relay import Relay, RelaySettings
+from tortoise_auth.models import OutboxEntry
+from tortoise_auth.testing import cheap_hasher
+
+POSTGRES_URL = os.environ.get(
+    "TORTOISE_AUTH_TEST_POSTGRES", "postgres://postgres@127.0.0.1:5432/test"
+)
+PASSWORD = "correct horse battery staple"
+EMAIL = "user0@example.com"
+USERS = 1000
+RELAYS = (1, 2, 4)
+LEAST_RATE = 1500.0
+MOST_LATENCY = 1.0
+ROUNDS = 3
+
+processes = multiprocessing.get_context("spawn")
+
+
+class User(AbstractUser):
+    """The smallest host model."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the report; without a limit it is information."""
+
+    what: str
+    measured: float
+    unit: str
+    limit: float | None = None
+    more_is_better: bool = False
+
+    @property
+    def missed(self) -> bool:
+        """Whether the measured value is on the wrong side of its limit."""
+        if self.limit is None:
+            return False
+        return self.measured < self.limit if self.more_is_better else self.measured > self.limit
+
+    def __str__(self) -> str:
+        line = f"  {self.what:<44}{self.measured:>9.2f} {self.unit:<6}"
+        if self.limit is None:
+            return line
+        sign, verdict = ">=" if self.more_is_better else "<=", "MISSED" if self.missed else "met"
+        return f"{line}  target {sign} {self.limit:g} {self.unit:<6} {verdict}"
+
+
+def connection_name(url: str) -> str:
+    """Return a name for each kind of database: Tortoise caches statements by it."""
+    return urlsplit(url).scheme
+
+
+@asynccontextmanager
+async def connected(url: str) -> AsyncIterator[None]:
+    """Open a database that has its tables already."""
+    name = connection_name(url)
+    models = [User.__module__, "tortoise_auth.models"]
+    await Tortoise.init(
+        config={
+            "connections": {name: url},
+            "apps": {"models": {"models": models, "default_connection": name}},
+        }
+    )
+    try:
+        yield
+    finally:
+        await Tortoise.close_connections()
+
+
+@asynccontextmanager
+async def postgres() -> AsyncIterator[str]:
+    """Open an empty schema of PostgreSQL, and give its URL."""
+    schema = f"bench_{secrets.token_hex(6)}"
+    url = f"{POSTGRES_URL}?schema={schema}"
+    async with connected(url):
+        connection = get_connection(connection_name(url))
+        await connection.execute_script(f'CREATE SCHEMA "{schema}"')
+        try:
+            await Tortoise.generate_schemas()
+            yield url
+        finally:
+            await connection.execute_script(f'DROP SCHEMA "{schema}" CASCADE')
+
+
+@asynccontextmanager
+async def sqlite() -> AsyncIterator[str]:
+    """Open an empty SQLite file, and give its URL."""
+    with tempfile.TemporaryDirectory() as folder:
+        url = f"sqlite://{Path(folder) / 'bench.sqlite3'}"
+        async with connected(url):
+            await Tortoise.generate_schemas()
+            yield url
+
+
+def listens(url: str) -> bool:
+    parts = urlsplit(url)
+    try:
+        with socket.create_connection((parts.hostname or "127.0.0.1", parts.port or 0), timeout=1):
+            return True
+    except OSError:
+        return False
+
+
+async def fill(rows: int) -> None:
+    """Write as many logins of many users as there will be deliveries."""
+    users = await User.all().order_by("id")
+    now = utc_now()
+    events = (
+        UserLogin(user=user, subject_id=str(user.pk), session_id=str(number))
+        for number in range(rows)
+        for user in [users[number % len(users)]]
+    )
+    await OutboxEntry.bulk_create(
+        [
+            OutboxEntry(
+                event_id=event.id,
+                event_name=event.name,
+                subscription="nothing",
+                user_table=User._meta.db_table,
+                subject_id=event.subject_id,
+                payload=event.to_dict(),
+                created_at=now,
+                due_at=now,
+            )
+            for event in events
+        ],
+        batch_size=1000,
+    )
+
+
+def relay_until_told(url: str, parent: Connection) -> None:
+    """Be a relay process, from one message of the parent to the next."""
+    asyncio.run(_relay_until_told(url, parent))
+
+
+async def _relay_until_told(url: str, parent: Connection) -> None:
+    emitter = EventEmitter()
+
+    @emitter.on("user_login", delivery="durable", name="nothing")
+    async def do_nothing(user: User) -> None: ...
+
+    async with connected(url):
+        await User.all().count()
+        parent.send("ready")
+        await asyncio.to_thread(parent.recv)
+        async with Relay(emitter, User, RelaySettings()):
+            await asyncio.to_thread(parent.recv)
+
+
+async def rate_of(relays: int, rows: int, url: str) -> float:
+    """Return how many rows a second so many relay processes deliver together."""
+    await fill(rows)
+    pipes = [processes.Pipe() for _ in range(relays)]
+    children = [processes.Process(target=relay_until_told, args=(url, each)) for _, each in pipes]
+    parents = [parent for parent, _ in pipes]
+    for child in children:
+        child.start()
+    for parent in parents:
+        await asyncio.to_thread(parent.recv)
+    began = time.perf_counter()
+    for parent in parents:
+        parent.send("begin")
+    while await OutboxEntry.all().exists():  # noqa: ASYNC110 - it is other processes that work
+        await asyncio.sleep(0.02)
+    seconds = time.perf_counter() - began
+    for parent, child in zip(parents, children, strict=True):
+        parent.send("end")
+        await asyncio.to_thread(child.join)
+    return rows / seconds
+
+
+async def measure_relays(rows: int) -> list[Row]:
+    async with postgres() as url:
+        await User.bulk_create(User(email=f"user{number}@example.com") for number in range(USERS))
+        rates = {}
+        for relays in RELAYS:
+            rates[relays] = max([await rate_of(relays, rows, url) for _ in range(ROUNDS)])
+    best = max(rates.values())
+    return [
+        *(
+            Row(f"{relays} relay process{'es' if relays > 1 else ''}", rate, "rows/s")
+            for relays, rate in rates.items()
+        ),
+        Row("the best of these", best, "rows/s", LEAST_RATE, more_is_better=True),
+        Row("2 processes for each row of 1", rates[2] / rates[1], ""),
+        Row("4 processes for each row of 1", rates[4] / rates[1], ""),
+    ]
+
+
+async def measure_logins(logins: int) -> list[Row]:
+    """Log in with and without a durable subscription, in turn."""
+    await User.create_user(email=EMAIL, password=PASSWORD)
+    hasher, config = cheap_hasher(), AuthConfig(secret=secrets.token_urlsafe(48))
+    plain = AuthService(User, config, passwords=hasher, emitter=EventEmitter())
+    recording = AuthService(User, config, passwords=hasher, emitter=EventEmitter())
+
+    @recording.emitter.on("user_login", delivery="durable", name="nothing")
+    async def do_nothing(user: User) -> None: ...
+
+    took: dict[AuthService[User], list[float]] = {plain: [], recording: []}
+    for number in range(logins + 20):
+        for auth in (plain, recording) if number % 2 else (recording, plain):
+            began = time.perf_counter()
+            await auth.login(EMAIL, PASSWORD)
+            took[auth].append(1000 * (time.perf_counter() - began))
+    assert await OutboxEntry.all().count() == logins + 20
+    without, with_row = (each[20:] for each in took.values())  # the first ones fill caches
+    # Of each pair, because whatever else the machine does lasts for both.
+    added = [more - less for more, less in zip(with_row, without, strict=True)]
+    return [
+        Row("login, median", statistics.median(without), "ms"),
+        Row("login with a durable subscription, median", statistics.median(with_row), "ms"),
+        Row("added by recording the event, median", statistics.median(added), "ms", MOST_LATENCY),
+    ]
+
+
+async def report(rows: int, logins: int) -> list[Row]:
+    found: list[Row] = []
+
+    def show(title: str, lines: list[Row]) -> None:
+        print(f"\n{title}", *lines, sep="\n")
+        found.extend(lines)
+
+    async with sqlite():
+        show(f"SQLite file, {logins} logins each", await measure_logins(logins))
+    if listens(POSTGRES_URL):
+        async with postgres():
+            show(f"PostgreSQL, {logins} logins each", await measure_logins(logins))
+        title = f"PostgreSQL, {rows} rows, a handler that does nothing, best of {ROUNDS}"
+        show(title, await measure_relays(rows))
+    else:
+        print(f"\nno PostgreSQL listens at {POSTGRES_URL}: relays are not measured")
+    return found
+
+
+def options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--rows", type=int, default=10_000, help="to deliver (default: 10000)")
+    parser.add_argument("--logins", type=int, default=500, help="of each kind (default: 500)")
+    return parser.parse_args()
+
+
+def main() -> int:
+    chosen = options()
+    missed = sum(row.missed for row in asyncio.run(report(chosen.rows, chosen.logins)))
+    load = ", ".join(f"{average:.2f}" for average in os.getloadavg())
+    print(f"\n{os.cpu_count()} cores, load average {load}; {missed or 'no'} target(s) missed")
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Delivery under fire: processes that are killed, relays that compete."""

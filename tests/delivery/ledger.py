@@ -1,0 +1,16 @@
+"""A table of the host that can live in a database of its own."""
+
+from __future__ import annotations
+
+from tortoise import fields
+from tortoise.models import Model
+
+
+class Ledger(Model):
+    """What the host writes beside what the library does."""
+
+    id = fields.IntField(primary_key=True)
+    text = fields.CharField(max_length=64)
+
+    class Meta(Model.Meta):
+        table = "host_ledger"

@@ -1,0 +1,1000 @@
+"""Emitting: who is called with what, in which order, and what happens when a handler misbehaves."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import logging
+import pickle
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import pytest
+from tortoise.context import TortoiseContext
+from tortoise.transactions import in_transaction
+
+from tests.app import AuditRow, User
+from tests.probes import connection_of
+from tortoise_auth.events import (
+    Event,
+    EventEmitter,
+    EventError,
+    NamedEvent,
+    UserLogin,
+    UserLogout,
+)
+from tortoise_auth.events.emission import MAX_NESTED
+
+Handler = Callable[..., Any]
+Modes = dict[str, Any]
+
+ADA = User(id=7, email="ada@example.com")
+PATIENCE = 10.0
+SHORT = 0.02
+
+request_id: contextvars.ContextVar[str] = contextvars.ContextVar("request_id", default="none")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OrderPaid(Event):
+    """An event of the host's own."""
+
+    order_id: int
+    amount: float = 0.0
+
+
+def login() -> UserLogin[User]:
+    return UserLogin(user=ADA, subject_id="7", session_id="s-1")
+
+
+def noting(order: list[Any], what: object) -> Handler:
+    async def handler() -> None:
+        order.append(what)
+
+    return handler
+
+
+def failing(error: BaseException) -> Handler:
+    async def failing() -> None:
+        raise error
+
+    return failing
+
+
+async def settled(emitter: EventEmitter) -> None:
+    """Wait for all that the emitter left running."""
+    async with asyncio.timeout(PATIENCE):
+        assert await emitter.aclose() == []
+
+
+PATHS: list[Any] = [
+    pytest.param({}, id="short path"),
+    pytest.param({"timeout": PATIENCE}, id="in a task"),
+    pytest.param({"once": True}, id="once"),
+]
+"""Options with which handlers take the different ways through `emit`."""
+
+
+class TestWhatIsHeard:
+    async def test_by_class_by_name_and_all(self, emitter: EventEmitter) -> None:
+        """By class comes the event, by name its arguments, ``*`` hears every event as an object."""
+        typed, named, everything = [], [], []
+
+        @emitter.on(UserLogin)
+        async def by_class(event: UserLogin[User]) -> None:
+            typed.append(event)
+
+        @emitter.on("user_login")
+        async def by_name(user: User) -> None:
+            named.append(user)
+
+        @emitter.on("*")
+        async def all_(event: Event) -> None:
+            everything.append(event)
+
+        event, other = login(), UserLogout(user=ADA)
+        await emitter.emit(event)
+        await emitter.emit(other)
+        assert typed == [event]
+        assert typed[0].user is ADA
+        assert named == [ADA]
+        assert everything == [event, other]
+
+    @pytest.mark.parametrize("form", ["*", Event], ids=["star", "class"])
+    async def test_names_without_a_class(self, emitter: EventEmitter, form: Any) -> None:
+        """What was emitted by name alone reaches ``*`` as an event with the name and the payload."""
+        heard: list[Event] = []
+
+        async def all_(event: Event) -> None:
+            heard.append(event)
+
+        emitter.on(form, all_)
+        await emitter.emit("order_paid", 7, amount=9.5)
+        (event,) = heard
+        assert isinstance(event, NamedEvent)
+        assert (event.name, event.args, dict(event.kwargs)) == ("order_paid", (7,), {"amount": 9.5})
+        assert event.occurred_at.tzinfo is not None
+
+    async def test_a_named_event_can_be_emitted_again(self, emitter: EventEmitter) -> None:
+        """What ``*`` recorded of a name and a payload reaches handlers by name when replayed."""
+        recorded: list[Event] = []
+        replayed: list[object] = []
+        emitter.on("*", recorded.append)
+        await emitter.emit("order_paid", 7, amount=9.5, currency="EUR")
+        other = EventEmitter()
+        other.on("order_paid", lambda order_id, currency: replayed.append((order_id, currency)))
+        other.on("*", lambda event: replayed.append(event.name))
+        await other.emit(recorded[0])
+        assert replayed == [(7, "EUR"), "order_paid"]
+
+    async def test_events_of_the_host(self, emitter: EventEmitter) -> None:
+        """A subclass of `Event` is heard by its class and by its name, field by field."""
+        heard: list[object] = []
+
+        @emitter.on(OrderPaid)
+        async def typed(event: OrderPaid) -> None:
+            heard.append(event.order_id)
+
+        @emitter.on("order_paid")
+        async def named(amount: float, context: object) -> None:
+            heard.append(amount)
+
+        await emitter.emit(OrderPaid(order_id=7, amount=9.5))
+        assert heard == [7, 9.5]
+
+    async def test_a_name_cannot_become_a_class(
+        self, emitter: EventEmitter, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """A class subscription that is emitted to by name has failed, and the others run."""
+        heard: list[str] = []
+
+        @emitter.on(UserLogin)
+        async def typed(event: UserLogin[User]) -> None:
+            heard.append("typed")
+
+        emitter.on("user_login", noting(heard, "named"))
+        await emitter.emit("user_login", ADA)
+        assert heard == ["named"]
+        assert caplog.messages == [
+            "Handler 'typed' for event 'user_login' raised TypeError: it listens to the class of "
+            "'user_login' and needs an event object, but the event was emitted by name"
+        ]
+
+    @pytest.mark.parametrize("what", [7, None, b"user_login", object(), UserLogin])
+    async def test_neither_name_nor_event(self, emitter: EventEmitter, what: Any) -> None:
+        """Anything else is refused, listened to or not."""
+        with pytest.raises(TypeError, match="the name of an event or an event object"):
+            await emitter.emit(what)
+
+    async def test_an_event_is_its_own_payload(self, emitter: EventEmitter) -> None:
+        """Further arguments beside an event object are refused."""
+        with pytest.raises(TypeError, match="alone"):
+            await emitter.emit(login(), "more")
+        with pytest.raises(TypeError, match="alone"):
+            await emitter.emit(login(), more=1)
+
+    @pytest.mark.parametrize("options", [{}, {"thread": False}, {"thread": True}], ids=str)
+    async def test_where_plain_functions_run(self, emitter: EventEmitter, options: Any) -> None:
+        """A plain function runs on a worker thread unless ``thread=False``."""
+        threads: list[int] = []
+        emitter.on("evt", lambda: threads.append(threading.get_ident()), **options)
+        await emitter.emit("evt")
+        here = threading.get_ident()
+        assert [each == here for each in threads] == [options.get("thread") is False]
+
+    async def test_a_blocking_function_does_not_stall_the_loop(self, emitter: EventEmitter) -> None:
+        """While a plain function blocks, the loop goes on: it is what releases the function."""
+        release = threading.Event()
+        emitter.on("evt", lambda: release.wait(PATIENCE))
+        emitting = asyncio.create_task(emitter.emit("evt"))
+        await asyncio.sleep(0)
+        assert not emitting.done()
+        release.set()
+        await emitting
+
+    async def test_context_variables_reach_threads(self, emitter: EventEmitter) -> None:
+        """A handler on a worker thread sees the context variables of the emit."""
+        seen: list[str] = []
+        request_id.set("r-1")
+        emitter.on("evt", lambda: seen.append(request_id.get()))
+        await emitter.emit("evt")
+        assert seen == ["r-1"]
+
+    @pytest.mark.parametrize("options", PATHS)
+    async def test_a_changed_payload_is_seen_by_later_handlers(
+        self, emitter: EventEmitter, options: Modes
+    ) -> None:
+        """What a handler changes in a mutable payload the next one sees."""
+
+        async def add(cart: list[str]) -> None:
+            cart.append("gift")
+
+        seen: list[list[str]] = []
+        emitter.on("evt", add, **options)
+        emitter.on("evt", lambda cart: seen.append(list(cart)))
+        await emitter.emit("evt", ["book"])
+        assert seen == [["book", "gift"]]
+
+
+class TestOnce:
+    async def test_removed_before_the_call(
+        self, emitter: EventEmitter, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """A once-handler that emits its own event is not called again, nor by an emit meanwhile."""
+        ran: list[int] = []
+
+        async def handler() -> None:
+            ran.append(1)
+            await emitter.emit("evt")
+            await asyncio.gather(emitter.emit("evt"), emitter.emit("evt"))
+
+        emitter.once("evt", handler)
+        await asyncio.gather(emitter.emit("evt"), emitter.emit("evt"))
+        assert ran == [1]
+        assert emitter.events() == []
+        assert caplog.messages == []
+
+    async def test_a_failure_does_not_bring_it_back(self) -> None:
+        """A once-handler that failed had its call."""
+        failures: list[EventError] = []
+        emitter = EventEmitter(on_error=failures.append)
+        emitter.once("evt", failing(ValueError("no")))
+        await emitter.emit("evt")
+        await emitter.emit("evt")
+        assert len(failures) == 1
+
+    async def test_in_the_background(
+        self, emitter: EventEmitter, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """A once-handler that is queued twice runs once."""
+        ran: list[int] = []
+        emitter.once("evt", noting(ran, 1), delivery="background")
+        emitter.emit_nowait("evt")
+        await emitter.emit("evt")
+        await settled(emitter)
+        assert ran == [1]
+        assert caplog.messages == []
+
+
+class TestErrorPolicies:
+    @pytest.mark.parametrize("options", PATHS)
+    async def test_log(
+        self, emitter: EventEmitter, options: Modes, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """By default a failure is one ERROR line with its traceback, and the next handler runs."""
+        ran: list[int] = []
+        emitter.on("evt", failing(ValueError("no")), **options)
+        emitter.on("evt", noting(ran, 1), **options)
+        await emitter.emit("evt")
+        assert ran == [1]
+        (record,) = caplog.records
+        assert record.levelno == logging.ERROR
+        assert record.getMessage() == "Handler 'failing' for event 'evt' raised ValueError: no"
+        assert record.exc_info is not None
+        assert record.exc_info[2] is not None
+
+    @pytest.mark.parametrize("options", PATHS)
+    async def test_raise(self, options: Modes, caplog: pytest.LogCaptureFixture) -> None:
+        """``errors="raise"`` raises the first failure, calls nobody after it and logs nothing."""
+        ran: list[int] = []
+        emitter, original = EventEmitter(errors="raise"), ValueError("no")
+        emitter.on("evt", noting(ran, 1), **options)
+        emitter.on("evt", failing(original), **options)
+        emitter.on("evt", noting(ran, 2), **options)
+        with pytest.raises(EventError) as raised:
+            await emitter.emit("evt")
+        assert raised.value.original is raised.value.__cause__ is original
+        assert ran == [1]
+        assert caplog.records == []
+
+    @pytest.mark.parametrize("options", PATHS)
+    @pytest.mark.parametrize("concurrent", [False, True])
+    async def test_group(
+        self, options: Modes, concurrent: bool, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """``errors="group"`` runs all and raises every failure, in order, in one group."""
+        ran: list[int] = []
+        emitter = EventEmitter(errors="group", concurrent=concurrent)
+        for number in range(3):
+            emitter.on("evt", failing(ValueError(number)), **options)
+            emitter.on("evt", noting(ran, number), **options)
+        with pytest.raises(ExceptionGroup, match="Handlers for event 'evt' failed") as raised:
+            await emitter.emit("evt")
+        errors = raised.value.exceptions
+        assert all(isinstance(error, EventError) for error in errors)
+        assert [str(error.__cause__) for error in errors] == ["0", "1", "2"]
+        assert ran == [0, 1, 2]
+        assert caplog.records == []
+
+    async def test_group_without_failures(self) -> None:
+        """Nothing is raised when nothing failed."""
+        ran: list[int] = []
+        emitter = EventEmitter(errors="group")
+        emitter.on("evt", noting(ran, 1))
+        await emitter.emit("evt")
+        assert ran == [1]
+
+    @pytest.mark.parametrize("options", [{"errors": "ignore"}, {"errors": True}], ids=str)
+    def test_unknown_policies(self, options: Any) -> None:
+        """An unknown policy is refused when the emitter is made."""
+        with pytest.raises(ValueError, match="errors must be"):
+            EventEmitter(**options)
+
+    def test_a_contradiction(self) -> None:
+        """``propagate_errors`` is ``errors="raise"`` and cannot be asked to log."""
+        with pytest.raises(ValueError, match="fit propagate_errors"):
+            EventEmitter(propagate_errors=True, errors="log")
+        assert EventEmitter(propagate_errors=True).errors == "raise"
+        assert EventEmitter(errors="raise").propagate_errors
+
+    @pytest.mark.parametrize("errors", ["log", "raise", "group"])
+    @pytest.mark.parametrize("concurrent", [False, True])
+    async def test_on_error(
+        self, errors: Literal["log", "raise", "group"], concurrent: bool
+    ) -> None:
+        """`on_error` is called with each failure, whatever the policy."""
+        told: list[EventError] = []
+        emitter = EventEmitter(errors=errors, concurrent=concurrent, on_error=told.append)
+        emitter.on("evt", failing(ValueError("no")))
+        raised: list[BaseException] = []
+        try:
+            await emitter.emit("evt")
+        except (EventError, ExceptionGroup) as error:
+            raised.append(error)
+        assert bool(raised) is (errors != "log")
+        (failure,) = told
+        assert (failure.event_name, failure.handler_name) == ("evt", "failing")
+        assert isinstance(failure.__cause__, ValueError)
+
+    async def test_on_error_may_fail(self, caplog: pytest.LogCaptureFixture) -> None:
+        """A failing `on_error` is logged and changes nothing else."""
+        ran: list[int] = []
+
+        def broken(error: EventError) -> None:
+            raise KeyError("metrics")
+
+        emitter = EventEmitter(on_error=broken)
+        emitter.on("evt", failing(ValueError("no")))
+        emitter.on("evt", noting(ran, 1))
+        await emitter.emit("evt")
+        assert ran == [1]
+        assert "on_error failed for event 'evt'" in caplog.messages
+
+    async def test_errors_survive_pickling(self) -> None:
+        """An `EventError` can go to another process, and says the same there."""
+        emitter = EventEmitter(errors="raise")
+        emitter.on("evt", failing(ValueError("no")))
+        with pytest.raises(EventError) as raised:
+            await emitter.emit("evt")
+        copied: EventError = pickle.loads(pickle.dumps(raised.value))
+        assert str(copied) == str(raised.value)
+        assert (copied.event_name, copied.handler_name) == ("evt", "failing")
+        assert repr(copied.original) == "ValueError('no')"
+
+
+class TestTimeout:
+    async def test_a_handler_that_hangs(self, caplog: pytest.LogCaptureFixture) -> None:
+        """After its time a handler is cancelled and has failed, and the next one runs."""
+        emitter, ran, cancelled = EventEmitter(), list[int](), asyncio.Event()
+
+        async def hanging() -> None:
+            try:
+                await asyncio.Event().wait()
+            finally:
+                cancelled.set()
+
+        emitter.on("evt", hanging, timeout=SHORT)
+        emitter.on("evt", noting(ran, 1))
+        async with asyncio.timeout(PATIENCE):
+            await emitter.emit("evt")
+            await cancelled.wait()
+        assert ran == [1]
+        assert caplog.messages == [
+            "Handler 'hanging' for event 'evt' raised TimeoutError: took longer than 0.02 s"
+        ]
+
+    async def test_a_handler_that_will_not_stop(self, emitter: EventEmitter) -> None:
+        """A handler that ignores its cancellation does not keep the emit from returning."""
+        ran: list[str] = []
+        release = asyncio.Event()
+
+        async def stubborn() -> None:
+            while not release.is_set():
+                try:
+                    await release.wait()
+                except asyncio.CancelledError:
+                    ran.append("ignored")
+
+        emitter.on("evt", stubborn, timeout=SHORT)
+        emitter.on("evt", noting(ran, "next"))
+        async with asyncio.timeout(PATIENCE):
+            await emitter.emit("evt")
+        assert "next" in ran
+        release.set()
+        await settled(emitter)
+        assert "ignored" in ran
+
+    async def test_what_it_raises_too_late(
+        self, emitter: EventEmitter, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """A late failure has been reported as a timeout and is not reported again."""
+
+        async def late() -> None:
+            try:
+                await asyncio.Event().wait()
+            finally:
+                raise ValueError("too late")
+
+        emitter.on("evt", late, timeout=SHORT)
+        await emitter.emit("evt")
+        await settled(emitter)
+        assert len(caplog.records) == 1
+
+    async def test_on_a_thread(self) -> None:
+        """A plain function that blocks for longer is given up, too."""
+        release = threading.Event()
+        told: list[EventError] = []
+        emitter = EventEmitter(on_error=told.append)
+        emitter.on("evt", lambda: release.wait(PATIENCE), timeout=SHORT)
+        began = time.monotonic()
+        await emitter.emit("evt")
+        assert time.monotonic() - began < PATIENCE / 2
+        release.set()
+        assert isinstance(told[0].original, TimeoutError)
+
+    async def test_in_time(self) -> None:
+        """A handler that finishes in time is as any other: it sees the context, its error is its own."""
+        told: list[EventError] = []
+        seen: list[str] = []
+        emitter = EventEmitter(on_error=told.append)
+        request_id.set("r-1")
+
+        async def prompt() -> None:
+            seen.append(request_id.get())
+            raise ValueError("no")
+
+        emitter.on("evt", prompt, timeout=PATIENCE)
+        await emitter.emit("evt")
+        assert seen == ["r-1"]
+        assert isinstance(told[0].original, ValueError)
+
+    @pytest.mark.parametrize("delivery", ["inline", "background"])
+    async def test_its_own_timeouts(
+        self, emitter: EventEmitter, delivery: Any, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """A `TimeoutError` of the handler's own is an ordinary failure, in the background too."""
+
+        async def impatient() -> None:
+            async with asyncio.timeout(0):
+                await asyncio.Event().wait()
+
+        emitter.on("evt", impatient, delivery=delivery)
+        await emitter.emit("evt")
+        await settled(emitter)
+        assert caplog.messages == ["Handler 'impatient' for event 'evt' raised TimeoutError: "]
+
+
+class TestStopIteration:
+    @pytest.mark.parametrize("thread", [None, False])
+    async def test_from_a_plain_function(
+        self, emitter: EventEmitter, thread: bool | None, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """``next()`` of nothing in a plain function is a failure; no future waits for it for ever."""
+        ran: list[int] = []
+        emitter.on("evt", lambda: next(iter(())), thread=thread)
+        emitter.on("evt", noting(ran, 1))
+        async with asyncio.timeout(PATIENCE):
+            await emitter.emit("evt")
+        assert ran == [1]
+        assert "StopIteration" in caplog.messages[0]
+
+
+async def cancel_when(task: asyncio.Task[None], ready: asyncio.Event) -> None:
+    async with asyncio.timeout(PATIENCE):
+        await ready.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+class TestCancellation:
+    @pytest.mark.parametrize("options", PATHS)
+    @pytest.mark.parametrize("concurrent", [False, True])
+    async def test_a_handler_s_own(
+        self, options: Modes, concurrent: bool, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """A `CancelledError` that a handler raises is a failure like others, and later ones run."""
+        ran: list[int] = []
+        emitter = EventEmitter(concurrent=concurrent)
+
+        async def confused() -> None:
+            ended = asyncio.create_task(asyncio.Event().wait())
+            ended.cancel()
+            await ended
+
+        emitter.on("evt", confused, **options)
+        emitter.on("evt", noting(ran, 1), **options)
+        await emitter.emit("evt")
+        assert ran == [1]
+        assert caplog.messages == ["Handler 'confused' for event 'evt' raised CancelledError: "]
+
+    @pytest.mark.parametrize("options", PATHS)
+    @pytest.mark.parametrize("payload", [{}, {"surplus": 1}], ids=["exact", "with surplus"])
+    @pytest.mark.parametrize("errors", ["log", "raise", "group"])
+    async def test_of_the_caller(
+        self,
+        options: Modes,
+        payload: dict[str, int],
+        errors: Literal["log", "raise", "group"],
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        """The handler that runs is cancelled, the caller too; those after it run in a task."""
+        emitter = EventEmitter(errors=errors)
+        order: list[str] = []
+        started = asyncio.Event()
+
+        async def interrupted() -> None:
+            order.append("started")
+            started.set()
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                order.append("cancelled")
+                raise
+
+        emitter.on("evt", noting(order, "first"), **options)
+        emitter.on("evt", interrupted, **options)
+        emitter.on("evt", failing(ValueError("reported all the same")), **options)
+        emitter.on("evt", noting(order, "last"), **options)
+        await cancel_when(asyncio.create_task(emitter.emit("evt", **payload)), started)
+        await settled(emitter)
+        assert order == ["first", "started", "cancelled", "last"]
+        assert caplog.messages == [
+            "Handler 'failing' for event 'evt' raised ValueError: reported all the same"
+        ]
+
+    async def test_background_deliveries_are_handed_over(self, emitter: EventEmitter) -> None:
+        """A cancelled emit has still queued what goes to the background."""
+        ran: list[int] = []
+        started = asyncio.Event()
+
+        async def interrupted() -> None:
+            started.set()
+            await asyncio.Event().wait()
+
+        emitter.on("evt", interrupted)
+        emitter.on("evt", noting(ran, 1), delivery="background")
+        await cancel_when(asyncio.create_task(emitter.emit("evt")), started)
+        await settled(emitter)
+        assert ran == [1]
+
+    async def test_by_a_timeout_around_the_emit(self, emitter: EventEmitter) -> None:
+        """``asyncio.timeout`` around an emit works as always, and loses no handler."""
+        ran: list[int] = []
+
+        async def hanging() -> None:
+            await asyncio.Event().wait()
+
+        emitter.on("evt", hanging)
+        emitter.on("evt", noting(ran, 1))
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(SHORT):
+                await emitter.emit("evt")
+        await settled(emitter)
+        assert ran == [1]
+
+    @pytest.mark.parametrize("together", [1, 3])
+    async def test_while_a_plain_function_runs_before_concurrent_ones(self, together: int) -> None:
+        """Cancelled in the first part of a concurrent emit, the second part still runs."""
+        emitter = EventEmitter(concurrent=True)
+        ran: list[object] = []
+        started, release = asyncio.Event(), threading.Event()
+        loop = asyncio.get_running_loop()
+
+        def blocking() -> None:
+            loop.call_soon_threadsafe(started.set)
+            release.wait(PATIENCE)
+
+        emitter.on("evt", blocking)
+        emitter.on("evt", lambda: ran.append("plain"))
+        for number in range(together):
+            emitter.on("evt", noting(ran, number))
+        await cancel_when(asyncio.create_task(emitter.emit("evt")), started)
+        release.set()
+        await settled(emitter)
+        assert ran[0] == "plain"
+        assert set(ran[1:]) == set(range(together))
+
+    @pytest.mark.parametrize("errors", ["log", "raise", "group"])
+    async def test_while_concurrent_handlers_run(
+        self, errors: Literal["log", "raise", "group"], caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """Concurrent handlers all started: they go on, and their failures are still told."""
+        emitter = EventEmitter(concurrent=True, errors=errors)
+        ran: list[int] = []
+        started, release = asyncio.Event(), asyncio.Event()
+
+        async def patient(number: int) -> None:
+            started.set()
+            await release.wait()
+            ran.append(number)
+            if number == 1:
+                raise ValueError("late")
+
+        for number in range(3):
+            emitter.on("evt", partial(patient, number))
+        await cancel_when(asyncio.create_task(emitter.emit("evt")), started)
+        assert ran == []
+        release.set()
+        await settled(emitter)
+        assert sorted(ran) == [0, 1, 2]
+        assert caplog.messages == ["Handler 'patient' for event 'evt' raised ValueError: late"]
+
+
+class TestInterrupts:
+    @pytest.mark.parametrize("interrupt", [KeyboardInterrupt, SystemExit])
+    @pytest.mark.parametrize("options", PATHS)
+    @pytest.mark.parametrize("concurrent", [False, True])
+    def test_pass(self, interrupt: type[BaseException], options: Modes, concurrent: bool) -> None:
+        """What ends the program is no failure of a handler: it passes, and nothing is reported."""
+        told: list[EventError] = []
+        emitter = EventEmitter(concurrent=concurrent, on_error=told.append)
+        emitter.on("evt", failing(interrupt()), **options)
+        emitter.on("evt", noting([], 1), **options)
+        with pytest.raises(interrupt):
+            asyncio.run(emitter.emit("evt"))
+        assert told == []
+
+
+RECURSION: list[Any] = [
+    pytest.param({}, {}, id="short path"),
+    pytest.param({}, {"errors": "group"}, id="general path"),
+    pytest.param({"timeout": PATIENCE}, {}, id="tasks"),
+    pytest.param({}, {"concurrent": True}, id="concurrent"),
+    pytest.param({"timeout": PATIENCE}, {"concurrent": True}, id="concurrent tasks"),
+    pytest.param({"priority": 1}, {"errors": "raise"}, id="raising"),
+]
+
+
+class TestRecursion:
+    @pytest.mark.parametrize(("options", "kind"), RECURSION)
+    async def test_two_that_emit_each_other(self, options: Modes, kind: Modes) -> None:
+        """Handlers that emit each other's event are stopped, and it is reported once."""
+        told: list[EventError] = []
+        calls = [0]
+        emitter = EventEmitter(**kind, on_error=told.append)
+
+        def answering(event: str) -> Handler:
+            async def answer() -> None:
+                calls[0] += 1
+                await emitter.emit(event)
+
+            return answer
+
+        emitter.on("ping", answering("pong"), **options)
+        emitter.on("pong", answering("ping"), **options)
+        if kind.get("errors"):
+            with pytest.raises((EventError, ExceptionGroup)):
+                await emitter.emit("ping")
+        else:
+            await emitter.emit("ping")
+        assert len(told) == 1
+        assert isinstance(told[0].original, RecursionError)
+        assert 10 < calls[0] < 1000
+
+    @pytest.mark.parametrize(("options", "kind"), RECURSION[:5])
+    async def test_two_that_emit_their_own(self, options: Modes, kind: Modes) -> None:
+        """Two handlers of one event that emit it do not double with every round.
+
+        Each fails in the outermost emit, and that is what is reported.
+        """
+        told: list[EventError] = []
+        calls = [0]
+        emitter = EventEmitter(**kind, on_error=told.append)
+
+        async def first() -> None:
+            calls[0] += 1
+            await emitter.emit("evt")
+
+        async def second() -> None:
+            calls[0] += 1
+            await emitter.emit("evt")
+
+        emitter.on("evt", first, **options)
+        emitter.on("evt", second, **options)
+        with suppress(ExceptionGroup):
+            await emitter.emit("evt")
+        assert sorted(error.handler_name for error in told) == ["first", "second"]
+        assert calls[0] < 3000
+
+    async def test_through_worker_threads(self) -> None:
+        """Plain functions that emit from their threads are stopped as well."""
+        told: list[EventError] = []
+        calls = [0]
+        emitter = EventEmitter(on_error=told.append)
+
+        def recursing() -> None:
+            calls[0] += 1
+            emitter.emit_sync("evt")
+
+        emitter.on("evt", recursing)
+        await emitter.emit("evt")
+        assert calls == [MAX_NESTED]
+        assert [type(error.original) for error in told] == [RecursionError]
+
+    @pytest.mark.parametrize("limit", [None, PATIENCE])
+    async def test_a_handler_s_own(
+        self, emitter: EventEmitter, limit: float | None, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """Endless recursion inside a handler is its failure; it does not leave the emit."""
+        ran: list[int] = []
+
+        def endless() -> None:
+            endless()
+
+        async def handler() -> None:
+            endless()
+
+        emitter.on("evt", handler, timeout=limit)
+        emitter.on("evt", noting(ran, 1), timeout=limit)
+        await emitter.emit("evt")
+        assert ran == [1]
+        assert "RecursionError" in caplog.messages[0]
+
+    async def test_work_left_behind_is_not_inside(self, emitter: EventEmitter) -> None:
+        """A task that a handler leaves behind may emit again, and so on, for as long as it likes."""
+        rounds, over = 3 * MAX_NESTED, asyncio.Event()
+        left: set[asyncio.Task[None]] = set()
+
+        async def again(number: int) -> None:
+            if number == rounds:
+                over.set()
+                return
+
+            async def later() -> None:
+                await asyncio.sleep(0)
+                await emitter.emit("evt", number + 1)
+
+            left.add(asyncio.create_task(later()))
+
+        emitter.on("evt", again, timeout=PATIENCE)
+        await emitter.emit("evt", 0)
+        async with asyncio.timeout(PATIENCE):
+            await over.wait()
+        assert len(left) == rounds
+
+    async def test_nesting_as_deep_as_it_may(self, emitter: EventEmitter) -> None:
+        """Emits inside one another that end by themselves all run."""
+        depths: list[int] = []
+
+        async def deeper(depth: int) -> None:
+            depths.append(depth)
+            if depth < 40:
+                await emitter.emit("evt", depth + 1)
+
+        emitter.on("evt", deeper, timeout=PATIENCE)
+        await emitter.emit("evt", 1)
+        assert depths == list(range(1, 41))
+
+
+class TestConcurrent:
+    async def test_handlers_run_at_the_same_time(self) -> None:
+        """Each of three handlers waits for the others: only together can they finish."""
+        emitter, finished = EventEmitter(concurrent=True), list[int]()
+        barrier = asyncio.Barrier(3)
+
+        async def meet(number: int) -> None:
+            await barrier.wait()
+            finished.append(number)
+
+        for number in range(3):
+            emitter.on("evt", partial(meet, number))
+        async with asyncio.timeout(PATIENCE):
+            await emitter.emit("evt")
+        assert sorted(finished) == [0, 1, 2]
+
+    async def test_siblings_are_never_cancelled(self, caplog: pytest.LogCaptureFixture) -> None:
+        """A failure, or a handler's own cancellation, leaves the others to finish."""
+        emitter, finished = EventEmitter(concurrent=True), list[int]()
+
+        async def slow() -> None:
+            for _ in range(5):
+                await asyncio.sleep(0)
+            finished.append(1)
+
+        emitter.on("evt", slow)
+        emitter.on("evt", failing(ValueError("no")))
+        emitter.on("evt", failing(asyncio.CancelledError()))
+        emitter.on("evt", slow)
+        await emitter.emit("evt")
+        assert finished == [1, 1]
+        assert len(caplog.records) == 2
+
+    async def test_raise_waits_for_all(self, caplog: pytest.LogCaptureFixture) -> None:
+        """``errors="raise"`` raises the first in order when all are done, and logs the others."""
+        emitter, finished = EventEmitter(concurrent=True, errors="raise"), list[int]()
+
+        async def slow() -> None:
+            for _ in range(5):
+                await asyncio.sleep(0)
+            finished.append(1)
+            raise ValueError("slow")
+
+        emitter.on("evt", slow)
+        emitter.on("evt", failing(ValueError("quick")))
+        with pytest.raises(EventError, match="slow"):
+            await emitter.emit("evt")
+        assert finished == [1]
+        assert caplog.messages == ["Handler 'failing' for event 'evt' raised ValueError: quick"]
+
+    async def test_plain_functions_come_first(self) -> None:
+        """Plain functions run one after the other before the concurrent part."""
+        emitter, order = EventEmitter(concurrent=True), list[Any]()
+        emitter.on("evt", noting(order, "async"), priority=1)
+        emitter.on("evt", noting(order, "async"), priority=1)
+        for number in range(5):
+            emitter.on("evt", partial(order.append, number))
+        await emitter.emit("evt")
+        assert order == [0, 1, 2, 3, 4, "async", "async"]
+
+    async def test_contexts_are_separate(self) -> None:
+        """What one concurrent handler sets in a context variable the others do not see."""
+        emitter, seen = EventEmitter(concurrent=True), list[str]()
+        request_id.set("r-1")
+
+        async def changing() -> None:
+            seen.append(request_id.get())
+            request_id.set("changed")
+            await asyncio.sleep(0)
+
+        emitter.on("evt", changing)
+        emitter.on("evt", changing)
+        await emitter.emit("evt")
+        assert seen == ["r-1", "r-1"]
+        assert request_id.get() == "r-1"
+
+    async def test_one_by_one_in_a_transaction(self, db: TortoiseContext) -> None:
+        """Inside a transaction concurrent handlers run in order, with their savepoints intact."""
+        emitter = EventEmitter(concurrent=True)
+        running, most = [0], [0]
+
+        async def audit(name: str) -> None:
+            running[0] += 1
+            most[0] = max(most[0], running[0])
+            async with in_transaction(connection_of(db).connection_name):
+                await AuditRow.create(event=name)
+                await asyncio.sleep(0)
+            running[0] -= 1
+
+        for number in range(3):
+            emitter.on("evt", partial(audit, str(number)))
+        async with in_transaction(connection_of(db).connection_name):
+            await emitter.emit("evt")
+        assert most == [1]
+        assert [row.event for row in await AuditRow.all().order_by("id")] == ["0", "1", "2"]
+
+
+@contextmanager
+def loop_in_a_thread() -> Iterator[asyncio.AbstractEventLoop]:
+    """An event loop that runs in another thread."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    try:
+        yield loop
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
+
+
+class TestThreadsAndLoops:
+    def test_emit_threadsafe(self, emitter: EventEmitter) -> None:
+        """From another thread handlers run on the given loop; the future waits for them."""
+        ran: list[tuple[int, object, object]] = []
+
+        async def handler(user: object, *, reason: str) -> None:
+            ran.append((threading.get_ident(), user, reason))
+
+        emitter.on("evt", handler)
+        with loop_in_a_thread() as loop:
+            future: Future[None] = emitter.emit_threadsafe(loop, "evt", ADA, reason="because")
+            assert future.result(PATIENCE) is None
+        assert [each[1:] for each in ran] == [(ADA, "because")]
+        assert ran[0][0] != threading.get_ident()
+
+    def test_emit_threadsafe_raises_into_the_future(self) -> None:
+        """A failure that is raised is raised by ``result()``."""
+        emitter = EventEmitter(errors="raise")
+        emitter.on("evt", failing(ValueError("no")))
+        with loop_in_a_thread() as loop, pytest.raises(EventError, match="no"):
+            emitter.emit_threadsafe(loop, "evt").result(PATIENCE)
+
+    async def test_from_a_handler_on_a_worker_thread(self, emitter: EventEmitter) -> None:
+        """A plain function on its thread can emit on the loop that called it, and wait."""
+        ran: list[str] = []
+        loop = asyncio.get_running_loop()
+
+        def plain() -> None:
+            emitter.emit_threadsafe(loop, "inner").result(PATIENCE)
+            ran.append("plain")
+
+        emitter.on("outer", plain)
+        emitter.on("inner", noting(ran, "inner"))
+        await emitter.emit("outer")
+        assert ran == ["inner", "plain"]
+
+
+class TestEmitSync:
+    def test_runs_everything(self, emitter: EventEmitter) -> None:
+        """Without a loop, async handlers, plain functions and the background all run to their end."""
+        ran: list[str] = []
+        emitter.on("evt", noting(ran, "async"))
+        emitter.on("evt", lambda: ran.append("plain"))
+        emitter.on("evt", noting(ran, "background"), delivery="background")
+
+        async def queueing() -> None:
+            emitter.emit_nowait("later")
+
+        emitter.on("evt", queueing)
+        emitter.on("later", noting(ran, "later"))
+        emitter.emit_sync("evt")
+        assert ran == ["async", "plain", "later", "background"]
+
+    def test_takes_events_and_payloads(self, emitter: EventEmitter) -> None:
+        """It takes what `emit` takes."""
+        got: list[object] = []
+        emitter.on(UserLogin, lambda event: got.append(event))
+        emitter.on("evt", lambda *args, **kwargs: got.append((args, kwargs)))
+        event = login()
+        emitter.emit_sync(event)
+        emitter.emit_sync("evt", 1, two=2)
+        assert got == [event, ((1,), {"two": 2})]
+
+    def test_raises(self) -> None:
+        """It raises by the emitter's policy, after the background is done."""
+        emitter, ran = EventEmitter(errors="raise"), list[int]()
+        emitter.on("evt", failing(ValueError("no")))
+        emitter.on("evt", noting(ran, 1), delivery="background")
+        with pytest.raises(EventError, match="no"):
+            emitter.emit_sync("evt")
+        assert ran == [1]
+
+    async def test_not_inside_a_loop(self, emitter: EventEmitter) -> None:
+        """In a running loop it would block it, and says what to do instead."""
+        ran: list[int] = []
+        emitter.on("evt", noting(ran, 1))
+        with pytest.raises(RuntimeError, match="await emit"):
+            emitter.emit_sync("evt")
+        assert ran == []
+
+    def test_emit_nowait_needs_a_loop(self, emitter: EventEmitter) -> None:
+        """Without a loop `emit_nowait` says what to call instead."""
+        with pytest.raises(RuntimeError, match=r"emit_sync\(\).*emit_threadsafe\(loop"):
+            emitter.emit_nowait("evt")
+
+    async def test_beside_a_loop_that_is_busy(self, emitter: EventEmitter) -> None:
+        """From a worker thread it minds its own tasks, not those of the application's loop."""
+        release, started, ran = asyncio.Event(), asyncio.Event(), list[str]()
+
+        async def slow() -> None:
+            started.set()
+            await release.wait()
+            ran.append("slow")
+
+        emitter.on("slow", slow, timeout=PATIENCE)
+        emitter.on("evt", noting(ran, "evt"), timeout=PATIENCE)
+        emitting = asyncio.create_task(emitter.emit("slow"))
+        await started.wait()
+        async with asyncio.timeout(PATIENCE):
+            await asyncio.to_thread(emitter.emit_sync, "evt")
+        assert ran == ["evt"]
+        release.set()
+        await emitting
+        assert ran == ["evt", "slow"]

@@ -1,0 +1,569 @@
+"""Durable rows: written with the change, claimed by one relay at a time, retried, buried."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+from uuid import UUID
+
+import pytest
+from tortoise.backends.base.client import BaseDBAsyncClient
+from tortoise.context import TortoiseContext
+from tortoise.transactions import in_transaction
+
+from tests.app import NamedUser, User
+from tests.conftest import PASSWORD
+from tests.delivery.witness import Undo, every_statement, look, quiet, root
+from tests.probes import EMAIL, NEW_PASSWORD, connection_of, log_in
+from tortoise_auth import AuthenticationError, AuthService, EventEmitter, RequestContext
+from tortoise_auth.events import Event, SessionRefreshed, UserEvent, UserLogin, outbox
+from tortoise_auth.events.outbox import AFTER_COMMIT, Claimed
+from tortoise_auth.exceptions import ConfigurationError
+from tortoise_auth.models import OutboxEntry
+from tortoise_auth.testing import FakeClock
+
+MINUTE = timedelta(minutes=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PageTurned(Event):
+    """What a host might tell."""
+
+    page: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class LiveShown(Event):
+    """What only this process can tell."""
+
+    thing: object
+
+
+@dataclass(frozen=True, kw_only=True)
+class CardShown(UserEvent[User]):
+    """What a host might tell of an account."""
+
+    card: str
+
+
+@pytest.fixture
+async def ada(db: TortoiseContext) -> User:
+    return await User.create_user(email=EMAIL, password=PASSWORD)
+
+
+async def hear(event: Event) -> None:
+    """A handler."""
+
+
+async def note(user: User) -> None:
+    """A handler by name."""
+
+
+async def hear_too(event: Event) -> None:
+    """Another one."""
+
+
+async def stored(*names: str) -> list[tuple[Any, ...]]:
+    """Return columns of all rows, in the order of writing."""
+    return [tuple(each) for each in await OutboxEntry.all().order_by("id").values_list(*names)]
+
+
+class TestWriting:
+    async def test_nothing_for_nobody(
+        self, db: TortoiseContext, auth: AuthService[User], ada: User, emitter: EventEmitter
+    ) -> None:
+        """Without a durable subscription to the event, no statement touches the table."""
+        emitter.on("*", hear)
+        emitter.on("user_login", note, delivery="background")
+        emitter.on("user_login", note, delivery="transaction")
+        emitter.on(PageTurned, hear, delivery="durable")
+        with every_statement(db) as seen:
+            result = await log_in(auth)
+            await auth.refresh(result.refresh_token)
+            with pytest.raises(AuthenticationError):
+                await auth.login(EMAIL, NEW_PASSWORD)
+            await auth.set_password(ada, NEW_PASSWORD)
+            await emitter.emit("user_login", ada)
+            await quiet(emitter)
+        assert [sql for sql in seen if "outbox" in sql or "notify" in sql] == []
+        assert seen.count("COMMIT") >= 3
+        assert await OutboxEntry.all().count() == 0
+
+    async def test_costs_one_statement(
+        self, db: TortoiseContext, auth: AuthService[User], ada: User, emitter: EventEmitter
+    ) -> None:
+        """All rows of an event are one INSERT, which on PostgreSQL notifies as well."""
+        result = await log_in(auth)
+        with every_statement(db) as plain:
+            result = await auth.refresh(result.refresh_token)
+        emitter.on(SessionRefreshed, hear, delivery="durable")
+        emitter.on(SessionRefreshed, hear_too, delivery="durable")
+        with every_statement(db) as recorded:
+            await auth.refresh(result.refresh_token)
+        assert len(recorded) == len(plain) + 1
+        assert await OutboxEntry.all().count() == 2
+
+    async def test_row_for_each_subscription(
+        self, auth: AuthService[User], ada: User, emitter: EventEmitter, clock: FakeClock
+    ) -> None:
+        """One row for each event and durable subscription, under the name of the subscription."""
+
+        @emitter.on("user_login", "user_logout", delivery="durable", name="mail")
+        async def mail(user: User) -> None: ...
+
+        emitter.on("*", hear, delivery="durable")
+        emitter.on(UserLogin, hear_too, delivery="durable")
+        result = await log_in(auth)
+        await auth.logout(result.access_token)
+
+        rows = await stored("event_name", "subscription", "user_table", "subject_id")
+        assert sorted(rows) == [
+            ("user_login", "mail", "app_user", str(ada.pk)),
+            ("user_login", "tests.events.test_outbox:hear", "app_user", str(ada.pk)),
+            ("user_login", "tests.events.test_outbox:hear_too", "app_user", str(ada.pk)),
+            ("user_logout", "mail", "app_user", str(ada.pk)),
+            ("user_logout", "tests.events.test_outbox:hear", "app_user", str(ada.pk)),
+        ]
+        assert [name for (name,) in await stored("event_name")][:3] == ["user_login"] * 3
+        assert len(set(await stored("event_id"))) == 2
+        assert set(await stored("created_at", "due_at", "attempts", "claimed_by", "dead_at")) == {
+            (clock(), clock(), 0, None, None)
+        }
+
+    async def test_payload(
+        self, db: TortoiseContext, auth: AuthService[User], ada: User, emitter: EventEmitter
+    ) -> None:
+        """The row holds the event as JSON, and gives the event back."""
+        told: list[Event] = []
+        emitter.on(UserLogin, told.append, thread=False)
+        emitter.on(UserLogin, hear, delivery="durable")
+        context = RequestContext(ip="203.0.113.7", user_agent="Löwe \U0001f981", request_id="r1")
+        await auth.login(EMAIL, PASSWORD, context=context)
+
+        ((text,),) = await look(db, "SELECT CAST(payload AS TEXT) FROM tortoise_auth_outbox")
+        payload = json.loads(text)
+        assert payload == told[0].to_dict()
+        assert payload["context"]["user_agent"] == "Löwe \U0001f981"
+        assert await stored("event_id") == [(told[0].id,)]
+        event = Event.from_dict(payload)
+        assert isinstance(event, UserLogin)
+        assert (event.id, event.subject_id, event.context) == (told[0].id, str(ada.pk), context)
+
+    async def test_no_secrets(
+        self, db: TortoiseContext, auth: AuthService[User], ada: User, emitter: EventEmitter
+    ) -> None:
+        """No row of any event holds a password, a hash or a token."""
+        emitter.on("*", hear, delivery="durable")
+        first = await log_in(auth)
+        second = await auth.refresh(first.refresh_token)
+        hashes = [ada.password]
+        await auth.change_password(ada, PASSWORD, NEW_PASSWORD)
+        with pytest.raises(AuthenticationError):
+            await log_in(auth)
+        await auth.deactivate(ada)
+        hashes.append((await User.get(pk=ada.pk)).password)
+        sessions = await look(db, "SELECT family_hash, refresh_hash FROM tortoise_auth_session")
+        secrets = [PASSWORD, NEW_PASSWORD, *hashes, *(each for row in sessions for each in row)]
+        secrets += [first.access_token, first.refresh_token, second.access_token]
+
+        table = repr(await look(db, "SELECT * FROM tortoise_auth_outbox"))
+        assert await OutboxEntry.all().count() == 5
+        assert "user_login_failed" in table
+        for secret in secrets:
+            assert secret not in table
+
+    async def test_raw_event(
+        self, db: TortoiseContext, emitter: EventEmitter, clock: FakeClock
+    ) -> None:
+        """``emit`` of an event object writes where the caller is: at once, or in its transaction."""
+        emitter.on(PageTurned, hear, delivery="durable")
+        name = connection_of(db).connection_name
+        await emitter.emit(PageTurned(page=1))
+        assert await look(db, "SELECT count(*) FROM tortoise_auth_outbox") == [(1,)]
+        async with in_transaction(name):
+            await emitter.emit(PageTurned(page=2))
+            if name != "memory":
+                assert await look(db, "SELECT count(*) FROM tortoise_auth_outbox") == [(1,)]
+        with suppress(Undo):
+            async with in_transaction(name):
+                await emitter.emit(PageTurned(page=3))
+                raise Undo
+        async with in_transaction(name):
+            with suppress(Undo):
+                async with in_transaction(name):
+                    await emitter.emit(PageTurned(page=4))
+                    raise Undo
+        assert [payload["page"] for (payload,) in await stored("payload")] == [1, 2]
+        assert await stored("user_table", "subject_id") == [("", None)] * 2
+
+    async def test_emitted_by_name(
+        self, db: TortoiseContext, ada: User, emitter: EventEmitter, heard: list[str]
+    ) -> None:
+        """A name alone cannot be stored; the error says what to emit, and nobody is told."""
+        emitter.on("page_turned", hear, delivery="durable")
+        for name, args in [("page_turned", ()), ("user_login", (ada,))]:
+            emitter.on(name, hear_too, delivery="durable", name=f"durable {name}")
+            with pytest.raises(TypeError, match=f"'{name}' has durable.* an event object"):
+                await emitter.emit(name, *args)
+        assert heard == []
+        assert await OutboxEntry.all().count() == 0
+
+    async def test_emitted_without_waiting(
+        self, db: TortoiseContext, emitter: EventEmitter, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """``emit_nowait`` of an event object writes the row soon after; of a name it says why not."""
+        emitter.on(PageTurned, hear, delivery="durable")
+        emitter.emit_nowait(PageTurned(page=1))
+        await quiet(emitter)
+        assert await stored("event_name") == [("page_turned",)]
+        with caplog.at_level(logging.ERROR):
+            emitter.emit_nowait("page_turned")
+            await quiet(emitter)
+        assert "need an event object" in caplog.text
+        assert await OutboxEntry.all().count() == 1
+
+    async def test_without_a_database(self, emitter: EventEmitter) -> None:
+        """Where there is no database the error says what to set up."""
+        emitter.on(PageTurned, hear, delivery="durable")
+        with pytest.raises(ConfigurationError, match=r"Tortoise\.init"):
+            await emitter.emit(PageTurned(page=1))
+
+    async def test_without_the_tables(self, emitter: EventEmitter) -> None:
+        """Where the models are not registered the error says so."""
+        emitter.on(PageTurned, hear, delivery="durable")
+        async with TortoiseContext() as context:
+            await context.init(
+                db_url="sqlite://:memory:", modules={"models": ["tests.delivery.ledger"]}
+            )
+            with pytest.raises(ConfigurationError, match=r"tortoise_auth\.models"):
+                await emitter.emit(PageTurned(page=1))
+
+
+class TestMarks:
+    """How a background delivery learns whether the transaction around it was kept."""
+
+    async def test_taken_once(self, db: TortoiseContext, clock: FakeClock) -> None:
+        """A mark that is there can be taken one time."""
+        mark = await outbox.mark(root(db), PageTurned(page=1), clock())
+        assert await outbox.take_mark(root(db), mark) is True
+        assert await outbox.take_mark(root(db), mark) is False
+
+    async def test_never_confused(self, db: TortoiseContext, clock: FakeClock) -> None:
+        """The mark after one that was rolled back is another, whatever ids the database gives."""
+        lost = []
+        async with in_transaction(connection_of(db).connection_name) as outer:
+            for _ in range(3):
+                with suppress(Undo):
+                    async with in_transaction(connection_of(db).connection_name) as inner:
+                        lost.append(await outbox.mark(inner, PageTurned(page=1), clock()))
+                        raise Undo
+            kept = await outbox.mark(outer, PageTurned(page=1), clock())
+        assert [await outbox.take_mark(root(db), mark) for mark in lost] == [False] * 3
+        assert await outbox.take_mark(root(db), kept)
+
+    async def test_of_what_json_cannot_hold(
+        self, db: TortoiseContext, emitter: EventEmitter
+    ) -> None:
+        """A background handler may be told anything, in a transaction as well: marks hold no payload."""
+        told: list[Event] = []
+        emitter.on(LiveShown, told.append, delivery="background", thread=False)
+        event = LiveShown(thing=object())
+        async with in_transaction(connection_of(db).connection_name):
+            await emitter.emit(event)
+            assert await stored("payload") == [({},)]
+        await quiet(emitter)
+        assert told == [event]
+        assert await OutboxEntry.all().count() == 0
+
+    async def test_for_no_relay(
+        self, db: TortoiseContext, emitter: EventEmitter, clock: FakeClock
+    ) -> None:
+        """No relay claims a mark, no count includes it, nobody retries it; a purge removes old ones."""
+        await outbox.mark(root(db), PageTurned(page=1), clock())
+        status = await outbox.status(root(db), clock())
+        assert (status.waiting, status.due, status.dead) == (0, 0, 0)
+        assert status.subscriptions == {}
+        assert await claim(root(db), clock, names=[AFTER_COMMIT]) == []
+        assert await outbox.entries(root(db)) == []
+        ((mark,),) = await stored("id")
+        assert await outbox.retry(root(db), [mark], clock()) == 0
+        assert await outbox.purge(root(db), before=clock()) == 0
+        assert await outbox.purge(root(db), before=clock() + MINUTE) == 1
+
+
+async def claim(
+    connection: BaseDBAsyncClient,
+    clock: FakeClock,
+    *,
+    relay: str = "r1",
+    names: Sequence[str] = ("s",),
+    user_table: str = "app_user",
+    limit: int = 100,
+) -> list[Claimed]:
+    """Claim with a lease of a minute."""
+    return await outbox.claim(
+        connection,
+        relay=relay,
+        subscriptions=names,
+        user_table=user_table,
+        now=clock(),
+        lease_ends=clock() + MINUTE,
+        limit=limit,
+    )
+
+
+async def put(clock: FakeClock, *subjects: str | None, subscription: str = "s") -> list[int]:
+    """Write rows, due now, and return their ids."""
+    ids = []
+    for page, subject in enumerate(subjects, 1):
+        event = PageTurned(page=page, subject_id=subject)
+        entry = await OutboxEntry.create(
+            event_id=event.id,
+            event_name=event.name,
+            subscription=subscription,
+            subject_id=subject,
+            payload=event.to_dict(),
+            created_at=clock(),
+            due_at=clock(),
+        )
+        ids.append(int(entry.id))
+    return ids
+
+
+def ids_of(rows: Sequence[Claimed]) -> list[int]:
+    """Return the ids, in order."""
+    return [row.id for row in rows]
+
+
+class TestClaiming:
+    async def test_whole_row(self, db: TortoiseContext, clock: FakeClock) -> None:
+        """What a relay gets is what was written, and the row says who has it until when."""
+        event = CardShown(user=User(id=7), subject_id="7", card="library", context=RequestContext())
+        subscription = _subscription("s")
+        await outbox.write(root(db), event, [subscription], clock())
+        (row,) = await claim(root(db), clock)
+        assert (row.event_id, row.event_name) == (event.id, "card_shown")
+        assert isinstance(row.event_id, UUID)
+        assert (row.subscription, row.subject_id, row.attempts) == ("s", "7", 1)
+        assert row.payload == event.to_dict()
+        assert await stored("user_table", "claimed_by", "due_at") == [
+            ("app_user", "r1", clock() + MINUTE)
+        ]
+
+    async def test_until_the_lease_ends(self, db: TortoiseContext, clock: FakeClock) -> None:
+        """A claimed row is left alone until the very end of its lease, and then comes again."""
+        ids = await put(clock, "a", None)
+        assert ids_of(await claim(root(db), clock)) == ids
+        assert await claim(root(db), clock, relay="r2") == []
+        clock.advance(MINUTE - timedelta(microseconds=1))
+        assert await claim(root(db), clock, relay="r2") == []
+        clock.advance(timedelta(microseconds=1))
+        again = await claim(root(db), clock, relay="r2")
+        assert ids_of(again) == ids
+        assert [row.attempts for row in again] == [2, 2]
+
+    async def test_behind_a_claimed_row(self, db: TortoiseContext, clock: FakeClock) -> None:
+        """What happens to a subject meanwhile waits until its earlier rows are delivered."""
+        await put(clock, "a")
+        claimed = await claim(root(db), clock)
+        (later,) = await put(clock, "a")
+        (other,) = await put(clock, "b")
+        assert ids_of(await claim(root(db), clock, relay="r2")) == [other]
+        await outbox.done(root(db), claimed, "r1")
+        assert ids_of(await claim(root(db), clock, relay="r2")) == [later]
+
+    async def test_all_of_a_subject(self, db: TortoiseContext, clock: FakeClock) -> None:
+        """One claim takes as many rows of a subject as it may, oldest first and none left out."""
+        ids = await put(clock, *["a"] * 5, "b", *["a"] * 3)
+        assert ids_of(await claim(root(db), clock, limit=4)) == [*ids[:3], ids[5]]
+        assert await claim(root(db), clock, relay="r2") == []
+
+    async def test_rows_without_a_subject(self, db: TortoiseContext, clock: FakeClock) -> None:
+        """They wait for nobody: different relays may have them at the same time."""
+        ids = await put(clock, None, None, None)
+        first = await claim(root(db), clock, limit=2)
+        second = await claim(root(db), clock, relay="r2")
+        assert sorted(ids_of(first) + ids_of(second)) == ids
+        assert len(first) == 2
+
+    async def test_each_subscription_for_itself(
+        self, db: TortoiseContext, clock: FakeClock
+    ) -> None:
+        """A subscription that is behind does not hold up another one."""
+        slow = await put(clock, "a", "a", subscription="slow")
+        quick = await put(clock, "a", subscription="quick")
+        assert ids_of(await claim(root(db), clock, names=["slow"])) == slow
+        assert ids_of(await claim(root(db), clock, relay="r2", names=["slow", "quick"])) == quick
+
+    async def test_other_models(self, db: TortoiseContext, clock: FakeClock) -> None:
+        """Rows of another user model's accounts are left alone, whatever their ids; those of none not."""
+        subscription = _subscription("s")
+        for user in (User(id=1), NamedUser(id=1)):
+            event = CardShown(user=user, subject_id="1", card="x")  # type: ignore[arg-type]
+            await outbox.write(root(db), event, [subscription], clock())
+        mine, theirs = [each for (each,) in await stored("id")]
+        (nobodys,) = await put(clock, "1")
+        claimed = await claim(root(db), clock)
+        assert ids_of(claimed) == [mine, nobodys]
+        assert ids_of(await claim(root(db), clock, user_table="app_named_user")) == [theirs]
+
+    async def test_behind_a_dead_letter(self, db: TortoiseContext, clock: FakeClock) -> None:
+        """A dead letter holds nobody up."""
+        ids = await put(clock, "a", "a")
+        (dead, _) = await claim(root(db), clock)
+        await outbox.bury(root(db), dead, "r1", at=clock(), error="x")
+        clock.advance(MINUTE)
+        assert ids_of(await claim(root(db), clock)) == ids[1:]
+
+    async def test_behind_a_row_that_is_not_due(
+        self, db: TortoiseContext, clock: FakeClock
+    ) -> None:
+        """A row that backs off, or was written by a clock ahead, is never overtaken."""
+        first, second, third = await put(clock, "a", "a", "a")
+        await OutboxEntry.filter(id=second).update(due_at=clock() + timedelta(seconds=5))
+        (row,) = await claim(root(db), clock)
+        assert row.id == first
+        await outbox.done(root(db), [row], "r1")
+        assert await claim(root(db), clock) == []
+        clock.advance(timedelta(seconds=5))
+        assert ids_of(await claim(root(db), clock)) == [second, third]
+
+    async def test_nothing_to_listen_for(self, db: TortoiseContext, clock: FakeClock) -> None:
+        """A relay without durable subscriptions asks for nothing and gets nothing."""
+        await put(clock, "a")
+        with every_statement(db) as seen:
+            assert await claim(root(db), clock, names=[]) == []
+        assert seen == []
+
+    async def test_hostile_names(self, db: TortoiseContext, clock: FakeClock) -> None:
+        """Names and subjects are values to the database, whatever characters they have."""
+        for text in ("'; DROP TABLE tortoise_auth_outbox; --", "{limit}", "?", "$1", "%s", "ö\n"):
+            ids = await put(clock, text, text, subscription=text)
+            assert ids_of(await claim(root(db), clock, names=[text])) == ids
+
+
+class TestLettingGo:
+    """What a relay does with the rows it has, and those it has lost meanwhile."""
+
+    async def test_only_ones_own(self, db: TortoiseContext, clock: FakeClock) -> None:
+        """A relay whose lease is over cannot remove, postpone, bury or release what another has now."""
+        await put(clock, "a")
+        (lost,) = await claim(root(db), clock)
+        clock.advance(MINUTE)
+        await claim(root(db), clock, relay="r2")
+        before = await OutboxEntry.all().values()
+        await outbox.done(root(db), [lost], "r1")
+        await outbox.postpone(root(db), lost, "r1", due_at=clock(), error="x")
+        await outbox.bury(root(db), lost, "r1", at=clock(), error="x")
+        await outbox.release(root(db), [lost], "r1", clock())
+        assert await OutboxEntry.all().values() == before
+
+    async def test_release(self, db: TortoiseContext, clock: FakeClock) -> None:
+        """A row that is given back counts as never claimed."""
+        await put(clock, "a")
+        for _ in range(3):
+            (row,) = await claim(root(db), clock)
+            assert row.attempts == 1
+            await outbox.release(root(db), [row], "r1", clock())
+
+    async def test_nothing(self, db: TortoiseContext, clock: FakeClock) -> None:
+        """No rows, no statement."""
+        with every_statement(db) as seen:
+            await outbox.done(root(db), [], "r1")
+            await outbox.release(root(db), [], "r1", clock())
+            await outbox.write(root(db), PageTurned(page=1), [], clock())
+        assert seen == []
+
+
+class TestOperating:
+    async def bury_one(self, db: TortoiseContext, clock: FakeClock) -> int:
+        """Make a dead letter."""
+        (row,) = await claim(root(db), clock, limit=1)
+        await outbox.bury(root(db), row, "r1", at=clock(), error="RuntimeError: no")
+        return row.id
+
+    async def test_status(self, db: TortoiseContext, clock: FakeClock) -> None:
+        """Numbers for a monitor: what waits, what is due, what is dead, and since when."""
+        empty = await outbox.status(root(db), clock())
+        assert (empty.waiting, empty.due, empty.dead, empty.oldest_waiting) == (0, 0, 0, 0.0)
+        await put(clock, "a")
+        await self.bury_one(db, clock)
+        clock.advance(timedelta(seconds=30))
+        await put(clock, "b", "c")
+        await put(clock, "d", subscription="unknown")
+        clock.advance(timedelta(seconds=90))
+        await claim(root(db), clock, limit=1)
+
+        status = await outbox.status(root(db), clock())
+        assert (status.waiting, status.due, status.dead) == (3, 2, 1)
+        assert status.oldest_waiting == 90.0
+        assert status.subscriptions == {"s": 2, "unknown": 1}
+        clock.advance(timedelta(hours=-1))
+        assert (await outbox.status(root(db), clock())).oldest_waiting == 0.0
+
+    async def test_entries(self, db: TortoiseContext, clock: FakeClock) -> None:
+        """What waits and what is dead can be listed, oldest first."""
+        ids = await put(clock, "a", "b", "c", "d")
+        dead = await self.bury_one(db, clock)
+        assert [row.id for row in await outbox.entries(root(db))] == ids[1:]
+        assert [row.id for row in await outbox.entries(root(db), limit=2)] == ids[1:3]
+        (letter,) = await outbox.entries(root(db), dead=True)
+        assert (letter.id, letter.last_error) == (dead, "RuntimeError: no")
+        assert (letter.dead_at, letter.due_at) == (clock(), None)
+
+    async def test_retry(self, db: TortoiseContext, clock: FakeClock) -> None:
+        """A dead letter that is given a new start is due, and has all its attempts before it."""
+        ids = await put(clock, "a", "b")
+        dead = await self.bury_one(db, clock)
+        clock.advance(timedelta(days=1))
+        assert await outbox.retry(root(db), [dead, 12345], clock()) == 1
+        assert await outbox.retry(root(db), [], clock()) == 0
+        rows = await claim(root(db), clock)
+        assert ids_of(rows) == ids
+        assert [row.attempts for row in rows] == [1, 1]
+        assert (await outbox.status(root(db), clock())).dead == 0
+
+    async def test_retry_behind_others(self, db: TortoiseContext, clock: FakeClock) -> None:
+        """A dead letter that starts again comes before what backs off behind it, and nothing overtakes."""
+        first, second, third = await put(clock, "a", "a", "a")
+        await self.bury_one(db, clock)
+        (row,) = await claim(root(db), clock, limit=1)
+        await outbox.postpone(root(db), row, "r1", due_at=clock() + MINUTE, error="x")
+        await outbox.retry(root(db), [first], clock())
+        (row,) = await claim(root(db), clock)
+        assert row.id == first
+        await outbox.done(root(db), [row], "r1")
+        clock.advance(MINUTE)
+        assert ids_of(await claim(root(db), clock)) == [second, third]
+
+    async def test_retry_all_dead(self, db: TortoiseContext, clock: FakeClock) -> None:
+        """All dead letters can be given a new start at once; what waits is left as it is."""
+        await put(clock, "a", "b", "c")
+        for _ in range(2):
+            await self.bury_one(db, clock)
+        (waiting,) = await claim(root(db), clock)
+        await outbox.postpone(root(db), waiting, "r1", due_at=clock() + MINUTE, error="x")
+        assert await outbox.retry_dead(root(db), clock()) == 2
+        assert waiting.id not in ids_of(await claim(root(db), clock))
+
+    async def test_purge(self, db: TortoiseContext, clock: FakeClock) -> None:
+        """A purge removes dead letters from before a time, and nothing that waits."""
+        await put(clock, "a", "b", "c")
+        await self.bury_one(db, clock)
+        clock.advance(MINUTE)
+        await self.bury_one(db, clock)
+        assert await outbox.purge(root(db), before=clock()) == 1
+        status = await outbox.status(root(db), clock())
+        assert (status.waiting, status.dead) == (1, 1)
+
+
+def _subscription(name: str) -> Any:
+    emitter = EventEmitter()
+    emitter.on("*", hear, delivery="durable", name=name)
+    (subscription,) = emitter.subscriptions("*")
+    return subscription

@@ -1,0 +1,1129 @@
+"""A change and its events: together, whatever happens in between."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import secrets
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from functools import partial
+from itertools import count
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import pytest
+from tortoise.context import TortoiseContext
+from tortoise.exceptions import IntegrityError, OperationalError
+from tortoise.transactions import in_transaction
+
+from tests.app import AuditRow, User
+from tests.conftest import (
+    DATABASES,
+    MODULES,
+    PASSWORD,
+    POSTGRES_URL,
+    SECRET,
+    database,
+    needs_postgres,
+)
+from tests.delivery.ledger import Ledger
+from tests.delivery.witness import (
+    Cancelled,
+    Ears,
+    Undo,
+    assert_no_connection_is_held,
+    everywhere,
+    finished,
+    inline_alone,
+    look,
+    quiet,
+    transaction_class,
+)
+from tests.probes import (
+    EMAIL,
+    NEW_PASSWORD,
+    changed,
+    columns,
+    connection_of,
+    log_in,
+    row,
+    rows,
+    statements,
+)
+from tortoise_auth import AuthConfig, AuthenticationError, AuthResult, AuthService, EventEmitter
+from tortoise_auth.database import connection_for, is_transaction
+from tortoise_auth.events import (
+    Event,
+    PasswordChanged,
+    RefreshTokenReused,
+    SessionRevoked,
+    UserLogin,
+    UserLoginFailed,
+    UserLogout,
+)
+from tortoise_auth.events.catalog import declared_events
+from tortoise_auth.events.relay import Relay
+from tortoise_auth.events.subscription import Delivery
+from tortoise_auth.events.unit_of_work import UnitOfWork
+from tortoise_auth.exceptions import (
+    EventError,
+    ServiceUnavailableError,
+    TokenReusedError,
+    TokenRevokedError,
+)
+from tortoise_auth.models import OutboxEntry, Session
+from tortoise_auth.testing import FakeClock
+
+Act: TypeAlias = Callable[[], Awaitable[object]]
+
+DELIVERIES: tuple[Delivery, ...] = ("transaction", "inline", "background", "durable")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shipped(Event):
+    """What a host might tell."""
+
+    parcel: int
+
+
+@pytest.fixture
+async def ada(db: TortoiseContext) -> User:
+    return await User.create_user(email=EMAIL, password=PASSWORD)
+
+
+@pytest.fixture
+def auth(clock: FakeClock) -> AuthService[User]:
+    """A service that counts no attempts: what is counted is no part of a change."""
+    return AuthService(User, AuthConfig(secret=SECRET), clock=clock, throttle=None)
+
+
+@pytest.fixture
+def relay(emitter: EventEmitter) -> Relay[User]:
+    """Delivers whatever there is: for it everything has long been due."""
+    return Relay(emitter, User, clock=FakeClock(datetime(2100, 1, 1, tzinfo=UTC)))
+
+
+@pytest.fixture(params=DATABASES)
+async def narrow(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[TortoiseContext]:
+    """Every database, PostgreSQL with a pool of one connection: a second one is a deadlock."""
+    async with database(request.param, tmp_path, maxsize=1) as context:
+        yield context
+
+
+async def ship(emitter: EventEmitter, parcel: int = 7) -> None:
+    """A change of the host with its event."""
+    async with UnitOfWork(connection_for(AuditRow), emitter) as unit:
+        await AuditRow.create(event="parcel", using_db=unit.connection)
+        unit.record(Shipped(parcel=parcel))
+
+
+# ---- what a caller does around it -----------------------------------------------------------
+
+
+async def plain(name: str, act: Act) -> None:
+    await act()
+
+
+async def committed(name: str, act: Act) -> None:
+    async with in_transaction(name):
+        await act()
+
+
+async def rolled_back(name: str, act: Act) -> None:
+    with suppress(Undo):
+        async with in_transaction(name):
+            await act()
+            raise Undo
+
+
+async def savepoint_released(name: str, act: Act) -> None:
+    async with in_transaction(name), in_transaction(name):
+        await act()
+
+
+async def savepoint_rolled_back(name: str, act: Act) -> None:
+    async with in_transaction(name):
+        with suppress(Undo):
+            async with in_transaction(name):
+                await act()
+                raise Undo
+
+
+async def three_deep(name: str, act: Act) -> None:
+    async with in_transaction(name), in_transaction(name), in_transaction(name):
+        await act()
+
+
+async def three_deep_undone_between(name: str, act: Act) -> None:
+    async with in_transaction(name):
+        with suppress(Undo):
+            async with in_transaction(name):
+                async with in_transaction(name):
+                    await act()
+                raise Undo
+
+
+async def beside_a_savepoint_rolled_back(name: str, act: Act) -> None:
+    async with in_transaction(name):
+        await act()
+        with suppress(Undo):
+            async with in_transaction(name):
+                raise Undo
+
+
+async def committed_by_hand(name: str, act: Act) -> None:
+    async with in_transaction(name) as wrapper:
+        await act()
+        await wrapper.commit()
+
+
+async def rolled_back_by_hand(name: str, act: Act) -> None:
+    async with in_transaction(name) as wrapper:
+        await act()
+        await wrapper.rollback()
+
+
+async def failed_unnoticed(name: str, act: Act) -> None:
+    """PostgreSQL answers this COMMIT with ROLLBACK and no error; SQLite commits."""
+    async with in_transaction(name):
+        await act()
+        await AuditRow.create(id=1000, event="first")
+        with suppress(IntegrityError):
+            await AuditRow.create(id=1000, event="second")
+
+
+KEPT = [
+    plain,
+    committed,
+    savepoint_released,
+    three_deep,
+    beside_a_savepoint_rolled_back,
+    committed_by_hand,
+]
+UNDONE = [rolled_back, savepoint_rolled_back, three_deep_undone_between, rolled_back_by_hand]
+
+
+class TestOutcomes:
+    """What each delivery does where the caller's own transaction ends in one way or another."""
+
+    @pytest.mark.parametrize("around", KEPT, ids=lambda each: each.__name__)
+    async def test_kept(
+        self,
+        db: TortoiseContext,
+        auth: AuthService[User],
+        ada: User,
+        emitter: EventEmitter,
+        relay: Relay[User],
+        around: Callable[[str, Act], Awaitable[None]],
+    ) -> None:
+        """Where the change stays, every handler hears of it, once."""
+        ears = Ears(emitter, Shipped, UserLogin, PasswordChanged)
+        name = connection_of(db).connection_name
+        await finished(around(name, lambda: ship(emitter)))
+        assert await ears.outcome(relay) == everywhere("shipped")
+        await finished(around(name, lambda: log_in(auth)))
+        assert await ears.outcome(relay) == everywhere("user_login")
+        await finished(around(name, lambda: ada.set_password(NEW_PASSWORD)))
+        assert await ears.outcome(relay) == everywhere("password_changed")
+        assert await look(db, "SELECT count(*) FROM app_audit_row WHERE event = 'parcel'") == [(1,)]
+        assert await look(db, "SELECT count(*) FROM tortoise_auth_session") == [(1,)]
+        assert await look(db, "SELECT session_version FROM app_user") == [(1,)]
+        assert await look(db, "SELECT count(*) FROM tortoise_auth_outbox") == [(0,)]
+
+    @pytest.mark.parametrize("around", UNDONE, ids=lambda each: each.__name__)
+    async def test_undone(
+        self,
+        db: TortoiseContext,
+        auth: AuthService[User],
+        ada: User,
+        emitter: EventEmitter,
+        relay: Relay[User],
+        around: Callable[[str, Act], Awaitable[None]],
+    ) -> None:
+        """Where it does not, only the inline handlers had heard, and nothing is left behind."""
+        ears = Ears(emitter, Shipped, UserLogin, PasswordChanged)
+        before = await rows(User, AuditRow)
+        name = connection_of(db).connection_name
+        await finished(around(name, lambda: ship(emitter)))
+        assert await ears.outcome(relay) == inline_alone("shipped")
+        await finished(around(name, lambda: log_in(auth)))
+        assert await ears.outcome(relay) == inline_alone("user_login")
+        await finished(around(name, lambda: ada.set_password(NEW_PASSWORD)))
+        assert await ears.outcome(relay) == inline_alone("password_changed")
+        assert await rows(User, AuditRow) == before
+        assert await look(db, "SELECT count(*) FROM tortoise_auth_outbox") == [(0,)]
+
+    async def test_failed_unnoticed(
+        self,
+        db: TortoiseContext,
+        auth: AuthService[User],
+        ada: User,
+        emitter: EventEmitter,
+        relay: Relay[User],
+    ) -> None:
+        """A COMMIT that PostgreSQL turns into a rollback without an error deceives nobody."""
+        ears = Ears(emitter, UserLogin)
+        name = connection_of(db).connection_name
+        await finished(failed_unnoticed(name, lambda: log_in(auth)))
+        kept = await look(db, "SELECT count(*) FROM tortoise_auth_session")
+        postgres = connection_of(db).capabilities.dialect == "postgres"
+        assert kept == [(0,)] if postgres else [(1,)]
+        outcome = await ears.outcome(relay)
+        assert outcome == (inline_alone if postgres else everywhere)("user_login")
+
+    async def test_nothing_before_the_outermost_commit(
+        self,
+        db: TortoiseContext,
+        auth: AuthService[User],
+        ada: User,
+        emitter: EventEmitter,
+        relay: Relay[User],
+    ) -> None:
+        """However often the loop turns, background and durable deliveries wait for the caller."""
+        ears = Ears(emitter, UserLogin)
+        name = connection_of(db).connection_name
+        async with in_transaction(name):
+            async with in_transaction(name):
+                await log_in(auth)
+            for _ in range(100):
+                await asyncio.sleep(0)
+            assert await AuditRow.all().count() == 1
+            assert (len(ears.inline), ears.background, ears.durable) == (1, [], [])
+        assert await ears.outcome(relay) == everywhere("user_login")
+
+    async def test_two_changes_one_undone(
+        self,
+        db: TortoiseContext,
+        auth: AuthService[User],
+        ada: User,
+        emitter: EventEmitter,
+        relay: Relay[User],
+    ) -> None:
+        """In one transaction each change answers for itself."""
+        ears = Ears(emitter, UserLogin, PasswordChanged, UserLogout)
+        name = connection_of(db).connection_name
+        async with in_transaction(name):
+            result = await log_in(auth)
+            await savepoint_rolled_back(name, lambda: auth.set_password(ada, NEW_PASSWORD))
+            await auth.logout(result.access_token)
+        expected = everywhere("user_login", "user_logout")
+        expected["inline"].insert(1, "password_changed")
+        assert await ears.outcome(relay) == expected
+
+    @pytest.mark.parametrize("kept", [True, False], ids=["kept", "undone"])
+    @pytest.mark.parametrize("depth", [1, 2, 3])
+    async def test_connection_given_by_hand(
+        self,
+        db: TortoiseContext,
+        emitter: EventEmitter,
+        relay: Relay[User],
+        depth: int,
+        kept: bool,
+    ) -> None:
+        """A unit of work joins the transaction it is given, whichever of several it is."""
+        ears = Ears(emitter, Shipped)
+
+        async def ship_within(connection: Any, left: int) -> None:
+            if left:
+                async with connection._in_transaction() as inner:
+                    await ship_within(inner, left - 1)
+                return
+            async with UnitOfWork(connection, emitter) as unit:
+                await AuditRow.create(event="parcel", using_db=unit.connection)
+                unit.record(Shipped(parcel=7))
+
+        with suppress(Undo):
+            async with in_transaction(connection_of(db).connection_name) as outermost:
+                await ship_within(outermost, depth - 1)
+                if not kept:
+                    raise Undo
+        assert await ears.outcome(relay) == (everywhere if kept else inline_alone)("shipped")
+        assert await AuditRow.filter(event="parcel").count() == kept
+
+    async def test_task_started_inside_a_transaction(
+        self,
+        db: TortoiseContext,
+        auth: AuthService[User],
+        ada: User,
+        emitter: EventEmitter,
+        relay: Relay[User],
+    ) -> None:
+        """A task that outlives the transaction in which it was started has one of its own."""
+        ears = Ears(emitter, UserLogin)
+        over = asyncio.Event()
+
+        async def log_in_later() -> AuthResult[User]:
+            await over.wait()
+            return await log_in(auth)
+
+        with suppress(Undo):
+            async with in_transaction(connection_of(db).connection_name):
+                task = asyncio.create_task(log_in_later())
+                await asyncio.sleep(0)
+                raise Undo
+        over.set()
+        result = await finished(task)
+        assert await auth.authenticate(result.access_token) == ada
+        assert await ears.outcome(relay) == everywhere("user_login")
+
+
+class TestOrder:
+    async def test_from_the_transaction_to_the_background(
+        self, db: TortoiseContext, emitter: EventEmitter
+    ) -> None:
+        """Transaction, commit, effects, inline, background: whatever the priorities."""
+        order: list[str] = []
+        priorities: dict[Delivery, int] = {"background": 1, "inline": 5, "transaction": 99}
+        for delivery, priority in priorities.items():
+            note = note_in(order, delivery)
+            emitter.on("shipped", note, delivery=delivery, priority=priority, name=delivery)
+        with statements(db) as seen:
+            async with UnitOfWork(connection_for(AuditRow), emitter) as unit:
+                await AuditRow.create(event="parcel", using_db=unit.connection)
+                unit.when_committed(lambda: order.append(f"effect after {seen[-1]}"))
+                unit.record(Shipped(parcel=7))
+            order.append("left")
+        await quiet(emitter)
+        assert order == ["transaction", "effect after COMMIT", "inline", "left", "background"]
+
+    async def test_inline_handlers_see_what_is_committed(
+        self, db: TortoiseContext, auth: AuthService[User], ada: User, emitter: EventEmitter
+    ) -> None:
+        """They run outside the transaction, and any other connection sees what they were told."""
+        seen: list[object] = []
+
+        @emitter.on(UserLogin)
+        async def see(event: UserLogin[User]) -> None:
+            seen.append(is_transaction(connection_for(User)))
+            seen.append(await look(db, "SELECT id FROM tortoise_auth_session"))
+            seen.append(await look(db, "SELECT last_login IS NOT NULL FROM app_user"))
+
+        result = await log_in(auth)
+        (where, sessions, last_login) = seen
+        assert where is False
+        assert [str(each) for (each,) in sessions] == [str(result.session.id)]  # type: ignore[attr-defined]
+        assert last_login in ([(True,)], [(1,)])
+
+    @pytest.mark.parametrize("delivery", ["inline", "background", "durable"])
+    async def test_handlers_may_use_the_service(
+        self,
+        db: TortoiseContext,
+        auth: AuthService[User],
+        ada: User,
+        emitter: EventEmitter,
+        relay: Relay[User],
+        delivery: Literal["inline", "background", "durable"],
+    ) -> None:
+        """A handler that ends the session it hears of has a transaction of its own for it."""
+
+        @emitter.on(UserLogin, delivery=delivery)
+        async def end(event: UserLogin[User]) -> None:
+            await auth.revoke_session(event.session_id)
+
+        ears = Ears(emitter, SessionRevoked)
+        await finished(log_in(auth))
+        await quiet(emitter)
+        await finished(relay.drain())
+        assert await ears.outcome(relay) == everywhere("session_revoked")
+
+    async def test_handler_in_the_transaction_may_use_the_service(
+        self,
+        db: TortoiseContext,
+        auth: AuthService[User],
+        ada: User,
+        emitter: EventEmitter,
+        relay: Relay[User],
+    ) -> None:
+        """What it does there is part of the change, and goes with it if it is undone."""
+
+        @emitter.on(UserLogin, delivery="transaction")
+        async def end(event: UserLogin[User]) -> None:
+            await auth.revoke_session(event.session_id)
+
+        ears = Ears(emitter, UserLogin, SessionRevoked)
+        result = await finished(log_in(auth))
+        assert (await row(Session, result.session.id))["revoked_at"] is not None
+        outcome = await ears.outcome(relay)
+        assert {kind: sorted(names) for kind, names in outcome.items()} == everywhere(
+            "session_revoked", "user_login"
+        )
+        await rolled_back(connection_of(db).connection_name, lambda: log_in(auth))
+        assert await ears.outcome(relay) == inline_alone("session_revoked", "user_login")
+
+    async def test_failure_of_one_event_does_not_silence_the_next(
+        self, db: TortoiseContext, relay: Relay[User]
+    ) -> None:
+        """Where errors propagate, the handlers of the events behind the failed one run all the same."""
+        emitter = EventEmitter(propagate_errors=True)
+        ears = Ears(emitter, Shipped)
+        emitter.on(Shipped, fail_on_seven, priority=1)
+        with pytest.raises(EventError, match="parcel 7"):
+            async with UnitOfWork(connection_for(AuditRow), emitter) as unit:
+                unit.record(Shipped(parcel=7))
+                unit.record(Shipped(parcel=8))
+        await quiet(emitter)
+        assert [event.parcel for event in ears.inline if isinstance(event, Shipped)] == [8]
+        assert len(ears.background) == 2
+        assert await Relay(emitter, User).drain() == 2
+
+    async def test_same_event_for_every_delivery(
+        self, db: TortoiseContext, emitter: EventEmitter, relay: Relay[User]
+    ) -> None:
+        """All handlers are told of one event, with one id."""
+        ears = Ears(emitter, Shipped)
+        await ship(emitter)
+        await quiet(emitter)
+        await relay.drain()
+        assert ears.inline == ears.background == ears.durable
+        assert [each.subject for each in await AuditRow.filter(event="shipped")] == [
+            str(ears.inline[0].id)
+        ]
+
+
+def note_in(notes: list[str], note: str) -> Act:
+    """Return a handler that writes *note*."""
+
+    async def handler() -> None:
+        notes.append(note)
+
+    return handler
+
+
+async def fail_on_seven(event: Shipped) -> None:
+    """A handler that fails for one of two events."""
+    if event.parcel == 7:
+        raise RuntimeError("parcel 7 is lost")
+
+
+class TestVeto:
+    """A handler in the transaction refuses."""
+
+    @pytest.fixture
+    async def opened(self, auth: AuthService[User], ada: User) -> AuthResult[User]:
+        """A session of Ada."""
+        return await log_in(auth)
+
+    @pytest.fixture
+    def refused(
+        self, auth: AuthService[User], ada: User, opened: AuthResult[User]
+    ) -> dict[str, Act]:
+        """Everything that changes something."""
+        return {
+            "login": lambda: log_in(auth),
+            "refresh": lambda: auth.refresh(opened.refresh_token),
+            "logout": lambda: auth.logout(opened.refresh_token),
+            "logout_all": lambda: auth.logout_all(ada),
+            "set_password": lambda: auth.set_password(ada, NEW_PASSWORD),
+            "change_password": lambda: auth.change_password(ada, PASSWORD, NEW_PASSWORD),
+            "model.set_password": lambda: ada.set_password(NEW_PASSWORD),
+            "revoke_session": lambda: auth.revoke_session(opened.session.id),
+            "deactivate": lambda: auth.deactivate(ada),
+            "create_user": lambda: User.create_user(email="bob@example.com", password=PASSWORD),
+        }
+
+    @pytest.mark.parametrize("nested", [False, True], ids=["alone", "in-the-callers"])
+    async def test_leaves_nothing(
+        self,
+        db: TortoiseContext,
+        ada: User,
+        emitter: EventEmitter,
+        relay: Relay[User],
+        clock: FakeClock,
+        refused: dict[str, Act],
+        nested: bool,
+    ) -> None:
+        """Nothing is changed or told, in the database or in memory, and the caller is told why."""
+        ears = Ears(emitter, *EVERY_EVENT)
+        for event in EVERY_EVENT:
+            emitter.on(event, refuse, delivery="transaction", priority=20, name=f"no {event.name}")
+        before, remembered = await rows(User, AuditRow, OutboxEntry), columns(ada)
+        clock.advance(timedelta(seconds=1))
+
+        for method, act in refused.items():
+            with pytest.raises(EventError, match="refuse") as refusal:
+                if nested:
+                    async with in_transaction(connection_of(db).connection_name):
+                        await AuditRow.create(event="of the caller")
+                        try:
+                            await act()
+                        finally:
+                            assert await AuditRow.all().count() == 1, method
+                else:
+                    await finished(act())
+            assert isinstance(refusal.value.original, Undo)
+            assert await rows(User, AuditRow, OutboxEntry) == before, method
+            assert columns(ada) == remembered, method
+        assert await ears.outcome(relay) == everywhere()
+        assert_no_connection_is_held(db)
+
+    async def test_spares_the_callers_transaction(
+        self,
+        db: TortoiseContext,
+        auth: AuthService[User],
+        ada: User,
+        emitter: EventEmitter,
+        relay: Relay[User],
+    ) -> None:
+        """The caller may go on and commit what is its own."""
+        ears = Ears(emitter, UserLogin, UserLogout)
+        result = await log_in(auth)
+        assert await ears.outcome(relay) == everywhere("user_login")
+        emitter.on(UserLogin, refuse, delivery="transaction", priority=20)
+        async with in_transaction(connection_of(db).connection_name):
+            with pytest.raises(EventError):
+                await log_in(auth)
+            await auth.logout(result.access_token)
+        assert await ears.outcome(relay) == everywhere("user_logout")
+        assert await Session.all().count() == 1
+
+    @needs_postgres
+    async def test_swallowed_failure_of_a_statement(
+        self, postgres: TortoiseContext, auth: AuthService[User], emitter: EventEmitter
+    ) -> None:
+        """A handler that hides a failed statement from PostgreSQL's transaction deceives nobody."""
+        await User.create_user(email=EMAIL, password=PASSWORD)
+        told: list[Event] = []
+        emitter.on(UserLogin, told.append, thread=False)
+
+        @emitter.on(UserLogin, delivery="transaction")
+        async def stumble(event: UserLogin[User]) -> None:
+            with suppress(IntegrityError):
+                await User.create(email=EMAIL)
+
+        with pytest.raises(ServiceUnavailableError):
+            await log_in(auth)
+        assert await Session.all().count() == 0
+        assert told == []
+        assert_no_connection_is_held(postgres)
+
+    async def test_cancelled_three_hundred_times(
+        self, db: TortoiseContext, auth: AuthService[User], ada: User, emitter: EventEmitter
+    ) -> None:
+        """Whenever ten at a time are cancelled, every connection comes back and no session lives."""
+        ears = Ears(emitter, UserLogin)
+        emitter.on(UserLogin, refuse, delivery="transaction", priority=20)
+        chance = random.Random(7)
+        refused = 0
+        for _ in range(30):
+            attempts = [
+                Cancelled(log_in(auth), chance.randint(1, 14), late=chance.random() < 0.5)
+                for _ in range(10)
+            ]
+            outcomes = await finished(asyncio.gather(*(each.run() for each in attempts)))
+            refused += sum(not task.cancelled() for task in outcomes)
+            for task in outcomes:
+                assert task.cancelled() or isinstance(task.exception(), EventError)
+        await quiet(emitter)
+        assert 0 < refused < 300
+        assert (ears.inline, ears.background) == ([], [])
+        assert await rows(OutboxEntry, AuditRow) == []
+        assert_no_connection_is_held(db)
+
+
+class TestFailures:
+    """What went wrong went wrong, even if the caller undoes what was tried around it."""
+
+    async def log_in_wrongly(self, auth: AuthService[User]) -> None:
+        """Try another password than Ada's."""
+        with pytest.raises(AuthenticationError):
+            await auth.login(EMAIL, NEW_PASSWORD)
+
+    @pytest.mark.parametrize("around", [plain, *KEPT[1:], *UNDONE], ids=lambda f: f.__name__)
+    async def test_failed_login(
+        self,
+        narrow: TortoiseContext,
+        auth: AuthService[User],
+        emitter: EventEmitter,
+        relay: Relay[User],
+        around: Callable[[str, Act], Awaitable[None]],
+    ) -> None:
+        """It is told however the caller's transaction ends, but for rows that are part of it."""
+        await User.create_user(email=EMAIL, password=PASSWORD)
+        ears = Ears(emitter, UserLoginFailed)
+        name = connection_of(narrow).connection_name
+        await finished(around(name, lambda: self.log_in_wrongly(auth)))
+        expected = everywhere("user_login_failed")
+        if around in UNDONE:
+            expected["transaction"] = []
+        assert await finished(ears.outcome(relay)) == expected
+        assert_no_connection_is_held(narrow)
+
+    async def test_failed_login_that_is_counted(
+        self, narrow: TortoiseContext, emitter: EventEmitter, relay: Relay[User]
+    ) -> None:
+        """The same where attempts are counted, and the count needs a connection of its own."""
+        auth = AuthService(User, AuthConfig(secret=SECRET))
+        await User.create_user(email=EMAIL, password=PASSWORD)
+        ears = Ears(emitter, UserLoginFailed)
+        name = connection_of(narrow).connection_name
+        await finished(rolled_back(name, lambda: self.log_in_wrongly(auth)))
+        expected = everywhere("user_login_failed") | {"transaction": []}
+        assert await finished(ears.outcome(relay)) == expected
+
+    async def test_failed_login_is_told_at_once(
+        self, narrow: TortoiseContext, auth: AuthService[User], emitter: EventEmitter
+    ) -> None:
+        """The background does not wait for the caller's transaction to end."""
+        heard = asyncio.Event()
+        emitter.on(UserLoginFailed, lambda _: heard.set(), delivery="background", thread=False)
+        async with in_transaction(connection_of(narrow).connection_name):
+            await self.log_in_wrongly(auth)
+            await finished(heard.wait())
+
+    @pytest.mark.parametrize("around", [plain, rolled_back], ids=lambda f: f.__name__)
+    async def test_veto(
+        self,
+        narrow: TortoiseContext,
+        auth: AuthService[User],
+        emitter: EventEmitter,
+        relay: Relay[User],
+        around: Callable[[str, Act], Awaitable[None]],
+    ) -> None:
+        """A handler in the transaction that raises has its rows undone, and nobody is told."""
+        await User.create_user(email=EMAIL, password=PASSWORD)
+        ears = Ears(emitter, UserLoginFailed)
+        emitter.on(UserLoginFailed, refuse, delivery="transaction", priority=20)
+
+        async def log_in_wrongly() -> None:
+            with pytest.raises(EventError, match="refuse"):
+                await auth.login(EMAIL, NEW_PASSWORD)
+            assert await AuditRow.all().count() == 0
+
+        await finished(around(connection_of(narrow).connection_name, log_in_wrongly))
+        assert await finished(ears.outcome(relay)) == everywhere()
+
+    @needs_postgres
+    async def test_failed_statement_spares_the_callers_transaction(
+        self, postgres: TortoiseContext, auth: AuthService[User], emitter: EventEmitter
+    ) -> None:
+        """What a handler in the transaction breaks is undone, and the caller may go on."""
+        await User.create_user(email=EMAIL, password=PASSWORD)
+
+        @emitter.on(UserLoginFailed, delivery="transaction")
+        async def stumble(event: UserLoginFailed) -> None:
+            await User.create(email=EMAIL)
+
+        async with in_transaction("postgres"):
+            with pytest.raises(EventError):
+                await auth.login(EMAIL, NEW_PASSWORD)
+            assert await User.all().count() == 1
+
+    @pytest.mark.parametrize("late", [False, True], ids=["early", "late"])
+    async def test_cancelled(
+        self,
+        narrow: TortoiseContext,
+        auth: AuthService[User],
+        emitter: EventEmitter,
+        relay: Relay[User],
+        late: bool,
+    ) -> None:
+        """Cancelled anywhere, a refused login is told to all handlers or to none."""
+        await User.create_user(email=EMAIL, password=PASSWORD)
+        ears = Ears(emitter, UserLoginFailed)
+        outcomes = []
+        for step in count(-1):
+            cancelled = Cancelled(self.log_in_wrongly(auth), step, late=late)
+            await finished(cancelled.run())
+            outcomes.append(await ears.outcome(relay))
+            assert outcomes[-1] in (everywhere(), everywhere("user_login_failed")), step
+            assert_no_connection_is_held(narrow)
+            if step > 0 and not cancelled.reached:
+                break
+        assert outcomes[2] == everywhere()
+        assert outcomes[-2] == outcomes[-1] == everywhere("user_login_failed")
+
+    @pytest.mark.parametrize("around", [plain, *KEPT[1:], *UNDONE], ids=lambda f: f.__name__)
+    async def test_reused_token(
+        self,
+        narrow: TortoiseContext,
+        auth: AuthService[User],
+        emitter: EventEmitter,
+        relay: Relay[User],
+        around: Callable[[str, Act], Awaitable[None]],
+    ) -> None:
+        """The session ends, seen at once in the caller's transaction, and stays so; it is told once."""
+        await User.create_user(email=EMAIL, password=PASSWORD)
+        ears = Ears(emitter, RefreshTokenReused)
+        spent = await log_in(auth)
+        fresh = await auth.refresh(spent.refresh_token)
+
+        async def reuse() -> None:
+            with pytest.raises(TokenReusedError):
+                await auth.refresh(spent.refresh_token)
+            with pytest.raises(TokenRevokedError):
+                await auth.authenticate(fresh.access_token)
+            with pytest.raises(TokenReusedError):
+                await auth.refresh(spent.refresh_token)
+
+        await finished(around(connection_of(narrow).connection_name, reuse))
+        await finished(quiet(emitter))
+        ((ended,),) = await look(narrow, "SELECT revoked_at IS NULL FROM tortoise_auth_session")
+        assert not ended
+        with pytest.raises(TokenRevokedError):
+            await auth.authenticate(fresh.access_token)
+        with pytest.raises(TokenReusedError):
+            await auth.refresh(spent.refresh_token)
+        expected = everywhere("refresh_token_reused")
+        if around in UNDONE:
+            expected["transaction"] = []
+        assert await finished(ears.outcome(relay)) == expected
+        assert_no_connection_is_held(narrow)
+
+    async def test_reused_token_in_a_transaction_that_raises(
+        self, db: TortoiseContext, auth: AuthService[User], ada: User
+    ) -> None:
+        """The common case: the error that refuses the token rolls the caller back, not the end."""
+        spent = await log_in(auth)
+        fresh = await auth.refresh(spent.refresh_token)
+        with pytest.raises(TokenReusedError):
+            async with in_transaction(connection_of(db).connection_name):
+                await auth.refresh(spent.refresh_token)
+        await finished(quiet(auth.emitter))
+        with pytest.raises(TokenRevokedError):
+            await auth.refresh(fresh.refresh_token)
+
+
+class TestTwoDatabases:
+    """Users and sessions on one, rows of the host on the other."""
+
+    @pytest.fixture(params=DATABASES)
+    async def pair(
+        self, request: pytest.FixtureRequest, tmp_path: Path
+    ) -> AsyncIterator[tuple[str, str]]:
+        """The names of both connections."""
+        kind: str = request.param
+        schemas = [f"t_{secrets.token_hex(8)}" for _ in range(2)]
+        urls = {
+            "memory": ["sqlite://:memory:"] * 2,
+            "file": [f"sqlite://{tmp_path / each}.sqlite3" for each in schemas],
+            "postgres": [f"{POSTGRES_URL}?schema={each}&maxsize=1" for each in schemas],
+        }
+        names = f"{kind}_users", f"{kind}_host"
+        config = {
+            "connections": dict(zip(names, urls[kind], strict=True)),
+            "apps": {
+                "models": {"models": MODULES, "default_connection": names[0]},
+                "host": {"models": ["tests.delivery.ledger"], "default_connection": names[1]},
+            },
+        }
+        async with TortoiseContext() as context:
+            await context.init(config=config)
+            connections = [context.connections.get(name) for name in names]
+            if kind == "postgres":
+                for connection, schema in zip(connections, schemas, strict=True):
+                    await connection.execute_script(f'CREATE SCHEMA "{schema}"')
+            try:
+                await context.generate_schemas()
+                yield names
+                assert_no_connection_is_held(context)
+            finally:
+                if kind == "postgres":
+                    for connection, schema in zip(connections, schemas, strict=True):
+                        await connection.execute_script(f'DROP SCHEMA "{schema}" CASCADE')
+
+    @pytest.mark.parametrize("kept", [True, False], ids=["kept", "undone"])
+    async def test_transaction_on_the_hosts_own(
+        self,
+        pair: tuple[str, str],
+        auth: AuthService[User],
+        emitter: EventEmitter,
+        relay: Relay[User],
+        kept: bool,
+    ) -> None:
+        """A transaction of the other database neither delays nor undoes a login."""
+        await User.create_user(email=EMAIL, password=PASSWORD)
+        ears = Ears(emitter, UserLogin)
+        with suppress(Undo):
+            async with in_transaction(pair[1]):
+                await Ledger.create(text="before")
+                result = await finished(log_in(auth))
+                await finished(quiet(emitter))
+                assert (len(ears.inline), len(ears.background)) == (1, 1)
+                await Ledger.create(text="after")
+                if not kept:
+                    raise Undo
+        assert await ears.outcome(relay) == everywhere("user_login")
+        assert await auth.authenticate(result.access_token)
+        assert await Ledger.all().count() == 2 * kept
+
+    @pytest.mark.parametrize("kept", [True, False], ids=["kept", "undone"])
+    async def test_transactions_on_both(
+        self,
+        pair: tuple[str, str],
+        auth: AuthService[User],
+        emitter: EventEmitter,
+        relay: Relay[User],
+        kept: bool,
+    ) -> None:
+        """The one with the users decides, whichever was opened first."""
+        await User.create_user(email=EMAIL, password=PASSWORD)
+        ears = Ears(emitter, UserLogin)
+        for outer, inner in (pair, reversed(pair)):
+            with suppress(Undo):
+                async with in_transaction(outer), in_transaction(inner):
+                    await Ledger.create(text="host")
+                    await finished(log_in(auth))
+                    if not kept:
+                        raise Undo
+            assert await ears.outcome(relay) == (everywhere if kept else inline_alone)("user_login")
+        assert await Session.all().count() == await Ledger.all().count() == 2 * kept
+
+    async def test_handlers_write_to_the_hosts_own(
+        self,
+        pair: tuple[str, str],
+        auth: AuthService[User],
+        emitter: EventEmitter,
+        relay: Relay[User],
+    ) -> None:
+        """Handlers of every delivery reach the other database, also while both are in transactions."""
+        await User.create_user(email=EMAIL, password=PASSWORD)
+        for delivery in DELIVERIES:
+            write = partial(Ledger.create, text=delivery)
+            emitter.on("user_login", without_arguments(write), delivery=delivery, name=delivery)
+        async with in_transaction(pair[0]), in_transaction(pair[1]):
+            await finished(log_in(auth))
+        await finished(quiet(emitter))
+        await finished(relay.drain())
+        written = await Ledger.all().order_by("id")
+        assert [each.text for each in written] == list(DELIVERIES)
+
+
+async def refuse(event: Event) -> None:
+    """A handler that vetoes."""
+    raise Undo
+
+
+def without_arguments(act: Act) -> Act:
+    """Return a handler that does *act*, whatever it is told."""
+
+    async def handler() -> None:
+        await act()
+
+    return handler
+
+
+class TestCancellation:
+    """Cancelled at every await in turn, before or after that for which it waits has come."""
+
+    @pytest.mark.parametrize("late", [False, True], ids=["early", "late"])
+    @pytest.mark.parametrize("around", [plain, committed, rolled_back], ids=lambda f: f.__name__)
+    @pytest.mark.parametrize("method", ["login", "set_password", "logout", "refresh"])
+    async def test_told_if_and_only_if_it_happened(
+        self,
+        narrow: TortoiseContext,
+        auth: AuthService[User],
+        emitter: EventEmitter,
+        relay: Relay[User],
+        clock: FakeClock,
+        method: str,
+        around: Callable[[str, Act], Awaitable[None]],
+        late: bool,
+    ) -> None:
+        """Every handler hears of what is there afterwards, none of anything else; nothing leaks.
+
+        A session that nobody was given is over, and that is told as well.
+        """
+        ada = await User.create_user(email=EMAIL, password=PASSWORD)
+        ears = Ears(emitter, *EVERY_EVENT)
+        name = connection_of(narrow).connection_name
+        happened = {True: 0, False: 0}
+        for step in count(-1):  # the first two rounds fill the caches of the drivers
+            clock.advance(timedelta(seconds=1))
+            attempt = await ATTEMPTS[method](auth, ada)
+            await ears.outcome(relay)
+            cancelled = Cancelled(attempt.work, step, late=late)
+            await finished(around(name, cancelled.run))
+            outcome = await ears.outcome(relay)
+            there = await finished(attempt.happened(narrow, cancelled.reached))
+            expected = attempt.told(cancelled.reached) if there else ()
+            if around is rolled_back:
+                assert not there
+                outcome["inline"] = []
+            assert outcome == everywhere(*expected), step
+            if around is not rolled_back and method == "set_password":
+                await assert_up_to_date(ada)
+            assert_no_connection_is_held(narrow)
+            if step > 0 and not cancelled.reached:
+                break
+            happened[there] += step > 0
+        assert await look(narrow, "SELECT count(*) FROM tortoise_auth_outbox") == [(0,)]
+        assert step > 4
+        assert happened[False] > 1
+        assert happened[True] > 0 or around is rolled_back
+
+    async def test_during_the_commit(
+        self,
+        db: TortoiseContext,
+        auth: AuthService[User],
+        ada: User,
+        emitter: EventEmitter,
+        relay: Relay[User],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """Cancelled while the COMMIT is under way, what it commits is told, and then it is cancelled."""
+        ears = Ears(emitter, PasswordChanged)
+        began, may_end = asyncio.Event(), asyncio.Event()
+        wrapper = transaction_class(db)
+        commit = wrapper.commit
+
+        async def slow_commit(self: Any) -> None:
+            began.set()
+            await may_end.wait()
+            await commit(self)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(wrapper, "commit", slow_commit)
+            task = asyncio.create_task(auth.set_password(ada, NEW_PASSWORD))
+            await finished(began.wait())
+            task.cancel()
+            await asyncio.sleep(0)
+            assert not task.done()
+            may_end.set()
+            with pytest.raises(asyncio.CancelledError):
+                await finished(task)
+        assert await ears.outcome(relay) == everywhere("password_changed")
+        await assert_up_to_date(ada)
+        assert await ada.check_password(NEW_PASSWORD)
+
+    @needs_postgres
+    async def test_session_that_nobody_holds_waits_for_the_callers_commit(
+        self, postgres: TortoiseContext, auth: AuthService[User], emitter: EventEmitter
+    ) -> None:
+        """However long the caller's transaction goes on, the session is over once it is committed."""
+        await User.create_user(email=EMAIL, password=PASSWORD)
+        listening = asyncio.Event()
+
+        @emitter.on(UserLogin)
+        async def hang(event: UserLogin[User]) -> None:
+            listening.set()
+            await asyncio.Event().wait()
+
+        ears = Ears(emitter, SessionRevoked)
+        async with in_transaction("postgres"):
+            task = asyncio.create_task(log_in(auth))
+            await finished(listening.wait())
+            task.cancel()
+            await asyncio.wait([task])
+            await finished(quiet(emitter))
+        outcome = await ears.outcome(Relay(emitter, User))
+        assert outcome == everywhere("session_revoked")
+        ((revoked,),) = await look(postgres, "SELECT revoked_at FROM tortoise_auth_session")
+        assert revoked is not None
+
+    async def test_told_although_the_connection_breaks_after_the_commit(
+        self,
+        db: TortoiseContext,
+        auth: AuthService[User],
+        ada: User,
+        emitter: EventEmitter,
+        relay: Relay[User],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """The caller learns of the failure, the handlers and the object in hand of the change."""
+        ears = Ears(emitter, PasswordChanged)
+        block = type(connection_of(db)._in_transaction())
+        leave = block.__aexit__
+
+        async def leave_and_break(self: Any, *args: Any) -> None:
+            await leave(self, *args)
+            raise OperationalError("connection lost")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(block, "__aexit__", leave_and_break)
+            with pytest.raises(ServiceUnavailableError):
+                await auth.set_password(ada, NEW_PASSWORD)
+        assert await ears.outcome(relay) == everywhere("password_changed")
+        await assert_up_to_date(ada)
+
+
+EVERY_EVENT: list[type[Event]] = [
+    each for each in declared_events() if each.__module__ == Event.__module__
+]
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """Something to be cancelled.
+
+    Attributes:
+        work: What to cancel.
+        happened: Asks the database, and checks that what belongs together is there together.
+        told: The names of the events, given whether it was cancelled.
+    """
+
+    work: Coroutine[Any, Any, object]
+    happened: Callable[[TortoiseContext, bool], Awaitable[bool]]
+    told: Callable[[bool], tuple[str, ...]]
+
+
+async def login_attempt(auth: AuthService[User], ada: User) -> Attempt:
+    await Session.all().delete()
+    before = (await row(User, ada.pk))["last_login"]
+
+    async def happened(db: TortoiseContext, cancelled: bool) -> bool:
+        sessions = await look(db, "SELECT revoked_at IS NULL FROM tortoise_auth_session")
+        assert len(sessions) <= 1
+        assert all(bool(alive) is not cancelled for (alive,) in sessions)
+        assert ((await row(User, ada.pk))["last_login"] != before) is bool(sessions)
+        return bool(sessions)
+
+    def told(cancelled: bool) -> tuple[str, ...]:
+        return ("user_login", "session_revoked") if cancelled else ("user_login",)
+
+    return Attempt(log_in(auth), happened, told)
+
+
+async def password_attempt(auth: AuthService[User], ada: User) -> Attempt:
+    await ada.refresh_from_db()
+    await Session.all().delete()
+    await log_in(auth)
+    before = await row(User, ada.pk)
+
+    async def happened(db: TortoiseContext, cancelled: bool) -> bool:
+        after = await row(User, ada.pk)
+        different = changed(before, after)
+        assert different in (set(), {"password", "session_version", "updated_at"})
+        ended = await look(db, "SELECT revoked_at IS NOT NULL FROM tortoise_auth_session")
+        assert [bool(each) for (each,) in ended] == [bool(different)]
+        return bool(different)
+
+    return Attempt(auth.set_password(ada, PASSWORD), happened, lambda _: ("password_changed",))
+
+
+async def logout_attempt(auth: AuthService[User], ada: User) -> Attempt:
+    await Session.all().delete()
+    result = await log_in(auth)
+
+    async def happened(db: TortoiseContext, cancelled: bool) -> bool:
+        ((ended,),) = await look(db, "SELECT revoked_at IS NOT NULL FROM tortoise_auth_session")
+        return bool(ended)
+
+    return Attempt(auth.logout(result.refresh_token), happened, lambda _: ("user_logout",))
+
+
+async def refresh_attempt(auth: AuthService[User], ada: User) -> Attempt:
+    await Session.all().delete()
+    result = await log_in(auth)
+
+    async def happened(db: TortoiseContext, cancelled: bool) -> bool:
+        ((generation,),) = await look(db, "SELECT generation FROM tortoise_auth_session")
+        return bool(generation)
+
+    return Attempt(auth.refresh(result.refresh_token), happened, lambda _: ("session_refreshed",))
+
+
+ATTEMPTS: dict[str, Callable[[AuthService[User], User], Awaitable[Attempt]]] = {
+    "login": login_attempt,
+    "set_password": password_attempt,
+    "logout": logout_attempt,
+    "refresh": refresh_attempt,
+}
+
+
+async def assert_up_to_date(user: User) -> None:
+    """The object in memory is what is stored, in what decides about logins."""
+    stored = await row(User, user.pk)
+    assert (user.password, user.session_version) == (stored["password"], stored["session_version"])

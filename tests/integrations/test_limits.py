@@ -1,0 +1,345 @@
+"""Throttling over many machines: the contract of throttles, in memory and in a real Redis."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import socket
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from limits.aio.storage import RedisStorage, Storage
+from limits.storage import storage_from_string
+from tortoise.context import TortoiseContext
+
+from tests.app import User
+from tests.conftest import PASSWORD, SECRET, listens
+from tests.probes import EMAIL, argon2_costs, assert_goes_on, log_in
+from tests.test_docs import run, snippets
+from tests.test_throttling import (
+    ABROAD,
+    BUDGET,
+    Make,
+    ThrottleContract,
+    attempt,
+    fail,
+    granted_to_processes,
+    race,
+    refused,
+    yes,
+)
+from tortoise_auth import AuthConfig, AuthenticationError, AuthService, RequestContext, credentials
+from tortoise_auth.exceptions import ConfigurationError, ServiceUnavailableError, ThrottledError
+from tortoise_auth.integrations.limits import LimitsThrottle
+from tortoise_auth.testing import Captured, capture
+
+REDIS_URL = os.environ.get("TORTOISE_AUTH_TEST_REDIS", "redis://127.0.0.1:6379")
+PAGE = Path(__file__).parent.parent.parent / "docs" / "throttling.md"
+DAY = 24 * 60 * 60
+
+needs_redis = pytest.mark.skipif(not listens(REDIS_URL), reason=f"no Redis listens at {REDIS_URL}")
+
+
+def redis_storage(prefix: str, url: str = REDIS_URL) -> RedisStorage:
+    return RedisStorage(f"async+{url}", implementation="redispy", key_prefix=prefix)
+
+
+def client_of(storage: RedisStorage) -> Any:
+    bridge: Any = storage.bridge
+    return bridge.storage
+
+
+@asynccontextmanager
+async def redis() -> AsyncIterator[RedisStorage]:
+    """A storage whose keys are nobody else's, and gone at the end."""
+    storage = redis_storage(f"tortoise_auth_{secrets.token_hex(8)}")
+    try:
+        yield storage
+    finally:
+        await storage.reset()
+        await client_of(storage).aclose()
+
+
+@contextmanager
+def nobody_listens() -> Iterator[str]:
+    """A URL at which every connection is refused: the port is taken, and nobody accepts."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        yield f"redis://127.0.0.1:{taken.getsockname()[1]}"
+
+
+def made_of(storage: Storage) -> Make:
+    def make(*, account: int = 1000, source: int = 1000, max_failures: int = 100) -> LimitsThrottle:
+        return LimitsThrottle(
+            storage,
+            account=f"{account} per hour; {account} per day",
+            source=f"{source} per hour",
+            max_failures=max_failures,
+        )
+
+    return make
+
+
+class TestInMemory(ThrottleContract):
+    @pytest.fixture
+    def make(self) -> Make:
+        """Make a throttle in the memory of this process."""
+        storage = storage_from_string("async+memory://")
+        assert isinstance(storage, Storage)
+        return made_of(storage)
+
+
+@needs_redis
+class TestInRedis(ThrottleContract):
+    @pytest.fixture
+    async def make(self) -> AsyncIterator[Make]:
+        """Make a throttle in a real Redis."""
+        async with redis() as storage:
+            yield made_of(storage)
+
+    async def test_two_processes(self) -> None:
+        """A budget is one budget, whatever process the guesses come to."""
+        async with redis() as storage:
+            prefix = storage.bridge.key_prefix
+            granted = await granted_to_processes(["-m", "tests.integrations.test_limits", prefix])
+        assert sum(granted) == BUDGET
+
+    async def test_everything_expires(self) -> None:
+        """Nothing stays in Redis for ever, whatever became of the attempts."""
+        async with redis() as storage:
+            throttle = made_of(storage)(account=2, source=4)
+            await fail(throttle, attempt(source=ABROAD), 2)
+            await throttle.released(await throttle.reserve(attempt(familiar=yes)))
+            await fail(throttle, attempt(familiar=yes), 2)
+            await refused(throttle, attempt(familiar=yes))
+            await throttle.succeeded(await throttle.reserve(attempt("bob")))
+            client = client_of(storage)
+            keys = [key async for key in client.scan_iter(f"{storage.bridge.key_prefix}:*")]
+            assert len(keys) > 5
+            lifetimes = [await client.ttl(key) for key in keys]
+            assert min(lifetimes) > 0
+            assert max(lifetimes) <= 400 * DAY
+
+
+class TestWindows:
+    async def test_each_is_waited_for(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Who has used up several windows waits for the longer one, and no window is used up unheard."""
+        now = 1_800_000_000.0
+        monkeypatch.setattr("time.time", lambda: now)
+        throttle = LimitsThrottle("async+memory://", account="2 per minute; 5 per hour; 6 per day")
+        await fail(throttle, attempt(), 2)
+        for _ in range(10):
+            assert 0 < await refused(throttle, attempt()) <= 60
+        now += 61
+        await fail(throttle, attempt(), 2)
+        now += 61
+        await fail(throttle, attempt(), 1)
+        assert 60 < await refused(throttle, attempt()) <= 3600
+        now += 3601
+        await fail(throttle, attempt(), 1)
+        assert 3600 < await refused(throttle, attempt()) <= DAY
+
+    async def test_gives_nothing_back_to_the_next(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """What was taken from a window that is over by now adds nothing to the one that follows."""
+        now = 1_800_000_000.0
+        monkeypatch.setattr("time.time", lambda: now)
+        throttle = LimitsThrottle("async+memory://", source="2 per minute")
+        reservations = [await throttle.reserve(attempt(name)) for name in ("own", "also own")]
+        now += 61
+        await throttle.succeeded(reservations[0])
+        await throttle.released(reservations[1])
+        await fail(throttle, attempt(), 2)
+        await refused(throttle, attempt())
+
+    async def test_that_ends_at_this_moment(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Nobody is told to wait for less than no time."""
+        throttle = LimitsThrottle("async+memory://", account="1 per second")
+        await fail(throttle, attempt())
+        stats = throttle._limiter.get_window_stats
+
+        async def over(*args: Any) -> Any:
+            return (await stats(*args))._replace(reset_time=0.0)
+
+        monkeypatch.setattr(throttle._limiter, "get_window_stats", over)
+        assert await refused(throttle, attempt()) == 1
+
+    async def test_defaults(self) -> None:
+        """Ten are free for an account."""
+        throttle = LimitsThrottle("async+memory://")
+        await fail(throttle, attempt(), 10)
+        assert await refused(throttle, attempt()) <= 60
+
+    @pytest.mark.parametrize("window", ["account", "source"])
+    @pytest.mark.parametrize(
+        "notation",
+        ["", ";", "ten per minute", "5 per fortnight", "0 per minute", "5/minute; 0/day"],
+    )
+    def test_nonsense(self, window: str, notation: str) -> None:
+        """What cannot be read, or would let nobody in, is refused when it is written down."""
+        with pytest.raises(ConfigurationError, match="cannot read"):
+            LimitsThrottle("async+memory://", **{window: notation})  # type: ignore[arg-type]
+
+
+class TestStorage:
+    @pytest.mark.parametrize("storage", ["memory://", "redis://localhost", 7, None])
+    def test_must_be_asynchronous(self, storage: Any) -> None:
+        """One that would block the loop is refused."""
+        with pytest.raises(ConfigurationError, match="begins with async"):
+            LimitsThrottle(storage)
+
+    @pytest.mark.parametrize(
+        "uri", ["nonsense://:canary@localhost", "canary", "async+nonsense://canary"]
+    )
+    def test_must_exist(self, uri: str) -> None:
+        """One that there is not is refused, and no password in its URI is shown."""
+        with pytest.raises(ConfigurationError, match="cannot use this storage") as error:
+            LimitsThrottle(uri)
+        assert "canary" not in str(error.value)
+        assert error.value.__cause__ is None
+
+    def test_needs_the_library(self) -> None:
+        """Without it the import says what to install."""
+        code = (
+            "import sys; sys.modules['limits'] = None; import tortoise_auth\n"
+            "import tortoise_auth.integrations.limits"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert done.returncode == 1
+        assert 'pip install "tortoise-auth[limits]"' in done.stderr.splitlines()[-1]
+
+
+@pytest.fixture
+async def ada(sqlite: TortoiseContext) -> User:
+    return await User.create_user(email=EMAIL, password=PASSWORD)
+
+
+@pytest.fixture
+def events(ada: User) -> Iterator[Captured]:
+    with capture(User.emitter) as captured:
+        yield captured
+
+
+class TestService:
+    async def test_login(self, ada: User, events: Captured) -> None:
+        """The service is throttled like with the database, and writes nothing into it."""
+        throttle = LimitsThrottle("async+memory://", account="3 per hour", max_failures=4)
+        auth = AuthService(User, AuthConfig(secret=SECRET), throttle=throttle)
+        here = RequestContext(ip="203.0.113.7")
+        session = await auth.login(EMAIL, PASSWORD, context=here)
+        with argon2_costs() as costs:
+            for _ in range(3):
+                with pytest.raises(AuthenticationError):
+                    await auth.login(EMAIL, "wrong")
+            with pytest.raises(ThrottledError) as error:
+                await auth.login(EMAIL, PASSWORD)
+            assert 0 < error.value.retry_after <= 3600
+            with pytest.raises(AuthenticationError):
+                await auth.login(EMAIL, "wrong", context=here)
+        assert len(costs) == 4
+        assert "account_locked" in events.names
+        with pytest.raises(AuthenticationError):
+            await auth.login(EMAIL, PASSWORD, context=here)
+        await assert_goes_on(auth, session)
+        await auth.set_password(ada, "another donkey charger")
+        assert await auth.login(EMAIL, "another donkey charger")
+        assert await auth.purge_expired() == 0
+
+
+class TestRedisIsDown:
+    @staticmethod
+    def service(url: str) -> AuthService[User]:
+        """Return a service whose Redis is not there."""
+        throttle = LimitsThrottle(redis_storage("down", url))
+        return AuthService(User, AuthConfig(secret=SECRET), throttle=throttle)
+
+    @pytest.mark.parametrize("password", [PASSWORD, "wrong"])
+    async def test_refused(self, ada: User, events: Captured, password: str) -> None:
+        """Nobody gets in, nothing is hashed, and it is nobody's fault but ours (A174)."""
+        with nobody_listens() as url, argon2_costs() as costs:
+            auth = self.service(url)
+            for call in (
+                lambda: auth.login(EMAIL, password),
+                lambda: auth.login("nobody@example.com", password),
+                lambda: auth.change_password(ada, password, "another donkey charger"),
+            ):
+                with pytest.raises(ServiceUnavailableError) as error:
+                    await call()
+                assert url.rpartition("/")[2] not in str(error.value)
+        assert costs == []
+        assert events.names == []
+
+    async def test_silent(self, ada: User, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A Redis that takes the call and never answers holds nobody for ever."""
+        monkeypatch.setattr(credentials, "_PATIENCE", 0.2)
+
+        async def say_nothing(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.read()
+            writer.close()
+
+        server = await asyncio.start_server(say_nothing, "127.0.0.1", 0)
+        async with server, asyncio.timeout(30):
+            port = server.sockets[0].getsockname()[1]
+            auth = self.service(f"redis://127.0.0.1:{port}")
+            with argon2_costs() as costs, pytest.raises(ServiceUnavailableError):
+                await log_in(auth)
+        assert costs == []
+
+    @needs_redis
+    async def test_goes_down_meanwhile(
+        self, ada: User, events: Captured, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A login whose outcome cannot be counted is none, right or wrong."""
+        async with redis() as storage:
+            auth = AuthService(User, AuthConfig(secret=SECRET), throttle=LimitsThrottle(storage))
+
+            async def down(*_: object, **__: object) -> None:
+                raise ConnectionRefusedError("canary")
+
+            monkeypatch.setattr(storage, "clear", down)
+            with pytest.raises(ServiceUnavailableError) as error:
+                await log_in(auth)
+            assert "canary" not in str(error.value)
+            assert await auth.sessions(ada) == []
+            assert events.names == []
+
+
+@needs_redis
+class TestPage:
+    async def test_example_runs(self, ada: User, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The example for many machines runs as it stands, but for the address."""
+        (source,) = [each for each in snippets(PAGE) if "redis" in each]
+        assert "async+redis://localhost:6379" in source
+        namespace: dict[str, Any] = {
+            "AuthService": AuthService,
+            "User": User,
+            "config": AuthConfig(secret=SECRET),
+        }
+        own = f"{REDIS_URL}/9"  # its keys have the prefix that everybody has
+        await run(source.replace("redis://localhost:6379", own), namespace, PAGE.name)
+        auth, throttle = namespace["auth"], namespace["throttle"]
+        storage = throttle._storage
+        try:
+            for _ in range(10):
+                with pytest.raises(AuthenticationError):
+                    await auth.login(EMAIL, "wrong")
+            with pytest.raises(ThrottledError):
+                await log_in(auth)
+        finally:
+            await storage.reset()
+            await client_of(storage).aclose()
+
+
+async def _race_in_redis(prefix: str) -> None:
+    storage = redis_storage(prefix)
+    await race(LimitsThrottle(storage, account=f"{BUDGET} per day"))
+    await client_of(storage).aclose()
+
+
+if __name__ == "__main__":
+    asyncio.run(_race_in_redis(sys.argv[1]))

@@ -1,0 +1,463 @@
+"""Two processes on PostgreSQL, each of which has read before either writes.
+
+Two tasks of one process might owe a right outcome to something in its memory. Here nothing is shared
+but the database.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import asyncpg
+import pytest
+from passlib.hash import pbkdf2_sha256
+from tortoise.context import TortoiseContext
+
+from tests.app import User
+from tests.conftest import MODULES, PASSWORD, POSTGRES_URL, SECRET, needs_postgres
+from tests.probes import EMAIL, NEW_PASSWORD, connection_of, log_in
+from tortoise_auth import AuthResult, AuthService
+from tortoise_auth.exceptions import TokenReusedError, TokenRevokedError
+
+pytestmark = needs_postgres
+
+ROOT = Path(__file__).parents[2]
+LIMIT = 30
+"""Seconds after which a race that does not come about is a failure."""
+CROWD = 25
+"""Calls of each process at the same time, each on a connection of its own."""
+BUDGET = 5
+"""Guesses that the throttle of the racers lets through."""
+
+Message: TypeAlias = dict[str, Any]
+
+
+class Racer:
+    """A process with an `AuthService`; see `tests.security.racer`."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-W", "error", "-m", "tests.security.racer"],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def tell(self, **order: object) -> None:
+        """Give an order, or with none the leave to go on."""
+        assert self._process.stdin is not None
+        print(json.dumps(order), file=self._process.stdin, flush=True)
+
+    async def hear(self) -> Message:
+        """Return the next answer."""
+        assert self._process.stdout is not None
+        try:
+            async with asyncio.timeout(LIMIT):
+                line = await asyncio.to_thread(self._process.stdout.readline)
+        except TimeoutError:
+            self._process.kill()  # which ends the thread that reads
+            raise
+        answer: Message = json.loads(line)
+        return answer
+
+    async def hear_the_end(self) -> Message:
+        """Let it go on to its end, and return what it says then."""
+        while "at" in (answer := await self.hear()):
+            self.tell()
+        return answer
+
+    def close(self) -> None:
+        """End the process."""
+        with self._process:
+            self._process.kill()
+
+
+@pytest.fixture(scope="module")
+def processes() -> Iterator[tuple[Racer, Racer]]:
+    pair = Racer(), Racer()
+    yield pair
+    for racer in pair:
+        racer.close()
+
+
+@pytest.fixture
+async def racers(processes: tuple[Racer, Racer], postgres: TortoiseContext) -> tuple[Racer, Racer]:
+    """Both processes, connected to the database of the test."""
+    client: Any = connection_of(postgres)
+    url = f"{POSTGRES_URL}?schema={client.schema}&maxsize={CROWD}"
+    database = {
+        "connections": {"postgres": url},
+        "apps": {"models": {"models": MODULES, "default_connection": "postgres"}},
+    }
+    for racer in processes:
+        racer.tell(database=database, secret=SECRET)
+    for racer in processes:
+        assert await racer.hear() == {"ready": True}
+    return processes
+
+
+@dataclass
+class Witness:
+    """A connection of its own to the database of the test, which sees only what is committed."""
+
+    connection: asyncpg.Connection
+
+    async def value(self, sql: str, *arguments: object) -> Any:
+        """Return the only value that a query gives."""
+        return await self.connection.fetchval(sql, *arguments)
+
+    async def until(self, sql: str, *arguments: object) -> None:
+        """Return when a query gives a true value."""
+        async with asyncio.timeout(LIMIT):
+            while not await self.value(sql, *arguments):
+                pass
+
+    async def live_sessions(self) -> int:
+        """Return how many sessions are not over."""
+        sql = """
+            SELECT count(*) FROM tortoise_auth_session s JOIN app_user u ON u.id::text = s.user_id
+            WHERE s.revoked_at IS NULL AND u.is_active AND u.session_version = s.session_version
+        """
+        return int(await self.value(sql))
+
+    async def changes(self) -> Counter[str]:
+        """Return what the tables say has happened."""
+        row = await self.connection.fetchrow("""
+            SELECT count(*) AS opened, count(revoked_at) AS ended, coalesce(sum(generation), 0)
+            AS refreshed, (SELECT sum(session_version) FROM app_user) AS anchored
+            FROM tortoise_auth_session
+        """)
+        return Counter({name: int(number) for name, number in row.items()})
+
+
+@pytest.fixture
+async def witness(postgres: TortoiseContext) -> AsyncIterator[Witness]:
+    client: Any = connection_of(postgres)
+    connection = await asyncpg.connect(POSTGRES_URL, server_settings={"search_path": client.schema})
+    try:
+        yield Witness(connection)
+    finally:
+        await connection.close()
+
+
+@pytest.fixture
+async def ada(postgres: TortoiseContext) -> User:
+    return await User.create_user(email=EMAIL, password=PASSWORD)
+
+
+@pytest.fixture
+async def session(auth: AuthService[User], ada: User) -> AuthResult[User]:
+    return await log_in(auth)
+
+
+def told(*answers: Message) -> Counter[str]:
+    """Return what the events say has happened, in the words of `Witness.changes`."""
+    happened = Counter[str]()
+    for event in [event for answer in answers for event in answer["events"]]:
+        name = event["name"]
+        happened["opened"] += name == "user_login"
+        happened["refreshed"] += name == "session_refreshed"
+        happened["anchored"] += name in ("password_changed", "user_deactivated")
+        happened["ended"] += event.get("sessions_ended", name == "refresh_token_reused")
+    return happened
+
+
+Order: TypeAlias = Literal["in turn", "overlapping"]
+ORDERS: tuple[Order, ...] = ("in turn", "overlapping")
+
+
+@dataclass
+class Race:
+    """Two racers, and the database that they race on.
+
+    Attributes:
+        first: The one to commit first.
+        second: The other one.
+    """
+
+    first: Racer
+    second: Racer
+    witness: Witness
+
+    async def run(self, order: Order, one: Message, two: Message) -> tuple[Message, Message]:
+        """Let both read, then write: one after the other, or *two* before *one* commits.
+
+        Returns:
+            What became of each.
+        """
+        before = await self.witness.changes()
+        for racer, call in ((self.first, one), (self.second, two)):
+            racer.tell(**call, stops=["begin", "commit"], times=1)
+        for racer, call in ((self.first, one), (self.second, two)):
+            stopped = await racer.hear()
+            assert stopped["at"] == "begin"
+            assert stopped["hashes"] >= ("password" in call)
+        answers = await (self._in_turn() if order == "in turn" else self._overlapping())
+        happened = await self.witness.changes() - before
+        assert happened == told(*answers)
+        return answers
+
+    async def _in_turn(self) -> tuple[Message, Message]:
+        self.first.tell()
+        first = await self.first.hear_the_end()
+        self.second.tell()
+        return first, await self.second.hear_the_end()
+
+    async def _overlapping(self) -> tuple[Message, Message]:
+        """Let the second write what the first one has written and not yet committed."""
+        self.first.tell()
+        holder = await self.first.hear()
+        assert holder["at"] == "commit"
+        self.second.tell()
+        heard = asyncio.create_task(self.second.hear())
+        waits = asyncio.create_task(
+            self.witness.until(
+                "SELECT count(*) FROM pg_stat_activity WHERE $1 = ANY(pg_blocking_pids(pid))",
+                holder["process"],
+            )
+        )
+        await asyncio.wait([heard, waits], return_when=asyncio.FIRST_COMPLETED)
+        waits.cancel()
+        await asyncio.wait([waits])
+        self.first.tell()
+        first, second = await self.first.hear_the_end(), await heard
+        if "at" in second:
+            self.second.tell()
+            second = await self.second.hear_the_end()
+        return first, second
+
+
+@pytest.fixture
+def race(racers: tuple[Racer, Racer], witness: Witness) -> Race:
+    return Race(*racers, witness)
+
+
+async def assert_dead(auth: AuthService[User], tokens: Message) -> None:
+    """Neither of the tokens that a process was given works."""
+    with pytest.raises(TokenRevokedError):
+        await auth.authenticate(tokens["access"])
+    with pytest.raises(TokenRevokedError):
+        await auth.refresh(tokens["refresh"])
+
+
+async def assert_stored(password: str, *, not_: str) -> None:
+    """Of two passwords the one is the password of the account."""
+    stored = await User.get(email=EMAIL)
+    assert await stored.check_password(password)
+    assert not await stored.check_password(not_)
+
+
+def ender(name: str, ada: User, session: AuthResult[User] | None = None) -> Message:
+    """Return the order to end the sessions of Ada."""
+    orders: dict[str, Message] = {
+        "logout_all": {"call": "logout_all", "user": ada.pk},
+        "set_password": {"call": "set_password", "user": ada.pk, "password": NEW_PASSWORD},
+        "deactivate": {"call": "deactivate", "user": ada.pk},
+    }
+    if session is not None:
+        orders["logout_access"] = {"call": "logout", "token": session.access_token}
+        orders["logout_refresh"] = {"call": "logout", "token": session.refresh_token}
+    return orders[name]
+
+
+LOGIN = {"call": "login", "identifier": EMAIL, "password": PASSWORD}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+class TestRefresh:
+    async def test_and_refresh(
+        self, race: Race, auth: AuthService[User], session: AuthResult[User], order: Order
+    ) -> None:
+        """One of two gets tokens; the other has presented a spent one, and the session is over."""
+        refresh = {"call": "refresh", "token": session.refresh_token}
+        first, second = await race.run(order, refresh, refresh)
+        (won,), (lost,) = first["outcomes"], second["outcomes"]
+        assert lost == {"error": "TokenReusedError"}
+        assert [event["name"] for event in first["events"]] == ["session_refreshed"]
+        assert [event["name"] for event in second["events"]] == ["refresh_token_reused"]
+        assert await race.witness.live_sessions() == 0
+        await assert_dead(auth, won)
+
+    @pytest.mark.parametrize(
+        "name", ["logout_access", "logout_refresh", "logout_all", "set_password", "deactivate"]
+    )
+    @pytest.mark.parametrize("refresh_first", [True, False])
+    async def test_and_end(
+        self,
+        race: Race,
+        auth: AuthService[User],
+        ada: User,
+        session: AuthResult[User],
+        name: str,
+        refresh_first: bool,
+        order: Order,
+    ) -> None:
+        """Whoever commits first, no token lives once the call that ends the session has returned."""
+        calls = [{"call": "refresh", "token": session.refresh_token}, ender(name, ada, session)]
+        if refresh_first:
+            refreshed, ended = await race.run(order, *calls)
+            await assert_dead(auth, refreshed["outcomes"][0])
+        else:
+            ended, refreshed = await race.run(order, *reversed(calls))
+            assert refreshed["outcomes"] == [{"error": "TokenRevokedError"}]
+            assert refreshed["events"] == []
+        assert ended["outcomes"] == [{"result": None} if name == "set_password" else {"ended": 1}]
+        assert len(ended["events"]) == 1
+        assert await race.witness.live_sessions() == 0
+        with pytest.raises(TokenRevokedError):
+            await auth.authenticate(session.access_token)
+        if name == "set_password":
+            await assert_stored(NEW_PASSWORD, not_=PASSWORD)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+class TestLogin:
+    @pytest.mark.parametrize("name", ["set_password", "deactivate"])
+    @pytest.mark.parametrize("login_first", [True, False])
+    async def test_and_change_of_the_account(
+        self,
+        race: Race,
+        auth: AuthService[User],
+        ada: User,
+        name: str,
+        login_first: bool,
+        order: Order,
+    ) -> None:
+        """A login whose password was found right before the change leaves no live session."""
+        calls = [LOGIN, ender(name, ada)]
+        if login_first:
+            login, ended = await race.run(order, *calls)
+            await assert_dead(auth, login["outcomes"][0])
+        else:
+            ended, login = await race.run(order, *reversed(calls))
+            assert login["outcomes"] == [{"error": "AuthenticationError"}]
+            assert [event["name"] for event in login["events"]] == ["user_login_failed"]
+        assert "error" not in ended["outcomes"][0]
+        assert await race.witness.live_sessions() == 0
+        if name == "set_password":
+            await assert_stored(NEW_PASSWORD, not_=PASSWORD)
+
+    @pytest.mark.parametrize("login_first", [True, False])
+    async def test_and_logout_everywhere(
+        self,
+        race: Race,
+        auth: AuthService[User],
+        ada: User,
+        session: AuthResult[User],
+        login_first: bool,
+        order: Order,
+    ) -> None:
+        """What was committed before the logout is over; a login that commits after it goes on."""
+        calls = [LOGIN, ender("logout_all", ada)]
+        if login_first:
+            login, ended = await race.run(order, *calls)
+        else:
+            ended, login = await race.run(order, *reversed(calls))
+        (tokens,) = login["outcomes"]
+        caught = login_first and order == "in turn"
+        assert ended["outcomes"] == [{"ended": 1 + caught}]
+        assert await race.witness.live_sessions() == (not caught)
+        if caught:
+            await assert_dead(auth, tokens)
+        else:
+            assert await auth.authenticate(tokens["access"]) == ada
+        with pytest.raises(TokenRevokedError):
+            await auth.authenticate(session.access_token)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+class TestRehash:
+    @pytest.fixture
+    async def ada(self, ada: User) -> User:
+        """An account whose hash is of an older scheme."""
+        ada.password = pbkdf2_sha256.using(rounds=10).hash(PASSWORD)
+        await ada.save(update_fields=["password"])
+        return ada
+
+    @pytest.mark.parametrize("check", ["login", "check_password"])
+    @pytest.mark.parametrize("rehash_first", [True, False])
+    async def test_and_new_password(
+        self, race: Race, ada: User, check: str, rehash_first: bool, order: Order
+    ) -> None:
+        """A new hash of the old password never takes the place of the new password."""
+        calls = [LOGIN | {"call": check, "user": ada.pk}, ender("set_password", ada)]
+        if rehash_first:
+            rehash, _ = await race.run(order, *calls)
+        else:
+            _, rehash = await race.run(order, *reversed(calls))
+        names = [event["name"] for event in rehash["events"]]
+        assert ("password_rehashed" in names) is rehash_first
+        await assert_stored(NEW_PASSWORD, not_=PASSWORD)
+        assert await race.witness.live_sessions() == 0
+
+
+class TestCrowd:
+    async def run(
+        self, racers: tuple[Racer, Racer], witness: Witness, table: str, order: Message
+    ) -> tuple[Message, Message]:
+        """Let all calls of both processes read, and only then any of them write to *table*."""
+        waiting = "SELECT count(*) = $1 FROM pg_locks WHERE NOT granted AND relation = $2::regclass"
+        async with witness.connection.transaction():
+            await witness.connection.execute(f"LOCK TABLE {table} IN EXCLUSIVE MODE")
+            for racer in racers:
+                racer.tell(**order, stops=[], times=CROWD)
+            await witness.until(waiting, 2 * CROWD, table)
+        return await racers[0].hear_the_end(), await racers[1].hear_the_end()
+
+    async def test_of_refreshes(
+        self,
+        racers: tuple[Racer, Racer],
+        witness: Witness,
+        auth: AuthService[User],
+        session: AuthResult[User],
+    ) -> None:
+        """One of fifty gets tokens, one alarm sounds, and the session is over."""
+        order = {"call": "refresh", "token": session.refresh_token}
+        answers = await self.run(racers, witness, "tortoise_auth_session", order)
+        outcomes = [outcome for answer in answers for outcome in answer["outcomes"]]
+        (won,) = [outcome for outcome in outcomes if "access" in outcome]
+        outcomes.remove(won)
+        assert outcomes == [{"error": "TokenReusedError"}] * (2 * CROWD - 1)
+        names = Counter(event["name"] for answer in answers for event in answer["events"])
+        assert names == {"session_refreshed": 1, "refresh_token_reused": 1}
+        assert await witness.live_sessions() == 0
+        with pytest.raises(TokenRevokedError):
+            await auth.authenticate(won["access"])
+        with pytest.raises(TokenReusedError):
+            await auth.refresh(session.refresh_token)
+
+    @pytest.mark.parametrize(
+        ("identifier", "ip"),
+        [(EMAIL, None), ("nobody@example.com", None), ("{}@example.com", "203.0.113.7")],
+        ids=["account", "stranger", "source"],
+    )
+    @pytest.mark.parametrize("known", [True, False])
+    async def test_of_guesses(
+        self,
+        racers: tuple[Racer, Racer],
+        witness: Witness,
+        ada: User,
+        identifier: str,
+        ip: str | None,
+        known: bool,
+    ) -> None:
+        """Of fifty guesses at once as many are hashed as the budget allows, be the counter new or not."""
+        guess = {"call": "login", "identifier": identifier, "password": "wrong", "ip": ip}
+        used = int(known)
+        if known:
+            racers[0].tell(**guess, stops=[], times=1)
+            assert (await racers[0].hear_the_end())["hashes"] == 1
+        answers = await self.run(racers, witness, "tortoise_auth_attempts", guess)
+        outcomes = Counter(each["error"] for answer in answers for each in answer["outcomes"])
+        heard = BUDGET - used
+        assert outcomes == {"AuthenticationError": heard, "ThrottledError": 2 * CROWD - heard}
+        assert sum(answer["hashes"] for answer in answers) == heard

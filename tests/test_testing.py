@@ -1,0 +1,284 @@
+"""What the library offers for the tests of its hosts."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from datetime import UTC, datetime, timedelta
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import pytest
+
+from tests.app import User
+from tests.conftest import PASSWORD
+from tortoise_auth.events import (
+    Event,
+    EventEmitter,
+    EventError,
+    NamedEvent,
+    UserEvent,
+    UserLogin,
+    UserLogout,
+)
+from tortoise_auth.events import (
+    emitter as shared,
+)
+from tortoise_auth.testing import Captured, FakeClock, capture, cheap_hasher, isolated
+
+ADA = User(id=7, email="ada@example.com")
+
+
+def login(session_id: str = "s-1") -> UserLogin[User]:
+    return UserLogin(user=ADA, session_id=session_id)
+
+
+class TestCapture:
+    async def test_order_and_payload(self, emitter: EventEmitter) -> None:
+        """Events are recorded in order, the very objects; names come with their payload."""
+        first, second = login("s-1"), UserLogout(user=ADA)
+        with capture(emitter) as events:
+            await emitter.emit(first)
+            await emitter.emit("order_paid", 7, amount=9.5)
+            await emitter.emit(second)
+        assert events.names == ["user_login", "order_paid", "user_logout"]
+        assert (events[0], events[-1]) == (first, second)
+        assert events[0] is first
+        assert list(events[1:]) == list(events)[1:]
+        named = events.one(NamedEvent)
+        assert (named.args, dict(named.kwargs)) == ((7,), {"amount": 9.5})
+        assert len(events) == 3
+
+    async def test_of(self, emitter: EventEmitter) -> None:
+        """`of` gives those of a class, subclasses among them."""
+        with capture(emitter) as events:
+            for session_id in ("a", "b"):
+                await emitter.emit(login(session_id))
+            await emitter.emit(UserLogout(user=ADA))
+            await emitter.emit("other")
+        assert [event.session_id for event in events.of(UserLogin)] == ["a", "b"]
+        assert len(events.of(UserEvent)) == 3
+        assert len(events.of(Event)) == 4
+
+    async def test_one(self, emitter: EventEmitter) -> None:
+        """`one` gives the only one, and says what there was if there was not one."""
+        with capture(emitter) as events:
+            with pytest.raises(AssertionError, match=r"^0 UserLogin among no events$"):
+                events.one(UserLogin)
+            event = login()
+            await emitter.emit(event)
+            assert events.one(UserLogin) is event
+            await emitter.emit(login())
+            with pytest.raises(
+                AssertionError, match=r"^2 UserLogin among \['user_login', 'user_lo"
+            ):
+                events.one(UserLogin)
+
+    async def test_assert_emitted(self, emitter: EventEmitter) -> None:
+        """`assert_emitted` wants exactly these, in this order."""
+        with capture(emitter) as events:
+            events.assert_emitted()
+            await emitter.emit("a")
+            await emitter.emit("b")
+        events.assert_emitted("a", "b")
+        for wrong in (("b", "a"), ("a",), ("a", "b", "c"), ()):
+            with pytest.raises(AssertionError, match=r"emitted were \['a', 'b'\], not "):
+                events.assert_emitted(*wrong)
+        events.clear()
+        events.assert_emitted()
+
+    async def test_repr(self, emitter: EventEmitter) -> None:
+        """It shows the names, for the messages of failed assertions."""
+        with capture(emitter) as events:
+            assert repr(events) == "<Captured: nothing>"
+            await emitter.emit("a")
+            await emitter.emit("b")
+            assert repr(events) == "<Captured: a, b>"
+
+    async def test_listeners_still_run(self, emitter: EventEmitter) -> None:
+        """Recording keeps nobody from hearing."""
+        heard: list[str] = []
+        emitter.on("evt", lambda: heard.append("listener"))
+        with capture(emitter) as events:
+            await emitter.emit("evt")
+        assert heard == ["listener"]
+        assert events.names == ["evt"]
+
+    async def test_mute(self, emitter: EventEmitter) -> None:
+        """Muted, only the recording hears; afterwards all do again."""
+        heard: list[str] = []
+        emitter.on("evt", lambda: heard.append("listener"))
+        emitter.on("*", lambda event: heard.append("all"))
+        with capture(emitter, mute=True) as events:
+            await emitter.emit("evt")
+            assert heard == []
+        await emitter.emit("evt")
+        assert heard == ["listener", "all"]
+        assert events.names == ["evt"]
+
+    async def test_records_before_others_fail(self) -> None:
+        """An event is recorded even if the first handler raises."""
+        emitter = EventEmitter(errors="raise")
+
+        @emitter.on("evt", priority=-1000)
+        async def veto() -> None:
+            raise ValueError("no")
+
+        with capture(emitter) as events, pytest.raises(EventError):
+            await emitter.emit("evt")
+        assert events.names == ["evt"]
+
+    async def test_the_background(self, emitter: EventEmitter) -> None:
+        """What was emitted into the background is recorded when it is delivered."""
+        with capture(emitter) as events:
+            emitter.emit_nowait("evt")
+            assert events.names == []
+            await emitter.aclose()
+            assert events.names == ["evt"]
+
+    async def test_inside_one_another(self, emitter: EventEmitter) -> None:
+        """Captures can be nested; each records while it is open."""
+        with capture(emitter) as outer:
+            await emitter.emit("a")
+            with capture(emitter) as inner:
+                await emitter.emit("b")
+            await emitter.emit("c")
+        assert outer.names == ["a", "b", "c"]
+        assert inner.names == ["b"]
+
+    async def test_leaves_no_trace(self, emitter: EventEmitter) -> None:
+        """Afterwards the emitter is as before, also when the block fails."""
+        emitter.on("evt", print, name="kept")
+        before = emitter.describe()
+        with pytest.raises(ZeroDivisionError), capture(emitter, mute=True):
+            raise ZeroDivisionError
+        assert emitter.describe() == before
+
+
+class TestIsolated:
+    async def test_restores_listeners(self, emitter: EventEmitter) -> None:
+        """Whatever was added, removed, consumed or cleared, the listeners are as before."""
+        heard: list[str] = []
+
+        async def kept() -> None:
+            heard.append("kept")
+
+        async def once() -> None:
+            heard.append("once")
+
+        emitter.on("evt", kept)
+        emitter.once("evt", once)
+        before = emitter.describe()
+        for _ in range(2):
+            with isolated(emitter) as same:
+                assert same is emitter
+                emitter.on("evt", lambda: heard.append("temporary"))
+                await emitter.emit("evt")
+                emitter.clear()
+                await emitter.emit("evt")
+            assert heard == ["kept", "once", "temporary"]
+            assert emitter.describe() == before
+            heard.clear()
+        await emitter.emit("evt")
+        await emitter.emit("evt")
+        assert heard == ["kept", "once", "kept"]
+
+    def test_also_after_a_failure(self, emitter: EventEmitter) -> None:
+        """The listeners are restored when the block raises."""
+        with pytest.raises(ZeroDivisionError), isolated(emitter):
+            emitter.on("evt", print)
+            raise ZeroDivisionError
+        assert emitter.events() == []
+
+
+class TestFakes:
+    def test_the_clock_stands_still(self) -> None:
+        """The clock shows the same aware time until it is told to go on, or back."""
+        clock = FakeClock()
+        assert clock() == clock() == datetime(2026, 1, 1, 12, tzinfo=UTC)
+        clock.advance(timedelta(minutes=15))
+        assert clock() == datetime(2026, 1, 1, 12, 15, tzinfo=UTC)
+        clock.advance(timedelta(minutes=-15))
+        assert clock() == FakeClock()()
+
+    async def test_the_hasher_is_cheap_and_real(self) -> None:
+        """The cheap hasher makes Argon2id hashes that verify, of the lowest cost."""
+        hasher = cheap_hasher()
+        try:
+            hashed = await hasher.hash(PASSWORD)
+            assert hashed.startswith("$argon2id$v=19$m=8,t=1,p=1$")
+            assert (await hasher.verify(PASSWORD, hashed)).valid
+            assert not (await hasher.verify(PASSWORD + "!", hashed)).valid
+        finally:
+            hasher.close()
+
+
+class TestPlugin:
+    def test_events(self, auth_events: Captured) -> None:
+        """The fixture records what the library's own emitter is given."""
+        shared.emit_sync("order_paid", 7)
+        auth_events.assert_emitted("order_paid")
+
+    def test_clock(self, auth_clock: FakeClock) -> None:
+        """The fixture is a clock that can be advanced."""
+        before = auth_clock()
+        auth_clock.advance(timedelta(days=1))
+        assert auth_clock() - before == timedelta(days=1)
+
+    def test_entry_point(self) -> None:
+        """An installed package brings the fixtures along."""
+        (point,) = entry_points(group="pytest11", name="tortoise_auth")
+        assert point.value == "tortoise_auth.pytest_plugin"
+
+    def test_in_another_project(self, tmp_path: Path) -> None:
+        """A project that knows nothing but the installed package can use the fixtures."""
+        (tmp_path / "test_host.py").write_text(HOST)
+        result = subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_host.py"],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": "", "PYTEST_ADDOPTS": ""},
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        assert "3 passed" in result.stdout, result.stdout + result.stderr
+        assert result.returncode == 0
+
+
+HOST = """
+import asyncio
+from datetime import timedelta
+
+from tortoise_auth.events import emitter, on
+
+heard = []
+
+
+@on("order_paid")
+async def listener(order_id):
+    heard.append(order_id)
+
+
+def test_events(auth_events):
+    emitter.on("order_paid", lambda: heard.append("temporary"))
+    emitter.emit_sync("order_paid", 7)
+    auth_events.assert_emitted("order_paid")
+    assert heard == [7, "temporary"]
+
+
+def test_restored(auth_events, auth_clock):
+    auth_events.assert_emitted()
+    heard.clear()
+    emitter.emit_sync("order_paid", 8)
+    assert heard == [8]
+    before = auth_clock()
+    auth_clock.advance(timedelta(hours=1))
+    assert auth_clock() - before == timedelta(hours=1)
+
+
+def test_hasher(auth_hasher):
+    hashed = asyncio.run(auth_hasher.hash("correct horse battery staple"))
+    assert hashed.startswith("$argon2id$")
+"""

@@ -1,0 +1,944 @@
+"""Throttling: one contract for every throttle, and what the one in the database does besides."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Protocol
+
+import pytest
+from tortoise.context import TortoiseContext
+from tortoise.exceptions import OperationalError
+from tortoise.transactions import in_transaction
+
+from tests.conftest import POSTGRES_URL, SECRET, needs_postgres
+from tests.probes import connection_of, statements
+from tests.test_docs import run, snippets
+from tortoise_auth import AuthConfig, AuthService, throttling
+from tortoise_auth.exceptions import ConfigurationError, ThrottledError
+from tortoise_auth.models import AttemptCount
+from tortoise_auth.testing import FakeClock
+from tortoise_auth.throttling import (
+    Attempt,
+    DatabaseThrottle,
+    Limit,
+    Reservation,
+    Throttle,
+    source_of,
+)
+
+HERE, ELSEWHERE, ABROAD = "203.0.113.7", "198.51.100.9", "192.0.2.11"
+BURST, BUDGET = 50, 5
+LIMIT = 60
+"""Seconds after which a burst that does not end is a failure."""
+
+
+class Make(Protocol):
+    """Makes a throttle with so many free attempts, and a pause that no test outlives after them."""
+
+    def __call__(  # noqa: D102 - the class has one
+        self, *, account: int = 1000, source: int = 1000, max_failures: int = 100
+    ) -> Throttle: ...
+
+
+async def yes() -> bool:
+    return True
+
+
+async def no() -> bool:
+    return False
+
+
+def attempt(
+    account: str = "ada",
+    source: str | None = HERE,
+    familiar: Callable[[], Awaitable[bool]] = no,
+) -> Attempt:
+    return Attempt(account=account, source=source, familiar=familiar)
+
+
+async def fail(throttle: Throttle, tried: Attempt, times: int = 1) -> list[Reservation]:
+    """Try a wrong password."""
+    reservations = []
+    for _ in range(times):
+        reservations.append(await throttle.reserve(tried))
+        await throttle.failed(reservations[-1])
+    return reservations
+
+
+async def succeed(throttle: Throttle, tried: Attempt) -> None:
+    """Try the right one."""
+    await throttle.succeeded(await throttle.reserve(tried))
+
+
+async def refused(throttle: Throttle, tried: Attempt) -> float:
+    """Try in vain; return the seconds to wait."""
+    with pytest.raises(ThrottledError) as error:
+        await throttle.reserve(tried)
+    assert error.value.retry_after > 0
+    return error.value.retry_after
+
+
+async def burst(
+    throttle: Throttle, attempts: Sequence[Attempt]
+) -> tuple[list[Reservation], list[ThrottledError]]:
+    """Reserve for all of them at the same moment; return who was heard and who was not."""
+    start = asyncio.Barrier(len(attempts))
+
+    async def reserve(tried: Attempt) -> Reservation | ThrottledError:
+        await start.wait()
+        try:
+            return await throttle.reserve(tried)
+        except ThrottledError as error:
+            return error
+
+    async with asyncio.timeout(LIMIT):
+        outcomes = await asyncio.gather(*map(reserve, attempts))
+    granted = [each for each in outcomes if isinstance(each, Reservation)]
+    late = [each for each in outcomes if isinstance(each, ThrottledError)]
+    assert all(error.retry_after > 0 for error in late)
+    return granted, late
+
+
+async def granted_to_processes(arguments: Sequence[str], processes: int = 2) -> list[int]:
+    """Let processes reserve `BURST` times each, all at once; return how many were heard in each."""
+    running = [
+        await asyncio.create_subprocess_exec(
+            sys.executable,
+            *arguments,
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            cwd=Path(__file__).parent.parent,
+        )
+        for _ in range(processes)
+    ]
+    async with asyncio.timeout(LIMIT):
+        for each in running:
+            assert each.stdout is not None
+            assert await each.stdout.readline() == b"ready\n"
+        outputs = await asyncio.gather(*(each.communicate(b"go\n") for each in running))
+    assert [each.returncode for each in running] == [0] * processes
+    return [int(output) for output, _ in outputs]
+
+
+async def race(throttle: Throttle) -> None:
+    """What one of those processes does: say that it is ready, wait for the word, tell how many."""
+    print("ready", flush=True)
+    await asyncio.to_thread(sys.stdin.readline)
+    granted, _ = await burst(throttle, [attempt()] * BURST)
+    print(len(granted), flush=True)
+
+
+class ThrottleContract:
+    """What every throttle does. Subclasses have a fixture ``make``."""
+
+    async def test_some_are_free_and_then_none(self, make: Make) -> None:
+        """After the free attempts the next is refused, and told for how long."""
+        throttle = make(account=3)
+        await fail(throttle, attempt(), 3)
+        for _ in range(3):
+            await refused(throttle, attempt())
+
+    async def test_source_has_a_budget(self, make: Make) -> None:
+        """One source that tries many accounts is refused at each, and a source elsewhere at none."""
+        throttle = make(source=3)
+        for number in range(3):
+            await fail(throttle, attempt(f"account {number}"))
+        await refused(throttle, attempt("ada"))
+        await refused(throttle, attempt("bob"))
+        await fail(throttle, attempt("ada", ELSEWHERE), 3)
+
+    async def test_account_has_a_budget(self, make: Make) -> None:
+        """One account is refused from everywhere, another from nowhere."""
+        throttle = make(account=3)
+        for number in range(3):
+            await fail(throttle, attempt("ada", f"source {number}"))
+        await refused(throttle, attempt("ada", HERE))
+        await refused(throttle, attempt("ada", None))
+        await fail(throttle, attempt("bob", HERE), 3)
+
+    async def test_unknown_source(self, make: Make) -> None:
+        """Attempts from who knows where count for their accounts, and not together as one source."""
+        throttle = make(account=2, source=2)
+        for name in ("ada", "bob", "eve"):
+            await fail(throttle, attempt(name, None), 2)
+            await refused(throttle, attempt(name, None))
+
+    async def test_refused_is_not_counted(self, make: Make) -> None:
+        """Knocking at a blocked account takes nothing from the budget of the source."""
+        throttle = make(account=2, source=5)
+        await fail(throttle, attempt(), 2)
+        for _ in range(20):
+            await refused(throttle, attempt())
+        await fail(throttle, attempt("bob"), 2)
+        await fail(throttle, attempt("eve"), 1)
+        await refused(throttle, attempt("eve"))
+
+    async def test_blocked_source_counts_for_no_account(self, make: Make) -> None:
+        """What a blocked source tries takes nothing from the budget of the account."""
+        throttle = make(account=2, source=1)
+        await fail(throttle, attempt("bob"))
+        for _ in range(20):
+            await refused(throttle, attempt("ada"))
+        await fail(throttle, attempt("ada", ELSEWHERE))
+        await fail(throttle, attempt("ada", ABROAD))
+
+    async def test_success_forgets_the_account(self, make: Make) -> None:
+        """After the right password the account has its whole budget again (R34)."""
+        throttle = make(account=3)
+        for _ in range(4):
+            await fail(throttle, attempt(), 2)
+            await succeed(throttle, attempt())
+        await fail(throttle, attempt(), 3)
+        await refused(throttle, attempt())
+
+    async def test_success_does_not_forget_the_source(self, make: Make) -> None:
+        """Logins to an account of one's own do not buy guesses at others (A166)."""
+        throttle = make(source=4)
+        for number in range(4):
+            await fail(throttle, attempt(f"victim {number}"))
+            if number < 3:
+                await succeed(throttle, attempt("own"))
+        await refused(throttle, attempt("victim 4"))
+        await refused(throttle, attempt("own"))
+
+    async def test_success_costs_the_source_nothing(self, make: Make) -> None:
+        """However many people log in behind one address, none of them is refused."""
+        throttle = make(account=2, source=3)
+        for number in range(20):
+            await succeed(throttle, attempt(f"person {number}"))
+        await fail(throttle, attempt(), 2)
+        await fail(throttle, attempt("bob"), 1)
+        await refused(throttle, attempt("bob"))
+
+    async def test_released_gives_back(self, make: Make) -> None:
+        """An attempt that could not be checked is none: not for account, source or failures (A173)."""
+        throttle = make(account=2, source=2, max_failures=2)
+        for _ in range(10):
+            await throttle.released(await throttle.reserve(attempt()))
+        first, second = await fail(throttle, attempt(), 2)
+        assert (first.locks, second.locks, second.locked) == (False, True, False)
+        await refused(throttle, attempt())
+
+    async def test_familiar_source_has_its_own_budget(self, make: Make) -> None:
+        """While an account is blocked, each source that the user knows still has all of its own."""
+        throttle = make(account=3)
+        await fail(throttle, attempt(source=ABROAD), 3)
+        await refused(throttle, attempt(source=ABROAD))
+        for known in (HERE, ELSEWHERE):
+            await fail(throttle, attempt(source=known, familiar=yes), 3)
+            await refused(throttle, attempt(source=known, familiar=yes))
+
+    async def test_familiar_source_gets_in(self, make: Make) -> None:
+        """A user who gets in from a known source opens the account for everywhere."""
+        throttle = make(account=2)
+        await fail(throttle, attempt(source=ABROAD), 2)
+        await fail(throttle, attempt(familiar=yes), 1)
+        await succeed(throttle, attempt(familiar=yes))
+        await fail(throttle, attempt(source=ABROAD), 2)
+        await fail(throttle, attempt(familiar=yes), 2)
+        await refused(throttle, attempt(familiar=yes))
+
+    async def test_familiar_account_is_not_another(self, make: Make) -> None:
+        """What somebody is known for at one account is no help at another."""
+        throttle = make(account=1)
+        for name in ("ada", "bob"):
+            await fail(throttle, attempt(name, ABROAD))
+        await fail(throttle, attempt("ada", familiar=yes))
+        await fail(throttle, attempt("bob", familiar=yes))
+        await refused(throttle, attempt("ada", familiar=yes))
+
+    async def test_familiar_is_asked_when_it_matters(self, make: Make) -> None:
+        """As long as the account is open nobody looks where its user has been."""
+        asked: list[str] = []
+
+        async def ask() -> bool:
+            asked.append("asked")
+            return False
+
+        throttle = make(account=2)
+        await fail(throttle, attempt(familiar=ask), 2)
+        assert asked == []
+        await refused(throttle, attempt(familiar=ask))
+        assert asked == ["asked"]
+        await refused(throttle, attempt(source=None, familiar=ask))
+        assert asked == ["asked"]
+
+    async def test_released_from_a_familiar_source(self, make: Make) -> None:
+        """Only what was taken is given back: the account stays blocked for everybody else."""
+        throttle = make(account=2, max_failures=3)
+        await fail(throttle, attempt(source=ABROAD), 2)
+        for _ in range(5):
+            await throttle.released(await throttle.reserve(attempt(familiar=yes)))
+        await refused(throttle, attempt(source=ABROAD))
+        (reservation,) = await fail(throttle, attempt(familiar=yes))
+        assert reservation.locks
+
+    async def test_too_many_failures_in_a_row_lock(self, make: Make) -> None:
+        """One failure locks the account, those after it find it locked (R33)."""
+        throttle = make(max_failures=3)
+        reservations = await fail(throttle, attempt(), 6)
+        assert [each.locks for each in reservations] == [False, False, True, False, False, False]
+        assert [each.locked for each in reservations] == [False, False, False, True, True, True]
+        assert not (await throttle.reserve(attempt("bob"))).locked
+
+    async def test_success_ends_the_row(self, make: Make) -> None:
+        """The last attempt before the lock may be right, and then the row begins anew."""
+        throttle = make(max_failures=3)
+        for _ in range(3):
+            await fail(throttle, attempt(), 2)
+            await succeed(throttle, attempt())
+        reservations = await fail(throttle, attempt(), 4)
+        assert [each.locks for each in reservations] == [False, False, True, False]
+
+    async def test_row_goes_on_from_familiar_sources(self, make: Make) -> None:
+        """A source with a budget of its own has no failures of its own."""
+        throttle = make(account=2, max_failures=4)
+        await fail(throttle, attempt(source=ABROAD), 2)
+        reservations = await fail(throttle, attempt(familiar=yes), 2)
+        assert [each.locks for each in reservations] == [False, True]
+        (locked,) = await fail(throttle, attempt(source=ELSEWHERE, familiar=yes))
+        assert locked.locked
+
+    async def test_burst_at_an_account(self, make: Make) -> None:
+        """Of fifty at the same moment just as many are heard as there are free attempts (R35)."""
+        granted, late = await burst(make(account=BUDGET), [attempt()] * BURST)
+        assert (len(granted), len(late)) == (BUDGET, BURST - BUDGET)
+        assert sorted(each.counted[0].failures for each in granted) == [1, 2, 3, 4, 5]
+
+    async def test_burst_from_a_source(self, make: Make) -> None:
+        """It is the same for one source that tries fifty accounts at once (A161)."""
+        attempts = [attempt(f"account {number}") for number in range(BURST)]
+        granted, _ = await burst(make(source=BUDGET), attempts)
+        assert len(granted) == BUDGET
+
+    async def test_burst_from_a_familiar_source(self, make: Make) -> None:
+        """And for a source with a budget of its own at a blocked account."""
+        throttle = make(account=BUDGET)
+        await fail(throttle, attempt(source=ABROAD), BUDGET)
+        granted, _ = await burst(throttle, [attempt(familiar=yes)] * BURST)
+        assert len(granted) == BUDGET
+
+    async def test_burst_locks_once(self, make: Make) -> None:
+        """Of fifty failures at the same moment one is told that it locks."""
+        granted, _ = await burst(make(max_failures=BUDGET), [attempt()] * BURST)
+        assert sum(each.locks for each in granted) == 1
+        assert sum(each.locked for each in granted) == BURST - BUDGET
+
+    @pytest.mark.parametrize("max_failures", [0, 101, -1])
+    def test_lock_that_comes_too_late(self, make: Make, max_failures: int) -> None:
+        """More than a hundred failures in a row are allowed to nobody."""
+        with pytest.raises(ConfigurationError, match="between 1 and 100"):
+            make(max_failures=max_failures)
+
+
+class TestDatabaseThrottle(ThrottleContract):
+    @pytest.fixture
+    def make(self, db: TortoiseContext, clock: FakeClock) -> Make:
+        """Make a throttle on every database."""
+
+        def make(
+            *, account: int = 1000, source: int = 1000, max_failures: int = 100
+        ) -> DatabaseThrottle:
+            return DatabaseThrottle(
+                account=Limit(free=account),
+                source=Limit(free=source),
+                max_failures=max_failures,
+                clock=clock,
+            )
+
+        return make
+
+
+def all_read_before_any_writes(monkeypatch: pytest.MonkeyPatch, callers: int) -> None:
+    """Let the first *callers* who read a counter go on only when all of them have."""
+    read = throttling._row
+    barrier = asyncio.Barrier(callers)
+    came = 0
+
+    async def read_together(*args: Any) -> AttemptCount:
+        nonlocal came
+        came += 1
+        expected = came <= callers
+        row = await read(*args)
+        if expected:
+            await barrier.wait()
+        return row
+
+    monkeypatch.setattr(throttling, "_row", read_together)
+
+
+@needs_postgres
+class TestRaces:
+    async def test_all_saw_the_same_count(
+        self, postgres: TortoiseContext, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Fifty who all read the counter before any of them wrote it are heard five times."""
+        throttle = DatabaseThrottle(account=Limit(free=BUDGET), clock=clock)
+        all_read_before_any_writes(monkeypatch, BURST)
+        granted, late = await burst(throttle, [attempt(source=None)] * BURST)
+        assert (len(granted), len(late)) == (BUDGET, BURST - BUDGET)
+        row = await AttemptCount.get()
+        assert (row.count, row.failures) == (BUDGET, BUDGET)
+
+    @pytest.mark.parametrize("before", [1, BUDGET, BURST])
+    async def test_after_a_quiet_time(
+        self,
+        postgres: TortoiseContext,
+        clock: FakeClock,
+        monkeypatch: pytest.MonkeyPatch,
+        before: int,
+    ) -> None:
+        """The same holds where the count begins anew, whatever it was before."""
+        limit = Limit(free=BUDGET)
+        await AttemptCount.create(key=f"source:{HERE}", count=before, last_at=clock())
+        clock.advance(limit.quiet)
+        attempts = [attempt(f"account {number}") for number in range(BURST)]
+        all_read_before_any_writes(monkeypatch, BURST)
+        granted, _ = await burst(DatabaseThrottle(source=limit, clock=clock), attempts)
+        assert len(granted) == BUDGET
+
+    async def test_two_processes(self, postgres: TortoiseContext) -> None:
+        """A budget is one budget, whatever process the guesses come to."""
+        rows = await connection_of(postgres).execute_query_dict("SELECT current_schema() AS name")
+        url = f"{POSTGRES_URL}?schema={rows[0]['name']}&maxsize=20"
+        granted = await granted_to_processes(["-m", "tests.test_throttling", url])
+        assert sum(granted) == BUDGET
+
+    async def test_who_always_loses(
+        self, postgres: TortoiseContext, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Whoever never gets to write the counter is refused, and not heard."""
+        monkeypatch.setattr(throttling, "_swap", lambda *_: no())
+        assert await refused(DatabaseThrottle(clock=clock), attempt(source=None)) == 1
+
+    @pytest.mark.parametrize("outcome", ["succeeded", "released"])
+    async def test_who_never_gets_to_say_how_it_ended(
+        self,
+        postgres: TortoiseContext,
+        clock: FakeClock,
+        monkeypatch: pytest.MonkeyPatch,
+        outcome: str,
+    ) -> None:
+        """A counter that others keep changing stays as it is, and nobody waits for ever."""
+        throttle = DatabaseThrottle(clock=clock)
+        reservation = await throttle.reserve(attempt())
+        monkeypatch.setattr(throttling, "_swap", lambda *_: no())
+        async with asyncio.timeout(LIMIT):
+            await getattr(throttle, outcome)(reservation)
+        assert await AttemptCount.filter(count=1).count() == 2
+
+
+class TestPauses:
+    async def test_double(self, db: TortoiseContext, clock: FakeClock) -> None:
+        """Each failure after the free ones doubles the pause, up to the longest."""
+        throttle = DatabaseThrottle(
+            account=Limit(free=3, pause=timedelta(seconds=2), longest=timedelta(seconds=30)),
+            clock=clock,
+        )
+        await fail(throttle, attempt(), 3)
+        pauses = []
+        for _ in range(7):
+            pauses.append(await refused(throttle, attempt()))
+            clock.advance(timedelta(seconds=pauses[-1]) - timedelta(microseconds=1))
+            assert await refused(throttle, attempt()) == pytest.approx(1e-6)
+            clock.advance(timedelta(microseconds=1))
+            await fail(throttle, attempt())
+        assert pauses == [2, 4, 8, 16, 30, 30, 30]
+
+    async def test_defaults(self, db: TortoiseContext, clock: FakeClock) -> None:
+        """Ten are free for an account; a hundred take a day, and the hundredth locks it (R33)."""
+        throttle = DatabaseThrottle(clock=clock)
+        ada = attempt(source=None)
+        began, reservations = clock(), await fail(throttle, ada, 10)
+        pauses = []
+        while not reservations[-1].locks:
+            pauses.append(await refused(throttle, ada))
+            clock.advance(timedelta(seconds=pauses[-1]))
+            reservations += await fail(throttle, ada)
+        assert pauses[:11] == [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 900]
+        assert set(pauses[10:]) == {900}
+        assert len(reservations) == 100
+        assert clock() - began > timedelta(hours=20)
+
+    async def test_quiet_time(self, db: TortoiseContext, clock: FakeClock) -> None:
+        """After a quiet time the pauses begin anew; failures in a row never do."""
+        limit = Limit(free=2, quiet=timedelta(hours=1))
+        throttle = DatabaseThrottle(account=limit, max_failures=5, clock=clock)
+        await fail(throttle, attempt(), 2)
+        clock.advance(timedelta(seconds=1))
+        await fail(throttle, attempt())
+        clock.advance(limit.quiet)
+        await fail(throttle, attempt())
+        (fifth,) = await fail(throttle, attempt())
+        assert fifth.locks
+        assert await refused(throttle, attempt()) == 1
+        clock.advance(timedelta(days=3650))
+        assert (await throttle.reserve(attempt())).locked
+
+    async def test_just_before_the_quiet_time_ends(
+        self, db: TortoiseContext, clock: FakeClock
+    ) -> None:
+        """A moment earlier the pauses go on growing."""
+        limit = Limit(free=2, quiet=timedelta(hours=1))
+        throttle = DatabaseThrottle(account=limit, clock=clock)
+        await fail(throttle, attempt(), 2)
+        clock.advance(limit.quiet - timedelta(microseconds=1))
+        await fail(throttle, attempt())
+        assert await refused(throttle, attempt()) == 2
+
+    async def test_refusals_do_not_prolong(self, db: TortoiseContext, clock: FakeClock) -> None:
+        """Who knocks during a pause waits no longer for it."""
+        throttle = DatabaseThrottle(account=Limit(free=1, pause=timedelta(seconds=10)), clock=clock)
+        await fail(throttle, attempt())
+        for left in range(10, 0, -1):
+            assert await refused(throttle, attempt()) == left
+            clock.advance(timedelta(seconds=1))
+        await fail(throttle, attempt())
+
+    async def test_defaults_of_a_source(self, db: TortoiseContext, clock: FakeClock) -> None:
+        """Fifty are free for a source, and an hour without failures makes them free again."""
+        throttle = DatabaseThrottle(clock=clock)
+        for number in range(50):
+            await fail(throttle, attempt(f"account {number}"))
+        for pause in (1, 2, 4):
+            assert await refused(throttle, attempt("ada")) == pause
+            clock.advance(timedelta(seconds=pause))
+            await fail(throttle, attempt("ada"))
+        clock.advance(timedelta(hours=1))
+        for number in range(50):
+            await fail(throttle, attempt(f"account {number}"))
+        await refused(throttle, attempt("ada"))
+
+    async def test_of_a_source_do_not_grow_without_failures(
+        self, db: TortoiseContext, clock: FakeClock
+    ) -> None:
+        """Neither right passwords nor knocking at a blocked account makes others there wait longer."""
+        throttle = DatabaseThrottle(
+            account=Limit(free=1, pause=timedelta(hours=1), longest=timedelta(hours=1)),
+            source=Limit(free=2, pause=timedelta(seconds=10)),
+            clock=clock,
+        )
+        await fail(throttle, attempt("ada"))
+        await fail(throttle, attempt("bob"))
+        clock.advance(timedelta(seconds=10))
+        for _ in range(3):
+            assert await refused(throttle, attempt("ada")) == 3590
+            await succeed(throttle, attempt("eve"))
+        await fail(throttle, attempt("eve"))
+        assert await refused(throttle, attempt("ada")) == 20
+
+    async def test_attempts_at_the_same_time_are_given_back(
+        self, db: TortoiseContext, clock: FakeClock
+    ) -> None:
+        """Who gives back takes nothing from the pause that somebody else has caused meanwhile."""
+        throttle = DatabaseThrottle(account=Limit(free=2), clock=clock)
+        first = await throttle.reserve(attempt())
+        clock.advance(timedelta(minutes=1))
+        await fail(throttle, attempt(), 1)
+        await throttle.released(first)
+        await fail(throttle, attempt(), 1)
+        assert await refused(throttle, attempt()) == 1
+
+    async def test_familiar_source_does_not_prolong(
+        self, db: TortoiseContext, clock: FakeClock
+    ) -> None:
+        """Failures from a known source make nobody else wait longer."""
+        throttle = DatabaseThrottle(account=Limit(free=2, pause=timedelta(minutes=1)), clock=clock)
+        await fail(throttle, attempt(source=ABROAD), 2)
+        clock.advance(timedelta(seconds=30))
+        await fail(throttle, attempt(familiar=yes), 2)
+        assert await refused(throttle, attempt(source=ABROAD)) == 30
+
+
+class TestClock:
+    @pytest.mark.parametrize(
+        "back", [timedelta(seconds=1), timedelta(days=3), timedelta(days=3650)]
+    )
+    async def test_set_back(self, db: TortoiseContext, clock: FakeClock, back: timedelta) -> None:
+        """Nobody is freed by it, and nobody waits longer than the longest pause (A172)."""
+        limit = Limit(free=2, longest=timedelta(minutes=1))
+        throttle = DatabaseThrottle(account=limit, clock=clock)
+        await fail(throttle, attempt(), 2)
+        for pause in (1, 2, 4):
+            clock.advance(timedelta(seconds=await refused(throttle, attempt())))
+            await fail(throttle, attempt())
+            assert await refused(throttle, attempt()) == 2 * pause
+        clock.advance(-back)
+        assert await refused(throttle, attempt()) == 8
+        clock.advance(timedelta(seconds=7))
+        assert await refused(throttle, attempt()) == 1
+        clock.advance(timedelta(seconds=1))
+        await fail(throttle, attempt())
+        assert await refused(throttle, attempt()) == 16
+
+    async def test_set_back_while_attempts_are_free(
+        self, db: TortoiseContext, clock: FakeClock
+    ) -> None:
+        """Free attempts stay free, and no more of them come of it."""
+        throttle = DatabaseThrottle(account=Limit(free=3), clock=clock)
+        await fail(throttle, attempt(), 2)
+        clock.advance(timedelta(days=-30))
+        await fail(throttle, attempt())
+        await refused(throttle, attempt())
+
+    async def test_set_forward(self, db: TortoiseContext, clock: FakeClock) -> None:
+        """A leap over the quiet time ends the pauses, as the time itself would; not the row."""
+        throttle = DatabaseThrottle(account=Limit(free=2), max_failures=4, clock=clock)
+        await fail(throttle, attempt(), 2)
+        clock.advance(timedelta(days=3650))
+        third, fourth = await fail(throttle, attempt(), 2)
+        assert (third.locks, fourth.locks) == (False, True)
+        assert await refused(throttle, attempt()) == 1
+
+    @pytest.mark.parametrize("counter", ["account", "source"])
+    async def test_forward_and_back(
+        self, db: TortoiseContext, clock: FakeClock, counter: str
+    ) -> None:
+        """What was counted while the clock was wrong makes nobody wait until it is right."""
+        limit = Limit(free=2, longest=timedelta(minutes=1))
+        throttle = DatabaseThrottle(account=limit, source=limit, clock=clock)
+        attempts = [
+            attempt(source=None) if counter == "account" else attempt(f"account {number}")
+            for number in range(4)
+        ]
+        clock.advance(timedelta(days=365))
+        for each in attempts[:2]:
+            await fail(throttle, each)
+        clock.advance(-timedelta(days=365))
+        assert await refused(throttle, attempts[2]) == 1
+        clock.advance(timedelta(seconds=1))
+        await fail(throttle, attempts[2])
+        assert await refused(throttle, attempts[3]) == 2
+
+
+class TestLimit:
+    @pytest.mark.parametrize(
+        "values",
+        [
+            {"free": 0},
+            {"free": -1},
+            {"free": 1, "pause": timedelta(0)},
+            {"free": 1, "pause": timedelta(seconds=-1)},
+            {"free": 1, "pause": timedelta(hours=1), "longest": timedelta(minutes=1)},
+            {"free": 1, "longest": timedelta(days=2), "quiet": timedelta(days=1)},
+        ],
+        ids=str,
+    )
+    def test_nonsense(self, values: dict[str, Any]) -> None:
+        """Numbers that make no sense are refused when they are written down."""
+        with pytest.raises(ConfigurationError, match="0 < pause <= longest <= quiet"):
+            Limit(**values)
+
+    @pytest.mark.parametrize("pause", [1e-6, 1, 59, 60, 61, 899, 900, 86400 * 3000])
+    def test_never_overflows(self, pause: float) -> None:
+        """However often somebody fails, the pause is the longest one and no error."""
+        longest = timedelta(seconds=max(pause, 900))
+        limit = Limit(
+            free=5, pause=timedelta(seconds=pause), longest=longest, quiet=timedelta(days=3000)
+        )
+        assert limit.after(4) == timedelta(0)
+        assert limit.after(5) == limit.pause
+        assert limit.after(6) == min(2 * limit.pause, longest)
+        pauses = [limit.after(count) for count in range(5, 200)]
+        assert pauses == sorted(pauses)
+        assert limit.after(60) == limit.after(10**9) == longest
+
+
+class TestTransaction:
+    """In a transaction of the caller."""
+
+    @pytest.fixture
+    def throttle(self, clock: FakeClock) -> DatabaseThrottle:
+        """Three attempts are free, the fourth failure locks."""
+        return DatabaseThrottle(account=Limit(free=3), max_failures=4, clock=clock)
+
+    @pytest.mark.parametrize("ending", ["commit", "rollback"])
+    async def test_counts_stay(
+        self, db: TortoiseContext, throttle: DatabaseThrottle, ending: str
+    ) -> None:
+        """Whatever becomes of the transaction, what was counted in it stays, and counts once."""
+        reservations = []
+        try:
+            async with in_transaction():
+                for _ in range(2):
+                    reservations.append(await throttle.reserve(attempt()))
+                    await throttle.failed(reservations[-1])
+                if ending == "rollback":
+                    raise OSError
+        except OSError:
+            pass
+        for reservation in reservations:
+            await throttle.failed(reservation)
+        assert await AttemptCount.all().order_by("key").values("count", "failures") == [
+            {"count": 2, "failures": 2},
+            {"count": 2, "failures": 0},
+        ]
+        await fail(throttle, attempt())
+        await refused(throttle, attempt())
+
+    async def test_counts_at_once(self, db: TortoiseContext, throttle: DatabaseThrottle) -> None:
+        """Within it the budget holds, even before anything of it is written."""
+        async with in_transaction():
+            granted, _ = await burst(throttle, [attempt()] * 20)
+            assert len(granted) == 3
+            for each in granted[:2]:
+                await throttle.released(each)
+            await succeed(throttle, attempt())
+            await fail(throttle, attempt(), 3)
+            await refused(throttle, attempt())
+
+    async def test_one_after_the_other(
+        self, db: TortoiseContext, throttle: DatabaseThrottle
+    ) -> None:
+        """Nobody needs to have written down the last one for the next to be counted."""
+        for _ in range(3):
+            with pytest.raises(OSError, match="undo"):
+                async with in_transaction():
+                    await throttle.reserve(attempt())
+                    raise OSError("undo")
+        with pytest.raises(ThrottledError):
+            async with in_transaction():
+                await throttle.reserve(attempt())
+        await refused(throttle, attempt())
+        assert await AttemptCount.filter(failures=3).count() == 1
+
+    async def test_after_a_quiet_time(
+        self, db: TortoiseContext, throttle: DatabaseThrottle, clock: FakeClock
+    ) -> None:
+        """A count that begins anew is not taken for an old one."""
+        await fail(throttle, attempt(), 3)
+        clock.advance(timedelta(days=2))
+        with pytest.raises(OSError, match="undo"):
+            async with in_transaction():
+                await fail(throttle, attempt())
+                raise OSError("undo")
+        (locked,) = await fail(throttle, attempt())
+        assert locked.locked
+        await fail(throttle, attempt())
+        await refused(throttle, attempt())
+
+    async def test_purge_writes_down_what_is_left(
+        self, db: TortoiseContext, throttle: DatabaseThrottle
+    ) -> None:
+        """What nobody came back for is not kept in memory for ever."""
+        async with in_transaction():
+            await throttle.reserve(attempt())
+        assert await throttle.purge() == 0
+        assert throttle._counters._unsaved == {}
+        assert await AttemptCount.filter(count=1).count() == 2
+
+    async def test_saved_by_two(
+        self, sqlite: TortoiseContext, throttle: DatabaseThrottle, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Two who write down the same count at the same moment write it once."""
+        async with in_transaction():
+            reservation = await throttle.reserve(attempt())
+        all_read_before_any_writes(monkeypatch, 2)
+        await asyncio.gather(throttle.failed(reservation), throttle.failed(reservation))
+        assert throttle._counters._unsaved == {}
+        assert await AttemptCount.filter(count=1).count() == 2
+
+    async def test_cannot_be_saved(
+        self, sqlite: TortoiseContext, throttle: DatabaseThrottle, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A count that cannot be written yet is not forgotten."""
+        async with in_transaction():
+            reservation = await throttle.reserve(attempt(source=None))
+        with monkeypatch.context() as patch:
+            patch.setattr(throttling, "_swap", lambda *_: no())
+            await throttle.failed(reservation)
+        await fail(throttle, attempt(source=None), 2)
+        await refused(throttle, attempt(source=None))
+
+
+class TestFailure:
+    @pytest.mark.parametrize("fail_at", [1, 2, 3, 4, 5, 6])
+    async def test_at_every_statement(
+        self, db: TortoiseContext, clock: FakeClock, fail_at: int
+    ) -> None:
+        """Whichever statement fails, there is an error and no reservation."""
+        throttle = DatabaseThrottle(clock=clock)
+        with statements(db, fail_at=fail_at, error=OperationalError("canary")):
+            with pytest.raises(OperationalError, match="canary"):
+                await throttle.reserve(attempt())
+
+    async def test_gives_the_source_its_attempt_back(
+        self, db: TortoiseContext, clock: FakeClock
+    ) -> None:
+        """What failed for the account is not held against the source."""
+
+        async def broken() -> bool:
+            raise OperationalError("canary")
+
+        throttle = DatabaseThrottle(account=Limit(free=1), source=Limit(free=3), clock=clock)
+        await fail(throttle, attempt())
+        for _ in range(5):
+            with pytest.raises(OperationalError):
+                await throttle.reserve(attempt(familiar=broken))
+        await fail(throttle, attempt("bob"))
+        await fail(throttle, attempt("eve"))
+
+    async def test_cancelled(self, db: TortoiseContext, clock: FakeClock) -> None:
+        """Who is cancelled between source and account leaves at once, without giving back."""
+        waiting = asyncio.Event()
+
+        async def wait() -> bool:
+            waiting.set()
+            await asyncio.Event().wait()
+            return True
+
+        throttle = DatabaseThrottle(account=Limit(free=1), clock=clock)
+        await fail(throttle, attempt(source=ELSEWHERE))
+        task = asyncio.ensure_future(throttle.reserve(attempt(familiar=wait)))
+        async with asyncio.timeout(LIMIT):
+            await waiting.wait()
+        with statements(db) as seen:
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+        assert seen == []
+
+
+class TestPurge:
+    async def test_deletes_what_says_nothing(self, db: TortoiseContext, clock: FakeClock) -> None:
+        """Counters of quiet sources and of accounts without failures go; failures in a row stay."""
+        throttle = DatabaseThrottle(account=Limit(free=1), clock=clock)
+        await fail(throttle, attempt("ada", HERE))
+        await fail(throttle, attempt("ada", ELSEWHERE, yes))
+        await succeed(throttle, attempt("bob", ABROAD))
+        assert await AttemptCount.all().count() == 6
+        clock.advance(timedelta(days=1))
+        assert await throttle.purge() == 0
+        clock.advance(timedelta(microseconds=1))
+        await fail(throttle, attempt("eve", HERE))
+        assert await throttle.purge() == 4
+        left = [row.key for row in await AttemptCount.all().order_by("key")]
+        assert left == ["account:ada", "account:eve", f"source:{HERE}"]
+        assert await throttle.purge() == 0
+
+    async def test_meanwhile(
+        self, db: TortoiseContext, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A counter that is deleted between reading and writing is made anew."""
+        throttle = DatabaseThrottle(account=Limit(free=1), clock=clock)
+        swap = throttling._swap
+        deleted: list[int] = []
+
+        async def swap_what_is_gone(*args: Any) -> bool:
+            if not deleted:
+                deleted.append(await AttemptCount.all().delete())
+            return await swap(*args)
+
+        monkeypatch.setattr(throttling, "_swap", swap_what_is_gone)
+        await fail(throttle, attempt(source=None))
+        assert deleted == [1]
+        await refused(throttle, attempt(source=None))
+
+    async def test_between_insert_and_look(
+        self, db: TortoiseContext, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Even right after it was made."""
+        throttle = DatabaseThrottle(account=Limit(free=1), clock=clock)
+        create = AttemptCount.bulk_create
+        lost: list[object] = []
+
+        async def lose(*args: Any, **kwargs: Any) -> None:
+            if not lost:
+                lost.append(args)
+                return
+            await create(*args, **kwargs)
+
+        monkeypatch.setattr(AttemptCount, "bulk_create", lose)
+        await fail(throttle, attempt(source=None))
+        assert len(lost) == 1
+        await refused(throttle, attempt(source=None))
+
+
+class TestSourceOf:
+    @pytest.mark.parametrize(
+        ("ip", "source"),
+        [
+            (None, None),
+            ("", None),
+            (" \t", None),
+            ("203.0.113.7", "203.0.113.7"),
+            (" 203.0.113.7\n", "203.0.113.7"),
+            ("2001:db8:1:2:3:4:5:6", "2001:db8:1:2::/64"),
+            ("2001:DB8:1:2:ffff::", "2001:db8:1:2::/64"),
+            ("2001:db8:1:2::", "2001:db8:1:2::/64"),
+            ("2001:db8:1:3::", "2001:db8:1:3::/64"),
+            ("fe80::1%eth0", "fe80::/64"),
+            ("::1", "::/64"),
+            ("::ffff:203.0.113.7", "203.0.113.7"),
+            ("::ffff:cb00:7107", "203.0.113.7"),
+            ("unix:", "unix:"),
+            ("testclient", "testclient"),
+            ("203.0.113.7, 198.51.100.9", "203.0.113.7, 198.51.100.9"),
+            ("203.0.113.007", "203.0.113.007"),
+            ("\ud800", "\ud800"),
+        ],
+    )
+    def test_is_a_network(self, ip: str | None, source: str | None) -> None:
+        """An address is itself, one of IPv6 its /64, a mapped one that of IPv4; else the text (A170)."""
+        assert source_of(ip) == source
+
+
+class TestPage:
+    PAGE = Path(__file__).parent.parent / "docs" / "throttling.md"
+
+    @pytest.fixture
+    async def namespace(self, sqlite: TortoiseContext) -> AsyncIterator[dict[str, Any]]:
+        """What a reader of the page has at hand."""
+        from tests.app import User  # noqa: PLC0415 - the name that the page uses
+
+        yield {"AuthService": AuthService, "User": User, "config": AuthConfig(secret=SECRET)}
+
+    async def test_snippets_run(self, namespace: dict[str, Any]) -> None:
+        """Every snippet that needs no Redis runs, and leaves a service that works."""
+        sources = [each for each in snippets(self.PAGE) if "redis" not in each]
+        assert len(sources) >= 2
+        for source in sources:
+            await run(source, namespace, self.PAGE.name)
+            assert await namespace["auth"].purge_expired() == 0
+
+    def test_names_every_setting(self) -> None:
+        """Settings and defaults on the page are those of the code (R36)."""
+        page = self.PAGE.read_text()
+        for line in (
+            "| `account` | `Limit(free=10)` |",
+            "| `source` | `Limit(free=50, quiet=timedelta(hours=1))` |",
+            "| `max_failures` | 100 |",
+            "| `free` | |",
+            "| `pause` | 1 s |",
+            "| `longest` | 15 min |",
+            "| `quiet` | 1 d |",
+        ):
+            assert line in page
+        limit = Limit(free=1)
+        assert (limit.pause, limit.longest, limit.quiet) == (
+            timedelta(seconds=1),
+            timedelta(minutes=15),
+            timedelta(days=1),
+        )
+
+    def test_is_short(self) -> None:
+        """It has fewer than 120 lines."""
+        assert len(self.PAGE.read_text().splitlines()) < 120
+
+
+async def _race_in_the_database(url: str) -> None:
+    config = {
+        "connections": {"postgres": url},
+        "apps": {"models": {"models": ["tortoise_auth.models"], "default_connection": "postgres"}},
+    }
+    async with TortoiseContext() as context:
+        await context.init(config=config)
+        await race(DatabaseThrottle(account=Limit(free=BUDGET, pause=timedelta(minutes=15))))
+
+
+if __name__ == "__main__":
+    asyncio.run(_race_in_the_database(sys.argv[1]))
