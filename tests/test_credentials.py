@@ -188,6 +188,16 @@ class TestBurst:
         assert len(costs) == BUDGET
 
     @needs_postgres
+    async def test_right_ones_wait_for_each_other(
+        self, db: TortoiseContext, clock: FakeClock
+    ) -> None:
+        """However many times one user logs in at once, nobody is throttled by attempts under way."""
+        await User.create_user(email=EMAIL, password=PASSWORD)
+        auth = service(clock)
+        results = await asyncio.gather(*(log_in(auth) for _ in range(BURST)))
+        assert len({result.session.id for result in results}) == BURST
+        assert not auth._credentials._turns
+
     async def test_all_saw_the_same_count(
         self,
         postgres: TortoiseContext,
@@ -196,6 +206,9 @@ class TestBurst:
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         """Even if all fifty have read the counter before any of them writes it."""
+        monkeypatch.setattr(
+            "tortoise_auth.credentials._AT_A_TIME", BURST
+        )  # as many processes would
         await User.create_user(email=EMAIL, password=PASSWORD)
         auth = service(clock)
         read, barrier, came = throttling._row, asyncio.Barrier(BURST), 0

@@ -18,7 +18,7 @@ from fastapi.testclient import TestClient
 from httpx2 import Response
 
 import tortoise_auth
-from tests.conftest import PASSWORD, SECRET
+from tests.conftest import PASSWORD, SECRET, listens
 from tortoise_auth.exceptions import (
     ConfigurationError,
     ServiceUnavailableError,
@@ -51,6 +51,8 @@ class TestScripts:
     @pytest.mark.parametrize("script", EXAMPLES, ids=lambda script: script.name)
     def test_runs(self, script: Path, tmp_path: Path) -> None:
         """It runs to its end without a warning, says something, and leaves no file behind."""
+        if script.name == "broker.py" and not listens("redis://127.0.0.1:6379"):
+            pytest.skip("no Redis listens on localhost")
         finished = run(script, cwd=tmp_path)
         assert (finished.returncode, finished.stderr) == (0, "")
         assert len(finished.stdout.splitlines()) > 5

@@ -405,7 +405,9 @@ CORRUPT = {
 class TestCostOfFailure:
     """A failure costs one computation of today's settings, whatever the reason."""
 
-    @pytest.mark.parametrize("hashed", [None, "", "!", "!abc", pytest.param(unusable_hash(), id="unusable")])
+    @pytest.mark.parametrize(
+        "hashed", [None, "", "!", "!abc", pytest.param(unusable_hash(), id="unusable")]
+    )
     async def test_no_hash(
         self, today: TodaysHasher, computed: list[str], hashed: str | None
     ) -> None:

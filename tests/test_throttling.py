@@ -843,18 +843,17 @@ class TestPurge:
     ) -> None:
         """Even right after it was made."""
         throttle = DatabaseThrottle(account=Limit(free=1), clock=clock)
-        create = AttemptCount.bulk_create
-        lost: list[object] = []
+        save = AttemptCount.save
+        deleted: list[int] = []
 
-        async def lose(*args: Any, **kwargs: Any) -> None:
-            if not lost:
-                lost.append(args)
-                return
-            await create(*args, **kwargs)
+        async def save_in_vain(self: AttemptCount, **options: Any) -> None:
+            await save(self, **options)
+            if not deleted:
+                deleted.append(await AttemptCount.all().delete())
 
-        monkeypatch.setattr(AttemptCount, "bulk_create", lose)
+        monkeypatch.setattr(AttemptCount, "save", save_in_vain)
         await fail(throttle, attempt(source=None))
-        assert len(lost) == 1
+        assert deleted == [1]
         await refused(throttle, attempt(source=None))
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
-from collections.abc import Coroutine
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -36,6 +37,7 @@ from tortoise_auth.users import UserT, user_table
 ResultT = TypeVar("ResultT")
 
 _MAX_IDENTIFIER_LENGTH = 320
+_AT_A_TIME = 4
 _STRANGERS = 1 << 18
 """Counters that all identifiers without an account share, so that guessers cannot fill the table."""
 _PATIENCE = 5.0
@@ -87,6 +89,7 @@ class Credentials(Generic[UserT]):
         self._throttle = throttle
         self._secret = secret
         self._clock = clock
+        self._turns: dict[tuple[int, str], tuple[asyncio.Semaphore, int]] = {}
 
     async def check_login(
         self, identifier: str, password: str, context: RequestContext
@@ -98,6 +101,12 @@ class Credentials(Generic[UserT]):
             ThrottledError: It was not checked; that has been told, too.
         """
         user = await self._find_user(identifier)
+        async with self._turn(identifier, user):
+            return await self._check_login(identifier, user, password, context)
+
+    async def _check_login(
+        self, identifier: str, user: UserT | None, password: str, context: RequestContext
+    ) -> Verified[UserT]:
         reservation = await self._reserve(identifier, user, context)
         active = user if user is not None and user.is_active else None
         locked = reservation is not None and reservation.locked
@@ -128,6 +137,12 @@ class Credentials(Generic[UserT]):
         connection = self._sessions.connection()
         user_now = await self._user_model.filter(pk=user.pk).using_db(connection).first()
         identifier = str(getattr(user, user.identifier_field))
+        async with self._turn(identifier, user_now):
+            return await self._check_current(identifier, user_now, password, context)
+
+    async def _check_current(
+        self, identifier: str, user_now: UserT | None, password: str, context: RequestContext
+    ) -> str:
         reservation = await self._reserve(identifier, user_now, context)
         active = user_now if user_now is not None and user_now.is_active else None
         locked = reservation is not None and reservation.locked
@@ -157,6 +172,28 @@ class Credentials(Generic[UserT]):
             )
         )
         return AuthenticationError()
+
+    @asynccontextmanager
+    async def _turn(self, identifier: str, user: UserT | None) -> AsyncIterator[None]:
+        """Let few attempts at one account be under way at a time.
+
+        An attempt is counted before it is known to be right. Without this, one user who logs in
+        many times at once, as a test or a script does, would be throttled by attempts that are all
+        about to succeed.
+        """
+        if self._throttle is None:
+            yield
+            return
+        key = (id(asyncio.get_running_loop()), self._account(identifier, user))
+        places, waiting = self._turns.get(key, (asyncio.Semaphore(_AT_A_TIME), 0))
+        self._turns[key] = places, waiting + 1
+        try:
+            async with places:
+                yield
+        finally:
+            places, waiting = self._turns.pop(key)
+            if waiting > 1:
+                self._turns[key] = places, waiting - 1
 
     async def _find_user(self, identifier: str) -> UserT | None:
         connection = self._sessions.connection()

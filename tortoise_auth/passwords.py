@@ -308,7 +308,7 @@ class PasswordPolicy:
         blocklist: Passwords refused as too common, in lower case.
 
     Raises:
-        ConfigurationError: A length is outside its bounds.
+        ConfigurationError: A length is outside its bounds, or words are not a collection of strings.
     """
 
     min_length: int = 15
@@ -317,6 +317,7 @@ class PasswordPolicy:
     blocklist: Collection[str] = COMMON_PASSWORDS
 
     def __post_init__(self) -> None:
+        self._check_types()
         if self.min_length < 8:
             raise ConfigurationError(
                 f"PasswordPolicy: min_length={self.min_length} is too short. Use 15 (the default), "
@@ -371,6 +372,16 @@ class PasswordPolicy:
                 )
             )
         return broken
+
+    def _check_types(self) -> None:
+        if {type(self.min_length), type(self.max_length)} != {int}:
+            raise ConfigurationError("PasswordPolicy: a length is a whole number")
+        for name in ("context_words", "blocklist"):
+            words = getattr(self, name)
+            if not isinstance(words, Collection) or isinstance(words, str | bytes):
+                raise ConfigurationError(f"PasswordPolicy: {name} must be a list or set of strings")
+        if not all(isinstance(word, str) for word in self.context_words):
+            raise ConfigurationError("PasswordPolicy: context_words must be strings")
 
     def _is_common(self, password: str) -> bool:
         return password in self.blocklist or _repeated_unit(password) in self.blocklist

@@ -86,7 +86,7 @@ class SigningKey:
     algorithm: Algorithm = "HS256"
 
     def __post_init__(self) -> None:
-        if self.algorithm not in _FAMILIES:
+        if not isinstance(self.algorithm, str) or self.algorithm not in _FAMILIES:
             raise ConfigurationError(
                 f"Unknown signing algorithm {self.algorithm!r}. Use one of {', '.join(_FAMILIES)}."
             )
@@ -101,7 +101,7 @@ class SigningKey:
             self._check_asymmetric_key()
         if not self.kid:
             object.__setattr__(self, "kid", self._thumbprint())
-        if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", self.kid):
+        if not isinstance(self.kid, str) or not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", self.kid):
             raise ConfigurationError(
                 "A kid is 1 to 64 letters, digits, dots, dashes or underscores"
             )
@@ -210,8 +210,8 @@ class AuthConfig:
         self._check_keys()
         for name in ("issuer", "audience"):
             value = getattr(self, name)
-            if not isinstance(value, str) or not value:
-                raise ConfigurationError(f"AuthConfig.{name} must be a non-empty string")
+            if not isinstance(value, str) or not 0 < len(value.encode(errors="replace")) < 256:
+                raise ConfigurationError(f"AuthConfig.{name} must be a string of 1 to 255 bytes")
         for name, least, most in self._bounds:
             value = getattr(self, name)
             if not isinstance(value, timedelta):
@@ -343,6 +343,8 @@ class AccessTokens:
         Raises:
             ValueError: They are such.
         """
+        if not isinstance(extra, Mapping):
+            raise ValueError("Extra claims must be a dict")
         ours = sorted(_REGISTERED_CLAIMS & extra.keys())
         if ours:
             raise ValueError(
@@ -493,7 +495,7 @@ def _check_secret(secret: bytes, algorithm: str) -> None:
         raise ConfigurationError(
             f"The secret is empty. Is the environment variable set? {_MAKE_ONE}"
         )
-    unit = _period(secret)
+    unit = _period(secret[:1024])  # whose time grows with the square, and whose answer is there
     stem = unit.rstrip(unit[-1:])  # without what it was filled up with
     if {_letters(unit), _letters(stem)} & _PLACEHOLDERS:
         raise ConfigurationError(f"The secret is a placeholder. {_MAKE_ONE}")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import unicodedata
 from datetime import datetime
-from typing import ClassVar, Self, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 from tortoise import fields
 from tortoise.backends.base.client import BaseDBAsyncClient
-from tortoise.exceptions import IntegrityError, ValidationError
+from tortoise.exceptions import BaseORMException, IntegrityError, ValidationError
 from tortoise.expressions import F
+from tortoise.fields import Field
 from tortoise.models import Model
 
 from tortoise_auth.clock import utc_now
@@ -122,6 +123,7 @@ class AbstractUser(Model):
         if "email" in cls._meta.fields_map and values.get("email") is not None:
             values["email"] = normalize_email(values["email"])  # type: ignore[arg-type]
         cls._refuse_unstorable(values)
+        cls._refuse_misfits(values)
         if password is None:
             hashed = unusable_hash()
         else:
@@ -289,6 +291,18 @@ class AbstractUser(Model):
                 "surrogate, which not every database can store"
             )
 
+    @classmethod
+    def _refuse_misfits(cls, values: dict[str, object]) -> None:
+        """Refuse values of another type than their column; Tortoise and drivers raise anything for them."""
+        columns = cls._meta.fields_db_projection.keys() | {"pk"}
+        misfits = sorted(
+            name
+            for name in columns & values.keys()
+            if values[name] is not None and not _fits(cls._meta.fields_map[name], values[name])
+        )
+        if misfits:
+            raise ValueError(f"{cls.__name__}: {', '.join(misfits)} cannot hold such a value")
+
 
 def shared_connection(model: type[Model]) -> BaseDBAsyncClient:
     """Return the connection of the users of *model* and of sessions, which must be one.
@@ -371,6 +385,15 @@ async def replace_outdated_hash(user: AbstractUser, replacement: str, unit: Unit
 def _set(user: AbstractUser, **values: object) -> None:
     for name, value in values.items():
         setattr(user, name, value)
+
+
+def _fits(field: Field[Any], value: object) -> bool:
+    try:
+        held = field.to_python_value(value)
+    except (TypeError, ValueError, AttributeError, ArithmeticError, BaseORMException):
+        return False
+    least, most = (field.constraints.get(bound, held) for bound in ("ge", "le"))
+    return not isinstance(held, int) or least <= held <= most
 
 
 def _is_storable(text: str) -> bool:

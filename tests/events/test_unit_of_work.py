@@ -652,13 +652,13 @@ class TestFailures:
         assert_no_connection_is_held(narrow)
 
     async def test_failed_login_that_is_counted(
-        self, narrow: TortoiseContext, emitter: EventEmitter, relay: Relay[User]
+        self, db: TortoiseContext, emitter: EventEmitter, relay: Relay[User]
     ) -> None:
         """The same where attempts are counted, and the count needs a connection of its own."""
         auth = AuthService(User, AuthConfig(secret=SECRET))
         await User.create_user(email=EMAIL, password=PASSWORD)
         ears = Ears(emitter, UserLoginFailed)
-        name = connection_of(narrow).connection_name
+        name = connection_of(db).connection_name
         await finished(rolled_back(name, lambda: self.log_in_wrongly(auth)))
         expected = everywhere("user_login_failed") | {"transaction": []}
         assert await finished(ears.outcome(relay)) == expected

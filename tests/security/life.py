@@ -84,8 +84,9 @@ async def live(auth: AuthService[User], clock: FakeClock) -> None:
     await attempt("twice", lambda: User.create_user(email="titi.isik@example.com", password=NEW))
     for password in ("short", "PASSWORDPASSWORD", "Bernd.Becker@X.io", "x\0", "x" * 2000):
         await attempt(
-            "weak", lambda: User.create_user(email="bernd.becker@x.io", password=password)
-        )  # noqa: B023
+            "weak",
+            lambda: User.create_user(email="bernd.becker@x.io", password=password),  # noqa: B023
+        )
 
     for identifier in (EMAIL, "t\u0131t\u0131.isik@example.com", "titi.i\u015fik@example.com"):
         await attempt("name", lambda: auth.login(identifier, PASSWORD))  # noqa: B023

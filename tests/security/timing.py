@@ -31,7 +31,7 @@ from tortoise_auth.passwords import unusable_hash
 
 GATE = "TORTOISE_AUTH_TIMING"
 SAMPLES = 120
-FIRST_CALLS = 15
+FIRST_CALLS = 41
 DISCARDED = 5
 RIGHT, WRONG = "correct horse battery staple", "wrong donkey charger nail"
 
