@@ -211,7 +211,9 @@ class AuthConfig:
         for name in ("issuer", "audience"):
             value = getattr(self, name)
             if not isinstance(value, str) or not 0 < len(value.encode(errors="replace")) < 256:
-                raise ConfigurationError(f"AuthConfig.{name} must be a string of 1 to 255 bytes")
+                raise ConfigurationError(
+                    f"AuthConfig.{name} must be a non-empty string of at most 255 bytes"
+                )
         for name, least, most in self._bounds:
             value = getattr(self, name)
             if not isinstance(value, timedelta):

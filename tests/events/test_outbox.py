@@ -233,6 +233,7 @@ class TestWriting:
         with pytest.raises(ConfigurationError, match=r"Tortoise\.init"):
             await emitter.emit(PageTurned(page=1))
 
+    @pytest.mark.filterwarnings("ignore:Module .* has no models")  # those of other tests
     async def test_without_the_tables(self, emitter: EventEmitter) -> None:
         """Where the models are not registered the error says so."""
         emitter.on(PageTurned, hear, delivery="durable")

@@ -28,11 +28,15 @@ from tortoise_auth import (
     RequestContext,
     Revocation,
     TortoiseAuthError,
+    credentials,
 )
 from tortoise_auth.testing import FakeClock, capture, cheap_hasher
 from tortoise_auth.throttling import DatabaseThrottle, Limit
 
 Order = dict[str, Any]
+
+
+credentials._AT_A_TIME = 1000  # each child plays many processes at once
 
 
 @dataclass
