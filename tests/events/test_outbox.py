@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 from collections.abc import Sequence
@@ -17,10 +18,11 @@ from tortoise.context import TortoiseContext
 from tortoise.transactions import in_transaction
 
 from tests.app import NamedUser, User
-from tests.conftest import PASSWORD
+from tests.conftest import PASSWORD, needs_postgres
 from tests.delivery.witness import Undo, every_statement, look, quiet, root
 from tests.probes import EMAIL, NEW_PASSWORD, connection_of, log_in
 from tortoise_auth import AuthenticationError, AuthService, EventEmitter, RequestContext
+from tortoise_auth.database import transaction
 from tortoise_auth.events import Event, SessionRefreshed, UserEvent, UserLogin, outbox
 from tortoise_auth.events.outbox import AFTER_COMMIT, Claimed
 from tortoise_auth.exceptions import ConfigurationError
@@ -433,6 +435,63 @@ class TestClaiming:
         assert await claim(root(db), clock) == []
         clock.advance(timedelta(seconds=5))
         assert ids_of(await claim(root(db), clock)) == [second, third]
+
+    async def test_everybodys_first_row_comes_first(
+        self, db: TortoiseContext, clock: FakeClock
+    ) -> None:
+        """A subject to whom much happened does not hold up those to whom little did."""
+        ids = await put(clock, *["a"] * 30, "b", "c")
+        assert ids_of(await claim(root(db), clock, limit=4)) == [ids[0], ids[1], *ids[-2:]]
+
+    async def test_behind_very_many_that_wait(self, db: TortoiseContext, clock: FakeClock) -> None:
+        """However many rows wait for one that backs off, the others are found."""
+        ids = await put(clock, *["a"] * 50, "b")
+        await OutboxEntry.filter(id=ids[0]).update(due_at=clock() + MINUTE)
+        assert ids_of(await claim(root(db), clock, limit=2)) == [ids[-1]]
+
+    @needs_postgres
+    async def test_another_relay_is_faster(
+        self, postgres: TortoiseContext, clock: FakeClock
+    ) -> None:
+        """While the first row of a subject is being claimed elsewhere, the ones behind it are left."""
+        ids = await put(clock, "a", "a", "b", "b", None, None)
+        async with transaction(root(postgres)) as elsewhere:
+            theirs = await claim(elsewhere, clock, relay="r2", limit=3)
+            assert ids_of(theirs) == [ids[0], ids[2], ids[4]]
+            assert ids_of(await claim(root(postgres), clock)) == [ids[5]]
+        assert await claim(root(postgres), clock) == []
+        await outbox.done(root(postgres), theirs, "r2")
+        assert ids_of(await claim(root(postgres), clock)) == [ids[1], ids[3]]
+
+    @needs_postgres
+    @pytest.mark.parametrize("prepared", [False, True])
+    async def test_backlog_after_long_quiet(
+        self, postgres: TortoiseContext, clock: FakeClock, prepared: bool
+    ) -> None:
+        """What PostgreSQL knows of a table that was always empty does not mislead it about a full one."""
+        await put(clock, *["a"] * 100)
+        await OutboxEntry.all().delete()
+        await root(postgres).execute_script("VACUUM ANALYZE tortoise_auth_outbox")
+        for _ in range(10 * prepared):
+            assert await claim(root(postgres), clock) == []
+        event = PageTurned(page=1).to_dict()
+        await OutboxEntry.bulk_create(
+            OutboxEntry(
+                event_id=event["id"],
+                event_name="page_turned",
+                subscription="s",
+                subject_id=str(number % 500),
+                payload=event,
+                created_at=clock(),
+                due_at=clock(),
+            )
+            for number in range(5000)
+        )
+        async with asyncio.timeout(10):
+            for _ in range(10):
+                rows = await claim(root(postgres), clock)
+                assert len(rows) == 100
+                await outbox.done(root(postgres), rows, "r1")
 
     async def test_nothing_to_listen_for(self, db: TortoiseContext, clock: FakeClock) -> None:
         """A relay without durable subscriptions asks for nothing and gets nothing."""

@@ -42,46 +42,55 @@ INSERT INTO tortoise_auth_outbox (
 
 _ROW = "({{event_id}}, {{event_name}}, {{{name}}}, {{user_table}}, {{subject_id}}, {{payload}}, {{at}}, {{at}}, 0)"
 
+# A row is ready if it is due and so is every row of its subject before it: the events of one user
+# arrive in order however many relays there are. Rows without a subject wait for nobody. Everybody's
+# first row comes before anybody's second.
+#
+# Of the rows that were ready when the statement began, another relay may have been faster with some:
+# those are passed over, and so is whatever is behind them.
+#
+# Each step is made once, and none joins the table with itself or leaves a choice of indexes. A table
+# that is empty most of the time has statistics to match, and the plan that is best for an empty
+# table would take hours when there is a backlog.
 _CLAIM = """
+WITH earliest AS MATERIALIZED (
+    SELECT id, subscription, user_table, subject_id, due_at,
+        CASE WHEN subject_id IS NULL THEN id END AS alone
+    FROM tortoise_auth_outbox
+    WHERE due_at IS NOT NULL AND user_table IN ('', {user_table}) AND subscription IN ({names})
+    ORDER BY id LIMIT {window}
+), ready AS MATERIALIZED (
+    SELECT id, subscription, user_table, subject_id, alone FROM (
+        SELECT earliest.*, MAX(due_at) OVER subject AS all_due, ROW_NUMBER() OVER subject AS place
+        FROM earliest
+        WINDOW subject AS (PARTITION BY subscription, user_table, subject_id, alone ORDER BY id)
+    ) AS in_order
+    WHERE all_due <= {now} ORDER BY place, id LIMIT {limit}
+), mine AS MATERIALIZED (
+    SELECT id FROM tortoise_auth_outbox
+    WHERE id [[SELECT id FROM ready]] AND COALESCE(due_at, {lease_ends}) <= {now} [skip locked]
+), in_order AS MATERIALIZED (
+    SELECT ready.id, COUNT(*) OVER subject - COUNT(mine.id) OVER subject AS passed_over
+    FROM ready LEFT JOIN mine ON mine.id = ready.id
+    WINDOW subject AS (PARTITION BY subscription, user_table, subject_id, alone ORDER BY ready.id)
+)
 UPDATE tortoise_auth_outbox
 SET due_at = {lease_ends}, claimed_by = {relay}, attempts = attempts + 1
-WHERE id IN ({chosen})
+WHERE id [[SELECT id FROM in_order WHERE passed_over = 0]]
 RETURNING id, event_id, event_name, subscription, subject_id, payload, attempts
 """
 
-# Only the first row of each subject, so that the events of one user arrive in order however many
-# relays there are. It decides races, too: a relay with a stale view of the table may leave a row
-# alone for a moment, but never takes a later one first.
-_HEADS = """
-SELECT o.id FROM tortoise_auth_outbox o
-WHERE o.due_at <= {now} AND o.user_table IN ('', {user_table}) AND o.subscription IN ({names})
-AND NOT EXISTS (
-    SELECT 1 FROM tortoise_auth_outbox earlier
-    WHERE earlier.subscription = o.subscription AND earlier.subject_id = o.subject_id
-    AND earlier.user_table = o.user_table
-    AND earlier.due_at IS NOT NULL AND earlier.id < o.id
+_CLAIM_ON_SQLITE = _CLAIM.replace("[[", "IN (").replace("]]", ")").replace("[skip locked]", "")
+_CLAIM_ON_POSTGRES = (  # arrays are looked up by the primary key
+    _CLAIM.replace("[[", "= ANY(ARRAY(")
+    .replace("]]", "))")
+    .replace("[skip locked]", "FOR UPDATE SKIP LOCKED")
 )
-ORDER BY o.id LIMIT {limit} {skip_locked}
-"""
 
-# The rows behind heads that this relay holds: nobody else can claim those meanwhile. They end where
-# one is not due, because the clock of whoever wrote it is ahead, or because it backs off behind a
-# dead letter that was given a new start.
-_FOLLOWERS = """
-WITH head AS MATERIALIZED (
-    SELECT h.id, h.subscription, h.subject_id, h.user_table, (
-        SELECT MIN(gap.id) FROM tortoise_auth_outbox gap
-        WHERE gap.subscription = h.subscription AND gap.subject_id = h.subject_id
-        AND gap.user_table = h.user_table AND gap.id > h.id AND gap.due_at > {now}
-    ) AS ends
-    FROM tortoise_auth_outbox h WHERE h.id IN ({heads})
-)
-SELECT o.id FROM tortoise_auth_outbox o JOIN head
-ON head.subscription = o.subscription AND head.subject_id = o.subject_id
-AND head.user_table = o.user_table AND head.id < o.id AND o.id < COALESCE(head.ends, o.id + 1)
-WHERE o.due_at <= {now}
-ORDER BY o.id LIMIT {limit}
-"""
+_WINDOW = 10
+"""How many times as many rows as may be claimed are looked at, at first."""
+
+_ALL = 1 << 62
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +190,7 @@ async def claim(
     lease_ends: datetime,
     limit: int,
 ) -> list[Claimed]:
-    """Take due rows of known subscriptions for one relay alone, each step one statement.
+    """Take due rows of known subscriptions for one relay alone, in one statement.
 
     Returns:
         Up to *limit* rows, oldest first. Those of one subscription and subject must be delivered
@@ -189,27 +198,18 @@ async def claim(
     """
     if not subscriptions:
         return []
-    lease = {"lease_ends": lease_ends, "relay": relay, "now": now}
-    heads = await _claim(
-        connection,
-        _HEADS,
-        {**lease, "user_table": user_table, "names": list(subscriptions), "limit": limit},
+    values = {
+        "relay": relay,
+        "names": list(subscriptions),
+        "user_table": user_table,
+        "now": now,
+        "lease_ends": lease_ends,
+        "limit": limit,
+    }
+    # The first rows of a large backlog do, unless they all wait for a few that back off.
+    return await _claim(connection, {**values, "window": limit * _WINDOW}) or await _claim(
+        connection, {**values, "window": _ALL}
     )
-    with_subject = [row.id for row in heads if row.subject_id is not None]
-    if not with_subject or len(heads) >= limit:
-        return heads
-    followers = await _claim(
-        connection,
-        _FOLLOWERS,
-        {
-            "lease_ends": lease_ends,
-            "relay": relay,
-            "heads": with_subject,
-            "now": now,
-            "limit": limit - len(heads),
-        },
-    )
-    return sorted([*heads, *followers], key=lambda row: row.id)
 
 
 async def release(
@@ -295,12 +295,9 @@ async def _start_again(
     return changed
 
 
-async def _claim(
-    connection: BaseDBAsyncClient, chosen: str, values: Mapping[str, Any]
-) -> list[Claimed]:
-    locking = "FOR UPDATE OF o SKIP LOCKED" if _is_postgres(connection) else ""
-    chosen = chosen.replace("{skip_locked}", locking)
-    rows = await _run(connection, _CLAIM.replace("{chosen}", chosen), values)
+async def _claim(connection: BaseDBAsyncClient, values: Mapping[str, Any]) -> list[Claimed]:
+    statement = _CLAIM_ON_POSTGRES if _is_postgres(connection) else _CLAIM_ON_SQLITE
+    rows = await _run(connection, statement, values)
     return sorted((_claimed(row) for row in rows), key=lambda row: row.id)
 
 
