@@ -187,17 +187,37 @@ class TestBurst:
         assert sum(type(each) is AuthenticationError for each in outcomes) == BUDGET
         assert len(costs) == BUDGET
 
-    @needs_postgres
     async def test_right_ones_wait_for_each_other(
-        self, db: TortoiseContext, clock: FakeClock
+        self, ada: User, strict: AuthService[User]
     ) -> None:
         """However many times one user logs in at once, nobody is throttled by attempts under way."""
-        await User.create_user(email=EMAIL, password=PASSWORD)
-        auth = service(clock)
-        results = await asyncio.gather(*(log_in(auth) for _ in range(BURST)))
+        async with asyncio.timeout(LIMIT):
+            results = await asyncio.gather(*(log_in(strict) for _ in range(BURST)))
         assert len({result.session.id for result in results}) == BURST
-        assert not auth._credentials._turns
+        assert not strict._credentials._turns
 
+    async def test_nobody_waits_for_the_handlers_of_others(
+        self, ada: User, strict: AuthService[User], emitter: EventEmitter
+    ) -> None:
+        """Guesses that are still being told of do not stand in the way of the user (A163)."""
+        told, go_on = asyncio.Semaphore(0), asyncio.Event()
+
+        @emitter.on("user_login_failed")
+        async def slow() -> None:
+            told.release()
+            await go_on.wait()
+
+        await strict.login(EMAIL, PASSWORD, context=HERE)
+        guesses = [asyncio.ensure_future(guess(strict, context=ELSEWHERE)) for _ in range(BURST)]
+        async with asyncio.timeout(LIMIT):
+            for _ in range(BURST):
+                await told.acquire()
+            assert await guess(strict, EMAIL, PASSWORD, HERE) == "in"
+            go_on.set()
+            outcomes = await asyncio.gather(*guesses)
+        assert outcomes.count("AuthenticationError") == BUDGET
+
+    @needs_postgres
     async def test_all_saw_the_same_count(
         self,
         postgres: TortoiseContext,
@@ -206,9 +226,8 @@ class TestBurst:
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         """Even if all fifty have read the counter before any of them writes it."""
-        monkeypatch.setattr(
-            "tortoise_auth.credentials._AT_A_TIME", BURST
-        )  # as many processes would
+        monkeypatch.setattr(credentials, "_AT_A_TIME", BURST)  # as many processes would
+        monkeypatch.setattr(credentials, "_PATIENCE", LIMIT)
         await User.create_user(email=EMAIL, password=PASSWORD)
         auth = service(clock)
         read, barrier, came = throttling._row, asyncio.Barrier(BURST), 0
@@ -1024,6 +1043,35 @@ class TestTransactionOfTheCaller:
             assert len(costs) <= BUDGET
         if connection_of(db).capabilities.dialect == "sqlite":
             assert outcomes.count("ThrottledError") == BURST - BUDGET
+
+    async def test_does_not_wait_for_those_who_wait_for_it(
+        self,
+        ada: User,
+        strict: AuthService[User],
+        emitter: EventEmitter,
+        hasher: PasswordHasher,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """A login in a transaction goes on while others at the account wait for its connection."""
+        verify = hasher.verify
+        hashing, go_on = asyncio.Semaphore(0), asyncio.Event()
+
+        async def verify_when_told(*args: Any) -> Any:
+            hashing.release()
+            await go_on.wait()
+            return await verify(*args)
+
+        monkeypatch.setattr(hasher, "verify", verify_when_told)
+        others = [asyncio.ensure_future(guess(strict, EMAIL, PASSWORD)) for _ in range(4)]
+        async with asyncio.timeout(LIMIT):
+            for _ in others:
+                await hashing.acquire()
+            monkeypatch.setattr(hasher, "verify", verify)
+            async with in_transaction():
+                go_on.set()
+                assert await guess(strict, EMAIL, PASSWORD) == "in"
+            assert await asyncio.gather(*others) == ["in"] * 4
+        await emitter.aclose()
 
     @needs_postgres
     @pytest.mark.parametrize("size", [1, 2])

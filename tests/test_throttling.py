@@ -706,6 +706,16 @@ class TestTransaction:
         await refused(throttle, attempt())
         assert await AttemptCount.filter(failures=3).count() == 1
 
+    @needs_postgres
+    async def test_counts_for_others_meanwhile(
+        self, postgres: TortoiseContext, clock: FakeClock
+    ) -> None:
+        """Another process does not have to wait for the end of it to see the count."""
+        limit = Limit(free=1)
+        async with in_transaction():
+            await DatabaseThrottle(account=limit, clock=clock).reserve(attempt())
+            await refused(DatabaseThrottle(account=limit, clock=clock), attempt())
+
     async def test_after_a_quiet_time(
         self, db: TortoiseContext, throttle: DatabaseThrottle, clock: FakeClock
     ) -> None:

@@ -101,13 +101,18 @@ class Credentials(Generic[UserT]):
             ThrottledError: It was not checked; that has been told, too.
         """
         user = await self._find_user(identifier)
-        async with self._turn(identifier, user):
-            return await self._check_login(identifier, user, password, context)
+        async with self._turn(identifier, user) as events:
+            return await self._check_login(identifier, user, password, context, events)
 
     async def _check_login(
-        self, identifier: str, user: UserT | None, password: str, context: RequestContext
+        self,
+        identifier: str,
+        user: UserT | None,
+        password: str,
+        context: RequestContext,
+        events: list[Event],
     ) -> Verified[UserT]:
-        reservation = await self._reserve(identifier, user, context)
+        reservation = await self._reserve(identifier, user, context, events)
         active = user if user is not None and user.is_active else None
         locked = reservation is not None and reservation.locked
         stored = active.password if active is not None and not locked else None
@@ -122,8 +127,9 @@ class Credentials(Generic[UserT]):
                 if locked
                 else "bad_password"
             )
-            await self._failed(reservation, user, context)
-            raise await self.refusal(identifier, reason, user, context)
+            await self._failed(reservation, user, context, events)
+            events.append(self._refusal(identifier, reason, user, context))
+            raise AuthenticationError
         await self._succeeded(reservation)
         return Verified(user, replacement)
 
@@ -137,23 +143,28 @@ class Credentials(Generic[UserT]):
         connection = self._sessions.connection()
         user_now = await self._user_model.filter(pk=user.pk).using_db(connection).first()
         identifier = str(getattr(user, user.identifier_field))
-        async with self._turn(identifier, user_now):
-            return await self._check_current(identifier, user_now, password, context)
+        async with self._turn(identifier, user_now) as events:
+            return await self._check_current(identifier, user_now, password, context, events)
 
     async def _check_current(
-        self, identifier: str, user_now: UserT | None, password: str, context: RequestContext
+        self,
+        identifier: str,
+        user_now: UserT | None,
+        password: str,
+        context: RequestContext,
+        events: list[Event],
     ) -> str:
-        reservation = await self._reserve(identifier, user_now, context)
+        reservation = await self._reserve(identifier, user_now, context, events)
         active = user_now if user_now is not None and user_now.is_active else None
         locked = reservation is not None and reservation.locked
         stored = active.password if active is not None and not locked else None
         verification, _ = await self._verify(password, stored, reservation, rehash=False)
         if stored is None or not verification.valid:
-            await self._failed(reservation, user_now, context)
-            if active is None:  # closed or gone: there is nothing to guess
-                raise AuthenticationError
-            reason: FailureReason = "locked" if locked else "bad_password"
-            raise await self.refusal(identifier, reason, user_now, context)
+            await self._failed(reservation, user_now, context, events)
+            if active is not None:  # neither closed nor gone: there is something to guess
+                reason: FailureReason = "locked" if locked else "bad_password"
+                events.append(self._refusal(identifier, reason, user_now, context))
+            raise AuthenticationError
         await self._succeeded(reservation)
         return stored
 
@@ -161,27 +172,46 @@ class Credentials(Generic[UserT]):
         self, identifier: str, reason: FailureReason, user: UserT | None, context: RequestContext
     ) -> AuthenticationError:
         """Tell that a password was refused, and return the error to raise: always the same."""
-        await self._tell(
-            UserLoginFailed(
-                identifier=_shown(identifier),
-                reason=reason,
-                user_id=_id(user),
-                subject_id=_id(user),
-                context=context,
-                occurred_at=self._clock(),
-            )
-        )
+        await self._tell(self._refusal(identifier, reason, user, context))
         return AuthenticationError()
 
+    def _refusal(
+        self, identifier: str, reason: FailureReason, user: UserT | None, context: RequestContext
+    ) -> UserLoginFailed:
+        return UserLoginFailed(
+            identifier=_shown(identifier),
+            reason=reason,
+            user_id=_id(user),
+            subject_id=_id(user),
+            context=context,
+            occurred_at=self._clock(),
+        )
+
     @asynccontextmanager
-    async def _turn(self, identifier: str, user: UserT | None) -> AsyncIterator[None]:
-        """Let few attempts at one account be under way at a time.
+    async def _turn(self, identifier: str, user: UserT | None) -> AsyncIterator[list[Event]]:
+        """Let few attempts at one account be under way at a time; tell of a refusal when it is over.
+
+        Whoever guesses and has slow handlers told of it must not make the user wait in a queue.
+        """
+        events: list[Event] = []
+        try:
+            async with self._place(identifier, user):
+                yield events
+        except (AuthenticationError, ThrottledError):
+            for event in events:
+                await self._tell(event)
+            raise
+
+    @asynccontextmanager
+    async def _place(self, identifier: str, user: UserT | None) -> AsyncIterator[None]:
+        """Wait while as many others as may are trying the same account.
 
         An attempt is counted before it is known to be right. Without this, one user who logs in
         many times at once, as a test or a script does, would be throttled by attempts that are all
-        about to succeed.
+        about to succeed. Not in a transaction of the caller: those who are trying may wait for the
+        connection that it holds.
         """
-        if self._throttle is None:
+        if self._throttle is None or is_transaction(self._sessions.connection()):
             yield
             return
         key = (id(asyncio.get_running_loop()), self._account(identifier, user))
@@ -224,7 +254,7 @@ class Credentials(Generic[UserT]):
             raise
 
     async def _reserve(
-        self, identifier: str, user: UserT | None, context: RequestContext
+        self, identifier: str, user: UserT | None, context: RequestContext, events: list[Event]
     ) -> Reservation | None:
         if self._throttle is None:
             return None
@@ -241,26 +271,30 @@ class Credentials(Generic[UserT]):
         try:
             return await _available(self._throttle.reserve(attempt), _PATIENCE)
         except ThrottledError as throttled:
-            await self.refusal(identifier, "throttled", user, context)
-            await self._tell(
+            events += (
+                self._refusal(identifier, "throttled", user, context),
                 LoginThrottled(
                     identifier=_shown(identifier),
                     retry_after=throttled.retry_after,
                     subject_id=_id(user),
                     context=context,
                     occurred_at=self._clock(),
-                )
+                ),
             )
             raise
 
     async def _failed(
-        self, reservation: Reservation | None, user: UserT | None, context: RequestContext
+        self,
+        reservation: Reservation | None,
+        user: UserT | None,
+        context: RequestContext,
+        events: list[Event],
     ) -> None:
         if self._throttle is None or reservation is None:
             return
         await self._settle(self._throttle.failed(reservation))
         if reservation.locks and user is not None:
-            await self._tell(
+            events.append(
                 AccountLocked(
                     user=user, subject_id=_id(user), context=context, occurred_at=self._clock()
                 )

@@ -37,6 +37,7 @@ Order = dict[str, Any]
 
 
 credentials._AT_A_TIME = 1000  # each child plays many processes at once
+credentials._PATIENCE = 60.0  # and waits for the others where a test lets it wait
 
 
 @dataclass
