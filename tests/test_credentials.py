@@ -39,7 +39,12 @@ from tortoise_auth import (
     credentials,
     throttling,
 )
-from tortoise_auth.events import AccountLocked, LoginThrottled, UserLoginFailed
+from tortoise_auth.events import (
+    AccountLocked,
+    LoginThrottled,
+    PasswordChangeFailed,
+    UserLoginFailed,
+)
 from tortoise_auth.exceptions import EventError, ServiceUnavailableError, ThrottledError
 from tortoise_auth.models import AttemptCount
 from tortoise_auth.testing import Captured, FakeClock, capture
@@ -329,7 +334,8 @@ class TestPause:
             await strict.change_password(ada, PASSWORD, NEW_PASSWORD)
         assert error.value.retry_after == 1
         assert costs == []
-        assert events.names == ["user_login_failed", "login_throttled"]
+        assert events.names == ["password_change_failed", "login_throttled"]
+        assert events.one(PasswordChangeFailed).reason == "throttled"
         assert events.one(LoginThrottled).identifier == EMAIL
 
 
@@ -639,8 +645,8 @@ class TestLocked:
         with argon2_costs() as costs, pytest.raises(AuthenticationError):
             await auth.change_password(ada, PASSWORD, NEW_PASSWORD)
         assert len(costs) == 1
-        reasons = [event.reason for event in events.of(UserLoginFailed)]
-        assert reasons == ["bad_password"] * BUDGET + ["locked"]
+        reasons = [event.reason for event in events.of(PasswordChangeFailed)]
+        assert reasons == ["bad_password", "locked"]
         assert await auth.authenticate(session.access_token) == ada
 
     async def test_nobody_is_told_of_who_is_not_there(
@@ -681,7 +687,7 @@ class TestChange:
         events: Captured,
         account: str,
     ) -> None:
-        """It costs a hash and an attempt like any other, and no password is called wrong."""
+        """It costs a hash and an attempt like any other, and is told, but no password called wrong."""
         if account == "closed":
             await strict.deactivate(ada)
         else:
@@ -691,10 +697,12 @@ class TestChange:
             for _ in range(BUDGET):
                 with pytest.raises(AuthenticationError):
                     await strict.change_password(ada, PASSWORD, NEW_PASSWORD)
-            assert events.names == []
             with pytest.raises(ThrottledError):
                 await strict.change_password(ada, PASSWORD, NEW_PASSWORD)
         assert costs == [full_cost(hasher)] * BUDGET
+        reason = "inactive" if account == "closed" else "not_found"
+        told = [(event.reason, event.user) for event in events.of(PasswordChangeFailed)]
+        assert told == [(reason, ada)] * BUDGET + [("throttled", ada)]
 
 
 class TestSuccess:

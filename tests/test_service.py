@@ -51,6 +51,7 @@ from tortoise_auth import (
 from tortoise_auth.context import storable
 from tortoise_auth.events import (
     PasswordChanged,
+    PasswordChangeFailed,
     UserDeactivated,
     UserLogin,
 )
@@ -857,7 +858,7 @@ class TestChangePassword:
             await auth.change_password(ada, current, NEW_PASSWORD)
         assert costs == [full_cost(hasher)]
         assert await rows(User) == before
-        assert "password_changed" not in events.names
+        assert events.names == ["password_change_failed"]
         await assert_goes_on(auth, result)
 
     async def test_wrong_current_password_comes_before_the_policy(
@@ -897,7 +898,9 @@ class TestChangePassword:
         with argon2_costs() as costs, pytest.raises(AuthenticationError):
             await auth.change_password(user, PASSWORD, NEW_PASSWORD)
         assert costs == [full_cost(hasher)]
-        assert events.names == []
+        told = events.one(PasswordChangeFailed)
+        assert told.reason == ("inactive" if change == "closed" else "not_found")
+        assert told.subject_id == (None if change == "unsaved" else str(ada.pk))
 
     async def test_checks_what_is_stored(self, auth: AuthService[User], ada: User) -> None:
         """The current password is the stored one, not that of an object from before."""
@@ -925,7 +928,7 @@ class TestChangePassword:
         before = ada.password
         with pytest.raises(AuthenticationError):
             await auth.change_password(ada, PASSWORD, NEW_PASSWORD)
-        assert events.names == ["password_changed"]
+        assert events.names == ["password_changed", "password_change_failed"]
         assert ada.password == before
         assert await auth.login(EMAIL, "another donkey charger")
 

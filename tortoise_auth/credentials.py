@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 from tortoise_auth.clock import Clock
@@ -18,6 +19,7 @@ from tortoise_auth.events.catalog import (
     Event,
     FailureReason,
     LoginThrottled,
+    PasswordChangeFailed,
     UserLoginFailed,
 )
 from tortoise_auth.events.dispatch import EventEmitter
@@ -32,7 +34,7 @@ from tortoise_auth.exceptions import (
 from tortoise_auth.passwords import PasswordHasher, Verification
 from tortoise_auth.sessions import Sessions
 from tortoise_auth.throttling import Attempt, Reservation, Throttle, source_of
-from tortoise_auth.users import UserT, user_table
+from tortoise_auth.users import AbstractUser, UserT, user_table
 
 ResultT = TypeVar("ResultT")
 
@@ -51,11 +53,21 @@ class Verified(Generic[UserT]):
 
     Attributes:
         user: Whose it is, as read before the check.
+        stored: The hash that it matches.
         replacement: A hash of today's cost, if the stored one is outdated.
     """
 
     user: UserT
+    stored: str = field(repr=False)
     replacement: str | None = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class _Refused:
+    """A password that was wrong, or not looked at: what to tell, and then to raise."""
+
+    error: AuthenticationError | ThrottledError
+    events: Sequence[Event]
 
 
 class Credentials(Generic[UserT]):
@@ -101,83 +113,30 @@ class Credentials(Generic[UserT]):
             ThrottledError: It was not checked; that has been told, too.
         """
         user = await self._find_user(identifier)
-        async with self._turn(identifier, user) as events:
-            return await self._check_login(identifier, user, password, context, events)
-
-    async def _check_login(
-        self,
-        identifier: str,
-        user: UserT | None,
-        password: str,
-        context: RequestContext,
-        events: list[Event],
-    ) -> Verified[UserT]:
-        reservation = await self._reserve(identifier, user, context, events)
-        active = user if user is not None and user.is_active else None
-        locked = reservation is not None and reservation.locked
-        stored = active.password if active is not None and not locked else None
-        verification, replacement = await self._verify(password, stored, reservation)
-        if user is None or not verification.valid:
-            reason: FailureReason = (
-                "not_found"
-                if user is None
-                else "inactive"
-                if active is None
-                else "locked"
-                if locked
-                else "bad_password"
-            )
-            await self._failed(reservation, user, context, events)
-            events.append(self._refusal(identifier, reason, user, context))
-            raise AuthenticationError
-        await self._succeeded(reservation)
-        return Verified(user, replacement)
+        failed = partial(self.login_failed, identifier, user, context)
+        return await self._check(identifier, user, password, context, failed)
 
     async def check_current(self, user: UserT, password: str, context: RequestContext) -> str:
         """Check the password of somebody who is logged in; return the stored hash it matches.
 
         Raises:
-            AuthenticationError: It is wrong, which has been told, or the account is inactive.
-            ThrottledError: It was not checked; that has been told, too.
+            AuthenticationError, ThrottledError: As `check_login` does.
         """
         connection = self._sessions.connection()
         user_now = await self._user_model.filter(pk=user.pk).using_db(connection).first()
         identifier = str(getattr(user, user.identifier_field))
-        async with self._turn(identifier, user_now) as events:
-            return await self._check_current(identifier, user_now, password, context, events)
+        failed = partial(self.change_failed, user, context)
+        verified = await self._check(identifier, user_now, password, context, failed, rehash=False)
+        return verified.stored
 
-    async def _check_current(
+    def login_failed(
         self,
         identifier: str,
-        user_now: UserT | None,
-        password: str,
+        user: UserT | None,
         context: RequestContext,
-        events: list[Event],
-    ) -> str:
-        reservation = await self._reserve(identifier, user_now, context, events)
-        active = user_now if user_now is not None and user_now.is_active else None
-        locked = reservation is not None and reservation.locked
-        stored = active.password if active is not None and not locked else None
-        verification, _ = await self._verify(password, stored, reservation, rehash=False)
-        if stored is None or not verification.valid:
-            await self._failed(reservation, user_now, context, events)
-            if active is not None:  # neither closed nor gone: there is something to guess
-                reason: FailureReason = "locked" if locked else "bad_password"
-                events.append(self._refusal(identifier, reason, user_now, context))
-            raise AuthenticationError
-        await self._succeeded(reservation)
-        return stored
-
-    async def refusal(
-        self, identifier: str, reason: FailureReason, user: UserT | None, context: RequestContext
-    ) -> AuthenticationError:
-        """Tell that a password was refused, and return the error to raise: always the same."""
-        await self._tell(self._refusal(identifier, reason, user, context))
-        return AuthenticationError()
-
-    def _refusal(
-        self, identifier: str, reason: FailureReason, user: UserT | None, context: RequestContext
+        reason: FailureReason,
     ) -> UserLoginFailed:
+        """Return the event of a refused login."""
         return UserLoginFailed(
             identifier=_shown(identifier),
             reason=reason,
@@ -187,23 +146,96 @@ class Credentials(Generic[UserT]):
             occurred_at=self._clock(),
         )
 
-    @asynccontextmanager
-    async def _turn(self, identifier: str, user: UserT | None) -> AsyncIterator[list[Event]]:
-        """Let few attempts at one account be under way at a time; tell of a refusal when it is over.
+    def change_failed(
+        self, user: UserT, context: RequestContext, reason: FailureReason
+    ) -> PasswordChangeFailed[UserT]:
+        """Return the event of a refused password change."""
+        return PasswordChangeFailed(
+            user=user,
+            reason=reason,
+            subject_id=_id(user),
+            context=context,
+            occurred_at=self._clock(),
+        )
+
+    async def refuse(self, event: Event) -> AuthenticationError:
+        """Tell that a password was refused, and return the error to raise: always the same."""
+        await report(event, self._sessions.connection(), self._emitter, clock=self._clock)
+        return AuthenticationError()
+
+    async def _check(
+        self,
+        identifier: str,
+        user: UserT | None,
+        password: str,
+        context: RequestContext,
+        failed: Callable[[FailureReason], Event],
+        *,
+        rehash: bool = True,
+    ) -> Verified[UserT]:
+        """Check a password in its turn, and tell of a refusal when the turn is over.
 
         Whoever guesses and has slow handlers told of it must not make the user wait in a queue.
         """
-        events: list[Event] = []
+        async with self._turn(identifier, user):
+            outcome = await self._attempt(
+                identifier, user, password, context, failed, rehash=rehash
+            )
+        if isinstance(outcome, Verified):
+            return outcome
+        for event in outcome.events:
+            await report(event, self._sessions.connection(), self._emitter, clock=self._clock)
+        raise outcome.error
+
+    async def _attempt(
+        self,
+        identifier: str,
+        user: UserT | None,
+        password: str,
+        context: RequestContext,
+        failed: Callable[[FailureReason], Event],
+        *,
+        rehash: bool,
+    ) -> Verified[UserT] | _Refused:
         try:
-            async with self._place(identifier, user):
-                yield events
-        except (AuthenticationError, ThrottledError):
-            for event in events:
-                await self._tell(event)
-            raise
+            reservation = await self._reserve(identifier, user, context)
+        except ThrottledError as throttled:
+            told = self._throttled(identifier, user, context, throttled)
+            return _Refused(throttled, [failed("throttled"), told])
+        active = user if user is not None and user.is_active else None
+        locked = reservation is not None and reservation.locked
+        stored = active.password if active is not None and not locked else None
+        verification, replacement = await self._verify(password, stored, reservation, rehash=rehash)
+        if active is not None and stored is not None and verification.valid:
+            await self._succeeded(reservation)
+            return Verified(active, stored, replacement)
+        await self._failed(reservation)
+        events: list[Event] = []
+        if user is not None and reservation is not None and reservation.locks:
+            events.append(
+                AccountLocked(
+                    user=user, subject_id=_id(user), context=context, occurred_at=self._clock()
+                )
+            )
+        return _Refused(AuthenticationError(), [*events, failed(_reason(user, locked=locked))])
+
+    def _throttled(
+        self,
+        identifier: str,
+        user: UserT | None,
+        context: RequestContext,
+        throttled: ThrottledError,
+    ) -> LoginThrottled:
+        return LoginThrottled(
+            identifier=_shown(identifier),
+            retry_after=throttled.retry_after,
+            subject_id=_id(user),
+            context=context,
+            occurred_at=self._clock(),
+        )
 
     @asynccontextmanager
-    async def _place(self, identifier: str, user: UserT | None) -> AsyncIterator[None]:
+    async def _turn(self, identifier: str, user: UserT | None) -> AsyncIterator[None]:
         """Wait while as many others as may are trying the same account.
 
         An attempt is counted before it is known to be right. Without this, one user who logs in
@@ -240,7 +272,7 @@ class Credentials(Generic[UserT]):
         stored: str | None,
         reservation: Reservation | None,
         *,
-        rehash: bool = True,
+        rehash: bool,
     ) -> tuple[Verification, str | None]:
         try:
             verification = await self._passwords.verify(password, stored)
@@ -254,7 +286,7 @@ class Credentials(Generic[UserT]):
             raise
 
     async def _reserve(
-        self, identifier: str, user: UserT | None, context: RequestContext, events: list[Event]
+        self, identifier: str, user: UserT | None, context: RequestContext
     ) -> Reservation | None:
         if self._throttle is None:
             return None
@@ -268,37 +300,11 @@ class Credentials(Generic[UserT]):
             source=None if source is None else self._hidden(f"{self._table}:{source}"),
             familiar=familiar,
         )
-        try:
-            return await _available(self._throttle.reserve(attempt), _PATIENCE)
-        except ThrottledError as throttled:
-            events += (
-                self._refusal(identifier, "throttled", user, context),
-                LoginThrottled(
-                    identifier=_shown(identifier),
-                    retry_after=throttled.retry_after,
-                    subject_id=_id(user),
-                    context=context,
-                    occurred_at=self._clock(),
-                ),
-            )
-            raise
+        return await _available(self._throttle.reserve(attempt), _PATIENCE)
 
-    async def _failed(
-        self,
-        reservation: Reservation | None,
-        user: UserT | None,
-        context: RequestContext,
-        events: list[Event],
-    ) -> None:
-        if self._throttle is None or reservation is None:
-            return
-        await self._settle(self._throttle.failed(reservation))
-        if reservation.locks and user is not None:
-            events.append(
-                AccountLocked(
-                    user=user, subject_id=_id(user), context=context, occurred_at=self._clock()
-                )
-            )
+    async def _failed(self, reservation: Reservation | None) -> None:
+        if self._throttle is not None and reservation is not None:
+            await self._settle(self._throttle.failed(reservation))
 
     async def _succeeded(self, reservation: Reservation | None) -> None:
         if self._throttle is not None and reservation is not None:
@@ -332,9 +338,6 @@ class Credentials(Generic[UserT]):
     def _hidden(self, text: str) -> str:
         return hmac.new(self._secret, text.encode("utf-8", "replace"), hashlib.sha256).hexdigest()
 
-    async def _tell(self, event: Event) -> None:
-        await report(event, self._sessions.connection(), self._emitter, clock=self._clock)
-
 
 async def _available(
     answer: Coroutine[Any, Any, ResultT], patience: float | None = None
@@ -356,4 +359,12 @@ def _shown(identifier: object) -> str:
 
 
 def _id(user: UserT | None) -> str | None:
-    return None if user is None else str(user.pk)
+    return None if user is None or user.pk is None else str(user.pk)
+
+
+def _reason(user: AbstractUser | None, *, locked: bool) -> FailureReason:
+    if user is None:
+        return "not_found"
+    if not user.is_active:
+        return "inactive"
+    return "locked" if locked else "bad_password"

@@ -35,7 +35,6 @@ from tortoise_auth.events.dispatch import EventEmitter
 from tortoise_auth.events.relay import Relay, RelaySettings
 from tortoise_auth.events.unit_of_work import UnitOfWork, report
 from tortoise_auth.exceptions import (
-    AuthenticationError,
     ConfigurationError,
     TokenError,
     TokenExpiredError,
@@ -186,9 +185,10 @@ class AuthService(Generic[UserT]):
         opened = await self._open_session(verified, context)
         if opened is None:
             # The password was changed or the account closed while the hash was computed.
-            raise await self._credentials.refusal(
-                identifier, "bad_password", verified.user, context
+            failed = self._credentials.login_failed(
+                identifier, verified.user, context, "bad_password"
             )
+            raise await self._credentials.refuse(failed)
         return self._result(verified.user, *opened, claims)
 
     @guarded
@@ -343,7 +343,8 @@ class AuthService(Generic[UserT]):
     ) -> None:
         """The same as `set_password`, after checking the current password (OWASP ASVS 6.2.3).
 
-        A wrong current password counts as a refused login does, and emits ``user_login_failed``.
+        A wrong current password counts as a refused login does, and emits
+        ``password_change_failed``.
 
         Raises:
             AuthenticationError: The current password is wrong, or the account is inactive.
@@ -358,7 +359,8 @@ class AuthService(Generic[UserT]):
             user, hashed, keep=keep, instead_of=stored, context=context
         )
         if not changed:
-            raise AuthenticationError
+            failed = self._credentials.change_failed(user, context, "bad_password")
+            raise await self._credentials.refuse(failed)
 
     @guarded
     async def sessions(self, user: UserT) -> list[Session]:

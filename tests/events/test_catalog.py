@@ -136,10 +136,12 @@ class TestContract:
 
     @by_name
     def test_events_of_an_account_carry_the_user(self, event: type[Event]) -> None:
-        """Every event about an account gives handlers the user, positionally and alone."""
+        """Every event about an account gives handlers the user, positionally, and a reason by name."""
         example = example_of(event)
         if isinstance(example, UserEvent):
-            assert example.arguments() == ((ADA,), {})
+            args, kwargs = example.arguments()
+            assert args == (ADA,)
+            assert kwargs.keys() <= {"reason"}
         else:
             assert example.arguments()[0] == ()
             assert set(example.arguments()[1]) <= {each.name for each in fields(event)}

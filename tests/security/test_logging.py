@@ -84,7 +84,7 @@ async def test_every_operation_is_told(
         wrong = auth.login(EMAIL, "wrong")
         assert await told(wrong) == [(*failed, "bad_password", "failure")]
         change = auth.change_password(ada, "wrong", NEW_PASSWORD)
-        assert await told(change) == [(*failed, "bad_password", "failure")]
+        assert await told(change) == [("password_change_failed", "user", "bad_password", "failure")]
         for _ in range(2):  # the source is known and has a budget of its own
             await told(auth.login(EMAIL, "wrong"))
         assert await told(log_in(auth)) == [

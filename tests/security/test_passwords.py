@@ -27,7 +27,7 @@ from tests.probes import (
     rows,
 )
 from tortoise_auth import AuthenticationError, AuthService, EventEmitter, PasswordPolicyError
-from tortoise_auth.events import UserLoginFailed
+from tortoise_auth.events import PasswordChangeFailed
 from tortoise_auth.exceptions import ServiceUnavailableError
 from tortoise_auth.models import AttemptCount
 from tortoise_auth.testing import FakeClock, capture
@@ -210,13 +210,9 @@ class TestChange:
         result = await log_in(auth)
         with capture(emitter) as events, pytest.raises(AuthenticationError):
             await auth.change_password(ada, "wrong", NEW_PASSWORD, keep=result.session)
-        told = events.one(UserLoginFailed)
-        assert (told.reason, told.subject_id, told.identifier) == (
-            "bad_password",
-            str(ada.pk),
-            EMAIL,
-        )
-        assert events.names == ["user_login_failed"]
+        told = events.one(PasswordChangeFailed)
+        assert (told.reason, told.subject_id, told.user) == ("bad_password", str(ada.pk), ada)
+        assert events.names == ["password_change_failed"]
         assert sum(await AttemptCount.all().values_list("count", flat=True)) == 1  # type: ignore[arg-type]
         await assert_goes_on(auth, result)
         assert await log_in(auth)

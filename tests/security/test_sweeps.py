@@ -354,7 +354,7 @@ SCENARIOS: dict[str, Scenario] = {
     "change_password_failed": Scenario(
         lambda stage: stage.auth.change_password(stage.ada, "wrong", NEW_PASSWORD, context=HOME),
         AuthenticationError,
-        ("user_login_failed",),
+        ("password_change_failed",),
         follows=True,
     ),
     "revoke_session": Scenario(

@@ -142,7 +142,7 @@ class UserLogin(UserEvent[UserT]):
 
 @dataclass(frozen=True, kw_only=True)
 class UserLoginFailed(Event):
-    """A password was refused: at a login, or as the current one at a password change.
+    """A login was refused.
 
     Attributes:
         identifier: What was typed, bounded, NUL and lone surrogates replaced. People type their
@@ -183,6 +183,21 @@ class PasswordChanged(UserEvent[UserT]):
     """
 
     sessions_ended: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class PasswordChangeFailed(UserEvent[UserT]):
+    """A password change was refused because of the current password. The old one stays.
+
+    Who asked for it had a session: warn the user, who may not have been the one.
+
+    Attributes:
+        reason: Why.
+    """
+
+    keywords: ClassVar[tuple[str, ...]] = ("reason",)
+
+    reason: FailureReason
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,10 +269,10 @@ class UserActivated(UserEvent[UserT]):
 
 @dataclass(frozen=True, kw_only=True)
 class LoginThrottled(Event):
-    """A login was refused unheard because there had been too many.
+    """A login, or a password change, was refused unheard because there had been too many.
 
     Attributes:
-        identifier: What was typed; see `UserLoginFailed`.
+        identifier: What was typed, see `UserLoginFailed`; at a password change that of the account.
         retry_after: Seconds to wait.
     """
 

@@ -21,6 +21,7 @@ from tortoise_auth.events.catalog import (
     FailureReason,
     LoginThrottled,
     PasswordChanged,
+    PasswordChangeFailed,
     PasswordRehashed,
     RefreshTokenReused,
     SessionRefreshed,
@@ -155,6 +156,7 @@ _MESSAGES: Mapping[type[Event], str] = {
     SessionRefreshed: "A session was refreshed",
     RefreshTokenReused: "A session was ended because a spent refresh token was presented",
     PasswordChanged: "The password was changed",
+    PasswordChangeFailed: "A password change was refused",
     PasswordRehashed: "The stored hash of the password was renewed",
     UserRegistered: "The account was created",
     UserDeactivated: "The account was deactivated",
@@ -177,6 +179,7 @@ _OCSF: Mapping[type[Event], tuple[int, int, str, int, int, str]] = {
     SessionRefreshed: (_LOGIN, 99, "Session Refresh", 1, 1, ""),
     RefreshTokenReused: (_LOGIN, 99, "Refresh Token Reuse", 2, 4, "REFRESH_TOKEN_REUSED"),
     PasswordChanged: (_ACCOUNT, 3, "Password Change", 1, 1, ""),
+    PasswordChangeFailed: (_ACCOUNT, 3, "Password Change", 2, 3, ""),
     PasswordRehashed: (_ACCOUNT, 99, "Password Rehash", 1, 1, ""),
     UserRegistered: (_ACCOUNT, 1, "Create", 1, 1, ""),
     UserDeactivated: (_ACCOUNT, 5, "Disable", 1, 1, ""),
@@ -204,6 +207,7 @@ _ECS: Mapping[type[Event], tuple[str, str, str, str]] = {
     SessionRefreshed: ("event", "session", "info", "success"),
     RefreshTokenReused: ("alert", "authentication session", "info", "failure"),
     PasswordChanged: ("event", "iam", "user change", "success"),
+    PasswordChangeFailed: ("event", "iam", "user change", "failure"),
     PasswordRehashed: ("event", "iam", "user info", "success"),
     UserRegistered: ("event", "iam", "user creation", "success"),
     UserDeactivated: ("event", "iam", "user change", "success"),
@@ -435,7 +439,7 @@ def _typed(event: Event, unknown: bool) -> str | None:
 
 
 def _reason(event: Event) -> FailureReason | None:
-    if isinstance(event, UserLoginFailed):
+    if isinstance(event, UserLoginFailed | PasswordChangeFailed):
         return event.reason
     return "throttled" if isinstance(event, LoginThrottled) else None
 
