@@ -32,21 +32,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.conftest import SECRET
+from tortoise_auth import AccessClaims, AuthConfig, SigningKey
 from tortoise_auth.exceptions import (
     ConfigurationError,
     TokenExpiredError,
     TokenInvalidError,
 )
+from tortoise_auth.keys import Algorithm
 from tortoise_auth.testing import FakeClock
-from tortoise_auth.tokens import (
-    MAX_TOKEN_LENGTH,
-    AccessClaims,
-    AccessTokens,
-    Algorithm,
-    AuthConfig,
-    RefreshToken,
-    SigningKey,
-)
+from tortoise_auth.tokens import MAX_TOKEN_LENGTH, AccessTokens, RefreshToken
 
 SHA = {"HS256": hashlib.sha256, "HS384": hashlib.sha384, "HS512": hashlib.sha512}
 MAKE_ONE = "secrets.token_urlsafe"

@@ -14,6 +14,7 @@ Example::
     user = await auth.authenticate(result.access_token)
 """
 
+from tortoise_auth.config import AuthConfig
 from tortoise_auth.context import RequestContext, request_context
 from tortoise_auth.events import (
     EventEmitter,
@@ -31,10 +32,11 @@ from tortoise_auth.exceptions import (
     TokenError,
     TortoiseAuthError,
 )
+from tortoise_auth.keys import SigningKey
 from tortoise_auth.models import app_config
 from tortoise_auth.passwords import PasswordHasher, PasswordPolicy
 from tortoise_auth.service import AuthResult, AuthService, Revocation
-from tortoise_auth.tokens import AccessClaims, AuthConfig, SigningKey
+from tortoise_auth.tokens import AccessClaims
 from tortoise_auth.users import AbstractUser
 
 __version__ = "0.1.0"

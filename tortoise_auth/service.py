@@ -11,6 +11,7 @@ from uuid import UUID
 from tortoise.expressions import F
 
 from tortoise_auth.clock import Clock, utc_now
+from tortoise_auth.config import AuthConfig
 from tortoise_auth.context import RequestContext, current_context
 from tortoise_auth.credentials import Credentials, Verified
 from tortoise_auth.database import (
@@ -46,7 +47,7 @@ from tortoise_auth.models import Session
 from tortoise_auth.passwords import PasswordHasher, PasswordPolicy
 from tortoise_auth.sessions import Found, Sessions
 from tortoise_auth.throttling import DatabaseThrottle, Throttle
-from tortoise_auth.tokens import AccessClaims, AccessTokens, AuthConfig, RefreshToken
+from tortoise_auth.tokens import AccessClaims, AccessTokens, RefreshToken
 from tortoise_auth.users import (
     AbstractUser,
     UserT,

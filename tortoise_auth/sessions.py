@@ -19,12 +19,13 @@ from tortoise.manager import Manager
 from tortoise.models import Model
 
 from tortoise_auth.clock import Clock
+from tortoise_auth.config import AuthConfig
 from tortoise_auth.context import RequestContext
 from tortoise_auth.events.unit_of_work import UnitOfWork
 from tortoise_auth.exceptions import TokenExpiredError, TokenRevokedError
 from tortoise_auth.models import Session, primary_key
 from tortoise_auth.throttling import source_of
-from tortoise_auth.tokens import AuthConfig, RefreshToken
+from tortoise_auth.tokens import RefreshToken
 from tortoise_auth.users import UserT, shared_connection, user_table
 
 logger = logging.getLogger("tortoise_auth.sessions")

@@ -37,7 +37,7 @@ from tests.events.standards import (
     variants,
     violations,
 )
-from tortoise_auth import RequestContext
+from tortoise_auth import AuthConfig, RequestContext, SigningKey
 from tortoise_auth.events import (
     Event,
     NamedEvent,
@@ -53,8 +53,9 @@ from tortoise_auth.events import (
 from tortoise_auth.events.catalog import Actor
 from tortoise_auth.events.formats import security_event_token, set_claims
 from tortoise_auth.exceptions import ConfigurationError, TokenInvalidError
+from tortoise_auth.keys import Algorithm
 from tortoise_auth.testing import FakeClock
-from tortoise_auth.tokens import AccessTokens, Algorithm, AuthConfig, SigningKey
+from tortoise_auth.tokens import AccessTokens
 
 FILE = "set-rfc8417.json"
 ISSUER, AUDIENCE = "https://id.example.com/", "https://shop.example.com/caep"

@@ -40,6 +40,7 @@ from tortoise_auth import (
     PasswordPolicyError,
     RequestContext,
     Revocation,
+    SigningKey,
 )
 from tortoise_auth.exceptions import (
     ConfigurationError,
@@ -51,7 +52,7 @@ from tortoise_auth.fields import normalize_email
 from tortoise_auth.models import Session
 from tortoise_auth.passwords import MAX_PASSWORD_LENGTH
 from tortoise_auth.testing import FakeClock
-from tortoise_auth.tokens import MAX_TOKEN_LENGTH, AccessTokens, SigningKey
+from tortoise_auth.tokens import MAX_TOKEN_LENGTH, AccessTokens
 
 MEGABYTE = 1_000_000
 DAY = timedelta(days=1)

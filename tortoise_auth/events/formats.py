@@ -35,7 +35,7 @@ from tortoise_auth.events.catalog import (
 )
 from tortoise_auth.events.serialization import plain
 from tortoise_auth.exceptions import ConfigurationError, TortoiseAuthError, describe
-from tortoise_auth.tokens import SigningKey
+from tortoise_auth.keys import SigningKey
 
 TYPE_PREFIX = "io.github.tortoise_auth."
 """What the ``type`` of every CloudEvent of ours begins with."""

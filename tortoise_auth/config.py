@@ -1,0 +1,108 @@
+"""`AuthConfig`: keys and lifetimes of one service, checked when they are given."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from functools import cached_property
+from typing import ClassVar
+
+from tortoise_auth.exceptions import ConfigurationError
+from tortoise_auth.keys import MAKE_ONE, SigningKey
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuthConfig:
+    """Settings of one `AuthService`, checked when they are made.
+
+    Attributes:
+        secret: What signs access tokens: a random string of at least 32 bytes, or a list of
+            `SigningKey`, newest first. Warning: who knows it can be anybody. Keep it out of the
+            code, read it from the environment.
+        issuer, audience: Written into access tokens and required in them. Give each service of
+            yours an audience of its own.
+        access_token_lifetime: 15 minutes by default, at most a day. ``AuthService.authenticate``
+            sees a logout at once; ``decode``, which asks no database, only when the token expires.
+        refresh_token_lifetime: How long a session may lie idle (7 days).
+        session_lifetime: When a session ends however busy it is (30 days; NIST SP 800-63B-4,
+            2.1.3, asks for no more).
+        leeway: How far the clocks of two machines may differ (10 seconds, at most 5 minutes).
+        refresh_reuse_grace: For how long after a refresh the spent token is still exchanged, for
+            clients that refresh twice at the same time. Off by default.
+            Warning: within this window a stolen token goes unnoticed (RFC 9700, 4.14.2).
+
+    Raises:
+        ConfigurationError: A setting is missing, weak or makes no sense; the message says what to do.
+    """
+
+    secret: str | bytes | Sequence[SigningKey] = field(repr=False)
+    issuer: str = "tortoise-auth"
+    audience: str = "tortoise-auth"
+    access_token_lifetime: timedelta = timedelta(minutes=15)
+    refresh_token_lifetime: timedelta = timedelta(days=7)
+    session_lifetime: timedelta = timedelta(days=30)
+    leeway: timedelta = timedelta(seconds=10)
+    refresh_reuse_grace: timedelta = timedelta(0)
+
+    def __post_init__(self) -> None:
+        self._check_keys()
+        for name in ("issuer", "audience"):
+            value = getattr(self, name)
+            if not isinstance(value, str) or not 0 < len(value.encode(errors="replace")) < 256:
+                raise ConfigurationError(
+                    f"AuthConfig.{name} must be a non-empty string of at most 255 bytes"
+                )
+        for name, least, most in self._bounds:
+            value = getattr(self, name)
+            if not isinstance(value, timedelta):
+                raise ConfigurationError(
+                    f"AuthConfig.{name} must be a timedelta, for example timedelta(minutes=15)"
+                )
+            if not least <= value <= most:
+                raise ConfigurationError(
+                    f"AuthConfig.{name} is {value}; it must be between {least} and {most}"
+                )
+        for name in ("refresh_token_lifetime", "session_lifetime"):
+            if getattr(self, name) < self.access_token_lifetime:
+                raise ConfigurationError(
+                    f"AuthConfig.{name} must not be shorter than access_token_lifetime "
+                    f"({self.access_token_lifetime})"
+                )
+
+    @cached_property
+    def keys(self) -> tuple[SigningKey, ...]:
+        """The signing keys, newest first."""
+        if isinstance(self.secret, Sequence) and not isinstance(self.secret, str | bytes):
+            return tuple(self.secret)
+        return (SigningKey(self.secret),)
+
+    _bounds: ClassVar[Sequence[tuple[str, timedelta, timedelta]]] = (
+        ("access_token_lifetime", timedelta(seconds=1), timedelta(days=1)),
+        ("refresh_token_lifetime", timedelta(seconds=1), timedelta(days=366)),
+        ("session_lifetime", timedelta(seconds=1), timedelta(days=366)),
+        ("leeway", timedelta(0), timedelta(minutes=5)),
+        ("refresh_reuse_grace", timedelta(0), timedelta(minutes=1)),
+    )
+
+    def _check_keys(self) -> None:
+        if not self.keys or not all(isinstance(key, SigningKey) for key in self.keys):
+            raise ConfigurationError(
+                f"AuthConfig.secret must be a string or a list of SigningKey, newest first. {MAKE_ONE}"
+            )
+        if len({key.family for key in self.keys}) > 1:
+            families = ", ".join(sorted({key.family for key in self.keys}))
+            raise ConfigurationError(
+                f"AuthConfig.secret mixes keys of different families ({families}), which invites "
+                "algorithm confusion (RFC 8725, 3.1). Rotate within one family; to change it, "
+                "switch at once: access tokens are short-lived, and refresh tokens go on."
+            )
+        if len({key.kid for key in self.keys}) < len(self.keys):
+            raise ConfigurationError(
+                "AuthConfig.secret has two keys with the same kid. List no key twice, and give "
+                "each key a kid of its own, or none."
+            )
+        if not self.keys[0].can_sign:
+            raise ConfigurationError(
+                "The first key of AuthConfig.secret signs, so it must be a private key"
+            )

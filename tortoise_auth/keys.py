@@ -1,0 +1,191 @@
+"""Keys that sign access tokens, each bound to one algorithm and refused if it is weak."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import hmac
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal, TypeAlias
+
+import jwt
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    PublicFormat,
+    load_pem_private_key,
+    load_pem_public_key,
+)
+
+from tortoise_auth.exceptions import ConfigurationError
+
+Algorithm: TypeAlias = Literal["HS256", "HS384", "HS512", "EdDSA", "ES256", "RS256"]
+
+_HMAC_KEY_SIZES: Mapping[str, int] = {"HS256": 32, "HS384": 48, "HS512": 64}
+_FAMILIES: Mapping[str, str] = {
+    "HS256": "HMAC",
+    "HS384": "HMAC",
+    "HS512": "HMAC",
+    "EdDSA": "EdDSA",
+    "ES256": "ECDSA",
+    "RS256": "RSA",
+}
+_PLACEHOLDERS = frozenset(
+    "secret secretkey mysecret mysecretkey yoursecret yoursecretkey yoursecrethere supersecret "
+    "supersecretkey topsecret changeme changethis changeit replaceme password default example "
+    "placeholder insecure development django fixme todo yourbitsecret".split()
+)
+MAKE_ONE = 'Make one with: python -c "import secrets; print(secrets.token_urlsafe(48))"'
+
+
+@dataclass(frozen=True)
+class SigningKey:
+    """A key for access tokens, bound to one algorithm.
+
+    Example:
+        Rotation: put the new key first and keep the old one until its last token has expired::
+
+            AuthConfig(secret=[SigningKey(new, kid="2026-11"), SigningKey(old, kid="2026-05")])
+
+    Attributes:
+        key: For HS256/384/512 a random secret of at least 32/48/64 bytes (RFC 7518, 3.2); for
+            EdDSA, ES256 and RS256 a PEM key. A private key signs and verifies, a public one only
+            verifies (RSA: at least 2048 bits).
+        kid: The name that tokens carry. By default derived from the key, so that a secret given
+            as a plain string today can be listed as an old key tomorrow.
+        algorithm: ``HS256`` (default), ``HS384``, ``HS512``, ``EdDSA``, ``ES256`` or ``RS256``.
+
+    Raises:
+        ConfigurationError: The key is weak, a placeholder, or does not fit the algorithm.
+    """
+
+    key: str | bytes = field(repr=False)
+    kid: str = ""
+    algorithm: Algorithm = "HS256"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.algorithm, str) or self.algorithm not in _FAMILIES:
+            raise ConfigurationError(
+                f"Unknown signing algorithm {self.algorithm!r}. Use one of {', '.join(_FAMILIES)}."
+            )
+        if not isinstance(self.key, str | bytes):
+            raise ConfigurationError(
+                f"The secret must be str or bytes, not {type(self.key).__name__}. Is the "
+                f"environment variable set? {MAKE_ONE}"
+            )
+        if self.family == "HMAC":
+            _check_secret(self._bytes, self.algorithm)
+        else:
+            self._check_asymmetric_key()
+        if not self.kid:
+            object.__setattr__(self, "kid", self._thumbprint())
+        if not isinstance(self.kid, str) or not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", self.kid):
+            raise ConfigurationError(
+                "A kid is 1 to 64 letters, digits, dots, dashes or underscores"
+            )
+        if self._bytes in self.kid.encode():
+            raise ConfigurationError("The kid contains the secret, and every token shows its kid")
+
+    @property
+    def family(self) -> str:
+        """The kind of key: keys of different kinds are never configured together."""
+        return _FAMILIES[self.algorithm]
+
+    @property
+    def can_sign(self) -> bool:
+        """Whether this is a secret or private key."""
+        return self.family == "HMAC" or b"PRIVATE KEY" in self._bytes
+
+    @cached_property
+    def verifying(self) -> Any:  # noqa: ANN401 - one of cryptography's key classes, or bytes
+        """The key to verify with, in the form PyJWT takes."""
+        if self.family == "HMAC":
+            return self._bytes
+        return self._private_key().public_key() if self.can_sign else self._public_key()
+
+    @cached_property
+    def signing(self) -> Any:  # noqa: ANN401
+        """The key to sign with, in the form PyJWT takes."""
+        return self._bytes if self.family == "HMAC" else self._private_key()
+
+    def derive(self, purpose: str) -> bytes:
+        """Return 256 bits for another purpose than signing, from which this key cannot be found."""
+        return hmac.digest(self._bytes, b"tortoise_auth " + purpose.encode(), "sha256")
+
+    @property
+    def _bytes(self) -> bytes:
+        return self.key.encode("utf-8", "surrogatepass") if isinstance(self.key, str) else self.key
+
+    def _private_key(self) -> Any:  # noqa: ANN401
+        return load_pem_private_key(self._bytes, password=None)
+
+    def _public_key(self) -> Any:  # noqa: ANN401
+        return load_pem_public_key(self._bytes)
+
+    def _check_asymmetric_key(self) -> None:
+        wanted: dict[str, tuple[type, ...]] = {
+            "EdDSA": (ed25519.Ed25519PublicKey,),
+            "ECDSA": (ec.EllipticCurvePublicKey,),
+            "RSA": (rsa.RSAPublicKey,),
+        }
+        try:
+            public = self.verifying
+        except (ValueError, TypeError, UnsupportedAlgorithm):
+            raise ConfigurationError(
+                f"{self.algorithm} needs an unencrypted key in PEM form, private to sign or public to verify"
+            ) from None
+        if not isinstance(public, wanted[self.family]):
+            raise ConfigurationError(
+                f"The key is not one for {self.algorithm}. Name the algorithm that it was made for."
+            )
+        if isinstance(public, rsa.RSAPublicKey) and public.key_size < 2048:
+            raise ConfigurationError("An RSA key must have at least 2048 bits (RFC 7518, 3.3)")
+        if isinstance(public, ec.EllipticCurvePublicKey) and public.curve.name != "secp256r1":
+            raise ConfigurationError("ES256 needs a key on the curve P-256 (RFC 7518, 3.4)")
+
+    def _thumbprint(self) -> str:
+        if self.family == "HMAC":
+            material = self._bytes
+        else:
+            material = self.verifying.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+        digest = hashlib.sha256(b"tortoise_auth kid " + material).digest()
+        return base64.urlsafe_b64encode(digest[:9]).decode("ascii")
+
+
+def _check_secret(secret: bytes, algorithm: str) -> None:
+    needed = _HMAC_KEY_SIZES[algorithm]
+    if not secret.strip():
+        raise ConfigurationError(
+            f"The secret is empty. Is the environment variable set? {MAKE_ONE}"
+        )
+    unit = _period(secret[:1024])  # whose time grows with the square, and whose answer is there
+    stem = unit.rstrip(unit[-1:])  # without what it was filled up with
+    if {_letters(unit), _letters(stem)} & _PLACEHOLDERS:
+        raise ConfigurationError(f"The secret is a placeholder. {MAKE_ONE}")
+    if len(secret) < needed:
+        raise ConfigurationError(
+            f"The secret has {len(secret)} bytes; {algorithm} needs at least {needed} "
+            f"(RFC 7518, 3.2). {MAKE_ONE}"
+        )
+    if len(unit) <= 8 or len(set(secret)) < 6:
+        raise ConfigurationError(f"The secret repeats itself and can be guessed. {MAKE_ONE}")
+    try:
+        jwt.PyJWS().get_algorithm_by_name(algorithm).prepare_key(secret)
+    except jwt.InvalidKeyError:
+        raise ConfigurationError(
+            f"The secret is a key of another kind (PEM, SSH, DER or JWK), not one for {algorithm}. "
+            f"Name its algorithm in a SigningKey, or use a random string. {MAKE_ONE}"
+        ) from None
+
+
+def _period(text: bytes) -> bytes:
+    """Return the shortest beginning that *text* repeats, up to a last part of it."""
+    return next(text[:size] for size in range(1, len(text) + 1) if text.startswith(text[size:]))
+
+
+def _letters(text: bytes) -> str:
+    return re.sub(rb"[^a-z]", b"", text.lower()).decode()
