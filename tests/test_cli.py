@@ -369,6 +369,47 @@ class TestRelay:
                 await relay.says("recorded")
                 assert (await relay.ends(signal.SIGTERM))[0] == 0
 
+    async def test_lifespan(self, shop: Project) -> None:
+        """What the handlers need is open before the first delivery and closed after the last."""
+        shop.write(
+            "from contextlib import asynccontextmanager\n"
+            "@asynccontextmanager\n"
+            "async def lifespan():\n"
+            "    await User.all().count()\n"
+            '    say("opened")\n'
+            "    yield\n"
+            '    say("closed")\n',
+            RECORD,
+        )
+        await shop.log_in()
+        async with shop.relay("--lifespan", "shop:lifespan") as relay:
+            await relay.says("recorded")
+            assert (await relay.ends(signal.SIGTERM))[0] == 0
+        said = "".join(relay.log)
+        assert said.index("opened") < said.index("recorded") < said.index("closed")
+
+    async def test_lifespan_that_fails(self, shop: Project) -> None:
+        """A broker that is down ends the command with a reason; whoever started it starts it again."""
+        shop.write(
+            "from contextlib import asynccontextmanager\n"
+            "@asynccontextmanager\n"
+            "async def lifespan():\n"
+            '    raise OSError("no broker")\n'
+            "    yield\n",
+        )
+        relay = shop.run("relay", "shop:auth", "--lifespan", "shop:lifespan")
+        assert relay.returncode == 1
+        last = relay.stderr.splitlines()[-1]
+        assert last == "tortoise-auth: The lifespan could not begin: OSError: no broker"
+        assert "shop.py" in relay.stderr
+
+    async def test_lifespan_that_is_none(self, shop: Project) -> None:
+        """A typo is told before anything runs."""
+        relay = shop.run("relay", "shop:auth", "--lifespan", "shop:emitter")
+        assert relay.returncode == 2
+        assert "wanted is a function made by @asynccontextmanager" in relay.stderr
+        assert "Traceback" not in relay.stderr
+
     async def test_nothing_to_do(self, shop: Project) -> None:
         """A relay whose program registers no durable handler says so."""
         shop.write()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import hashlib
+import importlib.util
 import os
 import subprocess
 import sys
@@ -468,6 +469,19 @@ class TestCostOfFailure:
         assert await today.verify("a" * 73, bcrypt_hash(b"a" * 72)) == WRONG
         assert computed == [TODAY]
 
+    async def test_bcrypt_that_is_not_installed(
+        self, monkeypatch: pytest.MonkeyPatch, computed: list[str]
+    ) -> None:
+        """Its hashes match nothing then, at the usual cost, and all others are as they were."""
+        find = importlib.util.find_spec
+        monkeypatch.setattr(
+            importlib.util, "find_spec", lambda name: None if name == "bcrypt" else find(name)
+        )
+        without = TodaysHasher()
+        assert await without.verify(PASSWORD, LEGACY["bcrypt"](PASSWORD)) == WRONG
+        assert computed == [TODAY]
+        assert (await without.verify(PASSWORD, LEGACY["pbkdf2_sha256"](PASSWORD))).valid
+
     @pytest.mark.parametrize("what", UNFIT)
     async def test_unfit_input(self, today: TodaysHasher, computed: list[str], what: str) -> None:
         """Input that cannot be hashed is a wrong password, with and without an account."""
@@ -628,6 +642,18 @@ class TestThreads:
         assert workers.niceness == {min(before + 10, 19)}
         assert os.getpriority(os.PRIO_PROCESS, 0) == before
         hasher.close()
+
+    async def test_no_niceness_elsewhere(
+        self, workers: Workers, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Where a priority is that of the whole process it is left alone."""
+        lowered: list[int] = []
+        monkeypatch.setattr(os, "nice", lowered.append)
+        monkeypatch.setattr(sys, "platform", "darwin")
+        hasher = cheap_hasher()
+        await hasher.verify(PASSWORD, None)
+        hasher.close()
+        assert lowered == []
 
     @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
     def test_fork(self) -> None:

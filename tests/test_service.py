@@ -50,6 +50,7 @@ from tortoise_auth import (
 )
 from tortoise_auth.context import storable
 from tortoise_auth.events import (
+    Actor,
     PasswordChanged,
     PasswordChangeFailed,
     UserDeactivated,
@@ -931,6 +932,42 @@ class TestChangePassword:
         assert events.names == ["password_changed", "password_change_failed"]
         assert ada.password == before
         assert await auth.login(EMAIL, "another donkey charger")
+
+
+class TestActor:
+    """Who did it: what an audit needs to know when an administrator acts for a user."""
+
+    async def test_by_default(self, auth: AuthService[User], ada: User, events: Captured) -> None:
+        """What users do themselves names the user, closing and opening accounts an administrator."""
+        assert await self.everything(auth, ada, events) == {
+            "session_revoked": "user",
+            "user_logout": "user",
+            "password_changed": "user",
+            "user_deactivated": "admin",
+            "user_activated": "admin",
+        }
+
+    @pytest.mark.parametrize("actor", ["admin", "system"])
+    async def test_named(
+        self, auth: AuthService[User], ada: User, events: Captured, actor: Actor
+    ) -> None:
+        """Whoever the host names is in the event."""
+        told = await self.everything(auth, ada, events, actor=actor)
+        assert len(told) == 5
+        assert set(told.values()) == {actor}
+
+    async def everything(
+        self, auth: AuthService[User], ada: User, events: Captured, **options: Any
+    ) -> dict[str, str]:
+        """Do all that an administrator may; return who did it, as the events say."""
+        first, _ = await log_in(auth), await log_in(auth)
+        events.clear()
+        await auth.revoke_session(first.session.id, **options)
+        await auth.logout_all(ada, **options)
+        await auth.set_password(ada, NEW_PASSWORD, **options)
+        await auth.deactivate(ada, **options)
+        await auth.activate(ada, **options)
+        return {event.name: event.actor for event in events}
 
 
 class TestDeactivate:

@@ -409,6 +409,23 @@ class TestLogoutAll:
         begin, update, commit = seen
         assert (begin, update.split()[0], commit) == ("BEGIN", "UPDATE", "COMMIT")
 
+    async def test_does_not_count_what_lay_idle(
+        self, auth: AuthService[User], ada: User, clock: FakeClock, events: Captured
+    ) -> None:
+        """A session that was over already did not end now, and nothing is told if none did."""
+        idle = await log_in(auth)
+        clock.advance(auth.config.refresh_token_lifetime)
+        live = await log_in(auth)
+        assert (await auth.logout_all(ada)).sessions == 1
+        assert events.one(UserLogout).sessions_ended == 1
+        rows = await Session.filter(id__in=[idle.session.id, live.session.id])
+        assert all(row.revoked_at is not None for row in rows)
+        await log_in(auth)
+        clock.advance(auth.config.refresh_token_lifetime)
+        events.clear()
+        assert (await auth.logout_all(ada)).sessions == 0
+        assert events.names == []
+
     @pytest.mark.parametrize("keep", ["session", "uuid", "str"])
     async def test_keep(self, auth: AuthService[User], ada: User, keep: str) -> None:
         """One session goes on, named by itself or by its id."""

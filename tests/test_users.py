@@ -155,6 +155,11 @@ class TestCreateUser:
         with pytest.raises(InvalidIdentifierError):
             await NamedUser.create_user(email=EMAIL, password=PASSWORD)
 
+    async def test_missing_column(self, db: TortoiseContext) -> None:
+        """A column without a default has to be given, be it not what one logs in with."""
+        with pytest.raises(ValueError, match=r"^NamedUser: email: "):
+            await NamedUser.create_user(username="ada", password=PASSWORD)
+
     @pytest.mark.parametrize("typed", [EMAIL, " ADA@example.COM ", "ada@EXAMPLE.com"])
     async def test_taken(
         self, db: TortoiseContext, ada: User, events: Captured, typed: str
@@ -178,6 +183,21 @@ class TestCreateUser:
                 await User.create_user(email=EMAIL, password=PASSWORD)
             bob = await User.create_user(email="bob@example.com", password=PASSWORD)
         assert await User.filter(pk=bob.pk).exists()
+
+    async def test_refused_by_the_database(self, db: TortoiseContext) -> None:
+        """A value that breaks a rule of the database is the caller's fault, and is not repeated."""
+        connection = connection_of(db)
+        await connection.execute_script(
+            "ALTER TABLE app_user ADD CHECK (display_name <> 'canary')"
+            if connection.capabilities.dialect == "postgres"
+            else "CREATE TRIGGER app_rule BEFORE INSERT ON app_user WHEN NEW.display_name = 'canary' "
+            "BEGIN SELECT RAISE(ABORT, 'canary is refused'); END"
+        )
+        with pytest.raises(ValueError, match=r"^User: the database refuses a value") as refusal:
+            await User.create_user(email=EMAIL, password=PASSWORD, display_name="canary")
+        assert (refusal.value.__cause__, refusal.value.__context__) == (None, None)
+        assert "canary" not in str(refusal.value)
+        assert await User.all().count() == 0
 
     @pytest.mark.parametrize(
         "smuggled",

@@ -11,7 +11,6 @@ failed, a row is not there; 2, what was typed is wrong, or something that it nam
 from __future__ import annotations
 
 import asyncio
-import importlib
 import io
 import json
 import logging
@@ -22,14 +21,12 @@ import threading
 import time
 import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import datetime, timedelta
 from pathlib import Path
-from types import ModuleType
-from typing import Annotated, TypeAlias, TypeVar
+from typing import Annotated, TypeVar
 
 from tortoise.backends.base.client import BaseDBAsyncClient
-from tortoise.cli.utils import tortoise_orm_config
 from tortoise.config import TortoiseConfig
 from tortoise.context import TortoiseContext
 
@@ -38,8 +35,16 @@ from tortoise_auth.database import connection_for, root_of
 from tortoise_auth.events import outbox
 from tortoise_auth.events.relay import Relay, RelaySettings
 from tortoise_auth.exceptions import ConfigurationError, describe
+from tortoise_auth.locating import (
+    FAILED,
+    CommandError,
+    Lifespan,
+    Service,
+    load_lifespan,
+    load_service,
+    load_settings,
+)
 from tortoise_auth.models import OutboxEntry
-from tortoise_auth.service import AuthService
 from tortoise_auth.users import AbstractUser
 
 try:
@@ -57,10 +62,6 @@ except ModuleNotFoundError as missing:
 logger = logging.getLogger("tortoise_auth.relay")
 
 ResultT = TypeVar("ResultT")
-Service: TypeAlias = AuthService[AbstractUser]
-
-_FAILED = 1
-_WRONG = 2
 _TIME_TO_CLOSE = 2.0
 """Seconds, after those that handlers get, until a relay that was told to stop has ended."""
 
@@ -100,14 +101,6 @@ ConfigPath = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 
 
-class CommandError(Exception):
-    """A command cannot do what it was told; the message says why, and what to type instead."""
-
-    def __init__(self, message: str, exit_code: int = _WRONG) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code
-
-
 def main() -> None:
     """Run the command line, and end the process."""
     sys.path.insert(0, str(Path.cwd()))
@@ -130,6 +123,15 @@ def main() -> None:
 def relay(
     service: ServicePath,
     config: ConfigPath = None,
+    lifespan: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODULE:NAME",
+            show_default=False,
+            help="What your handlers need open, for example a broker: a function without "
+            "arguments, made by @asynccontextmanager.",
+        ),
+    ] = None,
     batch_size: Annotated[
         int, typer.Option(min=1, help="Rows claimed at once.")
     ] = _DEFAULTS.batch_size,
@@ -143,6 +145,9 @@ def relay(
         float,
         typer.Option(min=0, max=_LONGEST, help="Seconds for which a claimed row is left alone."),
     ] = _DEFAULTS.lease.total_seconds(),
+    max_backoff: Annotated[
+        float, typer.Option(min=0, max=_LONGEST, help="Seconds between attempts, at most.")
+    ] = _DEFAULTS.max_backoff.total_seconds(),
     poll_interval: Annotated[
         float, typer.Option(min=0, max=_LONGEST, help="Seconds between looks without being woken.")
     ] = _DEFAULTS.poll_interval.total_seconds(),
@@ -158,8 +163,9 @@ def relay(
     Any number may run at once. A handler that is still running when the time to stop is over
     leaves its row to its lease: the row is delivered again.
     """
-    auth = _load_service(service)
-    settings = _load_settings(config)
+    auth = load_service(service)
+    settings = load_settings(config)
+    opening = load_lifespan(lifespan) if lifespan is not None else None
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
@@ -169,19 +175,20 @@ def relay(
             concurrency=concurrency,
             max_attempts=max_attempts,
             lease=timedelta(seconds=lease),
+            max_backoff=timedelta(seconds=max_backoff),
             poll_interval=timedelta(seconds=poll_interval),
             stop_timeout=timedelta(seconds=stop_timeout),
         )
     except ValueError as error:
         raise CommandError(str(error)) from None
-    asyncio.run(_carry(carrier, auth, settings, service))
+    asyncio.run(_carry(carrier, auth, settings, opening, service))
 
 
 @app.command()
 def events(service: ServicePath) -> None:
     """Show who hears which event, in which order, by which delivery."""
     table = _table("Event", "Turn", "Handler", "Delivery", "Priority", "Options")
-    for each in _load_service(service).emitter.describe():
+    for each in load_service(service).emitter.describe():
         options = {
             f"name={each.name}": each.name != each.handler,
             "once": each.once,
@@ -210,7 +217,7 @@ def status(
     as_json: AsJson = False,
 ) -> None:
     """Count what waits, what is due, what is dead, and say how old the oldest waiting row is."""
-    auth = _load_service(service) if service is not None else None
+    auth = load_service(service) if service is not None else None
     found = _with_database(config, lambda connection: outbox.status(connection, utc_now()))
     unknown = sorted(found.subscriptions.keys() - _durable(auth)) if auth is not None else None
     numbers: dict[str, object] = {
@@ -291,7 +298,7 @@ def retry(
     )
     print(f"Rows that start again: {renewed}")
     if renewed < len(wanted):
-        raise CommandError(f"{len(wanted) - renewed} of the ids are not in the outbox", _FAILED)
+        raise CommandError(f"{len(wanted) - renewed} of the ids are not in the outbox", FAILED)
 
 
 @outbox_commands.command()
@@ -317,10 +324,16 @@ async def _carry(
     carrier: Relay[AbstractUser],
     auth: Service,
     settings: dict[str, object] | TortoiseConfig,
+    lifespan: Lifespan | None,
     service: str,
 ) -> None:
     stopping = _stop_on_signals(carrier.settings.stop_timeout.total_seconds() + _TIME_TO_CLOSE)
-    async with _database(settings, OutboxEntry, auth.user_model), auth.emitter, carrier:
+    async with AsyncExitStack() as stack:
+        await stack.enter_async_context(_database(settings, OutboxEntry, auth.user_model))
+        if lifespan is not None:
+            await _open(lifespan, stack)
+        await stack.enter_async_context(auth.emitter)
+        await stack.enter_async_context(carrier)
         durable = sorted(_durable(auth))
         if durable:
             logger.info("Relay %s delivers to %s", carrier.name, ", ".join(durable))
@@ -331,6 +344,15 @@ async def _carry(
             )
         await stopping.wait()
         logger.info("Relay %s stops", carrier.name)
+
+
+async def _open(lifespan: Lifespan, stack: AsyncExitStack) -> None:
+    try:
+        await stack.enter_async_context(lifespan())
+    except Exception as error:
+        raise CommandError(
+            f"The lifespan could not begin: {type(error).__name__}: {describe(error)}", FAILED
+        ) from error
 
 
 def _stop_on_signals(seconds: float) -> asyncio.Event:
@@ -361,79 +383,6 @@ def _stop_on_signals(seconds: float) -> asyncio.Event:
     return stopping
 
 
-# ---- finding what the host has -------------------------------------------------------------------
-
-
-def _load_service(path: str) -> Service:
-    found = _load(path, AuthService, "an AuthService, as in myapp.main:auth")
-    assert isinstance(found, AuthService)  # noqa: S101 - for the type checker; `_load` has looked
-    return found
-
-
-def _load_settings(path: str | None) -> dict[str, object] | TortoiseConfig:
-    try:
-        path = path or tortoise_orm_config()
-    except ValueError as error:
-        raise CommandError(f"pyproject.toml cannot be read: {error}") from None
-    if not path:
-        raise CommandError(
-            "Which database? Say --config myapp.settings:TORTOISE_ORM, set TORTOISE_ORM to that, "
-            'or write it into pyproject.toml: [tool.tortoise] tortoise_orm = "..."'
-        )
-    if ":" not in path:  # Tortoise's own way to write it
-        path = ":".join(path.rsplit(".", 1))
-    settings = _load(
-        path, (dict, TortoiseConfig), "Tortoise settings, as in myapp.settings:TORTOISE_ORM"
-    )
-    assert isinstance(settings, dict | TortoiseConfig)  # noqa: S101 - as above
-    return settings
-
-
-def _load(path: str, kind: type | tuple[type, ...], wanted: str) -> object:
-    """Return what ``module:name`` names, which may be ``module:holder.name``."""
-    module_name, _, name = path.partition(":")
-    if not module_name or not name:
-        raise CommandError(f"{path!r} does not name {wanted}")
-    module = _import(module_name)
-    found: object = module
-    for part in name.split("."):
-        if not hasattr(found, part):
-            raise CommandError(
-                f"{module_name!r} has no {name!r}; wanted is {wanted}{_there_is(module, kind)}"
-            )
-        found = getattr(found, part)
-    if not isinstance(found, kind):
-        raise CommandError(
-            f"{path!r} is of type {type(found).__name__}; wanted is {wanted}"
-            f"{_there_is(module, kind)}"
-        )
-    return found
-
-
-def _import(name: str) -> ModuleType:
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name is not None and f"{name}.".startswith(f"{error.name}."):
-            raise CommandError(
-                f"There is no module {error.name!r}, neither in {Path.cwd()} nor installed"
-            ) from None
-        raise CommandError(f"The module {name!r} cannot be imported: {error}") from error
-    except Exception as error:
-        raise CommandError(
-            f"The module {name!r} cannot be imported: {type(error).__name__}: {describe(error)}"
-        ) from error
-
-
-def _there_is(module: ModuleType, kind: type | tuple[type, ...]) -> str:
-    names = [
-        name
-        for name, value in vars(module).items()
-        if isinstance(value, kind) and not name.startswith("_")
-    ]
-    return f". There is {', '.join(f'{module.__name__}:{each}' for each in names)}" if names else ""
-
-
 def _durable(auth: Service) -> set[str]:
     return {each.name for each in auth.emitter.describe() if each.delivery == "durable"}
 
@@ -444,7 +393,7 @@ def _durable(auth: Service) -> set[str]:
 def _with_database(
     config: str | None, work: Callable[[BaseDBAsyncClient], Awaitable[ResultT]]
 ) -> ResultT:
-    settings = _load_settings(config)
+    settings = load_settings(config)
 
     async def run() -> ResultT:
         async with _database(settings, OutboxEntry):
@@ -456,7 +405,7 @@ def _with_database(
         raise
     except Exception as error:  # noqa: BLE001 - whatever the driver raises: the operator is told
         raise CommandError(
-            f"The database failed: {type(error).__name__}: {describe(error)}", _FAILED
+            f"The database failed: {type(error).__name__}: {describe(error)}", FAILED
         ) from None
 
 

@@ -22,6 +22,7 @@ from tortoise_auth.database import (
     when_committed,
 )
 from tortoise_auth.events.catalog import (
+    Actor,
     Event,
     PasswordChanged,
     RefreshTokenReused,
@@ -289,19 +290,29 @@ class AuthService(Generic[UserT]):
         user: UserT,
         *,
         keep: Session | UUID | str | None = None,
+        actor: Actor = "user",
         context: RequestContext | None = None,
     ) -> Revocation:
-        """End every session of *user*, in one statement. Emits ``user_logout`` if one ended.
+        """End every session of *user*. Emits ``user_logout`` if one ended.
 
         Args:
             user: The account.
             keep: A session, or its id, that goes on.
+            actor: Whom the event names: ``"admin"`` if it was not the user.
             context: Circumstances of the request.
         """
         async with self._unit_of_work() as unit:
             ended = await self._sessions.revoke_all(user, unit.connection, keep=_session_id(keep))
             if ended:
-                self._record(unit, UserLogout, user, context, sessions_ended=ended, everywhere=True)
+                self._record(
+                    unit,
+                    UserLogout,
+                    user,
+                    context,
+                    sessions_ended=ended,
+                    everywhere=True,
+                    actor=actor,
+                )
         return Revocation(ended, str(user.pk))
 
     @guarded
@@ -311,6 +322,7 @@ class AuthService(Generic[UserT]):
         new_password: str,
         *,
         keep: Session | UUID | str | None = None,
+        actor: Actor = "user",
         context: RequestContext | None = None,
     ) -> None:
         """Store a new password and end all other sessions. Emits ``password_changed``, once.
@@ -322,6 +334,7 @@ class AuthService(Generic[UserT]):
             user: The account.
             new_password: Checked by the policy.
             keep: A session, or its id, that goes on.
+            actor: Whom the event names: ``"admin"`` if it was not the user.
             context: Circumstances of the request.
 
         Raises:
@@ -330,7 +343,9 @@ class AuthService(Generic[UserT]):
         """
         self.policy.check(new_password, about=user.words_about())
         hashed = await self.passwords.hash(new_password)
-        await self._replace_password(user, hashed, keep=keep, instead_of=None, context=context)
+        await self._replace_password(
+            user, hashed, keep=keep, instead_of=None, actor=actor, context=context
+        )
 
     @guarded
     async def change_password(
@@ -357,7 +372,7 @@ class AuthService(Generic[UserT]):
         self.policy.check(new_password, about=user.words_about())
         hashed = await self.passwords.hash(new_password)
         changed = await self._replace_password(
-            user, hashed, keep=keep, instead_of=stored, context=context
+            user, hashed, keep=keep, instead_of=stored, actor="user", context=context
         )
         if not changed:
             failed = self._credentials.change_failed(user, context, "bad_password")
@@ -374,6 +389,7 @@ class AuthService(Generic[UserT]):
         session_id: UUID | str,
         *,
         user: UserT | None = None,
+        actor: Actor = "user",
         context: RequestContext | None = None,
     ) -> Revocation:
         """End one session by its public id. Emits ``session_revoked`` if it ended.
@@ -382,6 +398,7 @@ class AuthService(Generic[UserT]):
             session_id: ``session.id``.
             user: End it only if it belongs to this account. Warning: pass it whenever the id comes
                 from a visitor, who could name somebody else's session.
+            actor: Whom the event names: ``"admin"`` if it was not the user.
             context: Circumstances of the request.
         """
         found = await self._sessions.find_by_id(session_id)
@@ -393,15 +410,27 @@ class AuthService(Generic[UserT]):
                 ended = await self._sessions.revoke(found.session, unit.connection)
                 if ended:
                     self._record(
-                        unit, SessionRevoked, found.user, context, session_id=str(found.session.id)
+                        unit,
+                        SessionRevoked,
+                        found.user,
+                        context,
+                        session_id=str(found.session.id),
+                        actor=actor,
                     )
         return Revocation(int(ended), found.session.user_id)
 
     @guarded
-    async def deactivate(self, user: UserT, *, context: RequestContext | None = None) -> Revocation:
+    async def deactivate(
+        self, user: UserT, *, actor: Actor = "admin", context: RequestContext | None = None
+    ) -> Revocation:
         """Close the account: no login, no session, at once. Emits ``user_deactivated``.
 
         Closing a closed account changes and emits nothing.
+
+        Args:
+            user: The account.
+            actor: Whom the event names: ``"user"`` if somebody closed their own account.
+            context: Circumstances of the request.
         """
         ended = 0
         async with self._unit_of_work() as unit:
@@ -413,17 +442,27 @@ class AuthService(Generic[UserT]):
                 version = await stored_version(user, unit)
                 ended = await self._sessions.revoke_all(user, unit.connection)
                 unit.when_committed(lambda: _follow(user, is_active=False, session_version=version))
-                self._record(unit, UserDeactivated, user, context, sessions_ended=ended)
+                self._record(
+                    unit, UserDeactivated, user, context, sessions_ended=ended, actor=actor
+                )
         return Revocation(ended, str(user.pk))
 
     @guarded
-    async def activate(self, user: UserT, *, context: RequestContext | None = None) -> None:
-        """Open a closed account again. Emits ``user_activated``. No session comes back."""
+    async def activate(
+        self, user: UserT, *, actor: Actor = "admin", context: RequestContext | None = None
+    ) -> None:
+        """Open a closed account again. Emits ``user_activated``. No session comes back.
+
+        Args:
+            user: The account.
+            actor: Whom the event names.
+            context: Circumstances of the request.
+        """
         async with self._unit_of_work() as unit:
             row = self.user_model.filter(pk=user.pk, is_active=False).using_db(unit.connection)
             if await row.update(is_active=True, updated_at=self._clock()):
                 unit.when_committed(lambda: _follow(user, is_active=True))
-                self._record(unit, UserActivated, user, context)
+                self._record(unit, UserActivated, user, context, actor=actor)
 
     @guarded
     async def purge_expired(self) -> int:
@@ -636,6 +675,7 @@ class AuthService(Generic[UserT]):
         *,
         keep: Session | UUID | str | None,
         instead_of: str | None,
+        actor: Actor,
         context: RequestContext | None,
     ) -> bool:
         kept, now = _session_id(keep), self._clock()
@@ -645,7 +685,9 @@ class AuthService(Generic[UserT]):
                 ended = await self._sessions.revoke_all(user, unit.connection, keep=kept)
                 if kept is not None:
                     await self._sessions.confirm(kept, user, version, unit.connection)
-                self._record(unit, PasswordChanged, user, context, sessions_ended=ended)
+                self._record(
+                    unit, PasswordChanged, user, context, sessions_ended=ended, actor=actor
+                )
         return version is not None
 
 

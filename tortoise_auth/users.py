@@ -129,6 +129,7 @@ class AbstractUser(Model):
         else:
             cls.password_policy.check(password, about=cls._words_about(values))
             hashed = await cls.password_hasher.hash(password)
+        failure: Exception  # raised outside of `except`: drivers put values into their messages
         try:
             async with UnitOfWork(connection_for(cls), cls.emitter) as unit:
                 user = await cls.create(password=hashed, using_db=unit.connection, **values)
@@ -138,16 +139,17 @@ class AbstractUser(Model):
                     UserRegistered(user=user, subject_id=str(user.pk), context=current_context())
                 )
         except IntegrityError as error:
-            if not _is_unique_violation(error):
-                raise
-            taken = True
+            if _is_unique_violation(error):
+                failure = IdentifierTakenError()
+            else:
+                failure = ValueError(
+                    f"{cls.__name__}: the database refuses a value, by a foreign key or a check"
+                )
         except ValidationError as error:
             raise ValueError(f"{cls.__name__}: {error}") from None
         else:
-            taken = False
-        if taken:
-            raise IdentifierTakenError
-        return user
+            return user
+        raise failure
 
     @classmethod
     def normalize_identifier(cls, identifier: object) -> str:

@@ -26,7 +26,7 @@ from tests.delivery.witness import assert_no_connection_is_held, finished, root
 from tests.probes import EMAIL, NEW_PASSWORD, connection_of, log_in
 from tortoise_auth import AuthConfig, AuthService, EventEmitter, RequestContext
 from tortoise_auth.database import Listener, connection_for, in_caller_transaction
-from tortoise_auth.events import Event, UserEvent, UserLogin, outbox
+from tortoise_auth.events import Event, UserEvent, UserLogin, UserLogout, outbox
 from tortoise_auth.events import relay as relay_module
 from tortoise_auth.events.outbox import Claimed
 from tortoise_auth.events.relay import Relay
@@ -183,6 +183,22 @@ class TestHandlers:
         @on("*", name=f"{delivery} all")
         def everything(event: Event) -> None:
             calls.append(("all", event))
+
+    async def test_of_a_name_and_a_class(
+        self, auth: AuthService[User], ada: User, emitter: EventEmitter
+    ) -> None:
+        """One handler of both hears each event in the way it asked for it."""
+        heard: list[object] = []
+
+        async def note(what: object) -> None:
+            heard.append(what if isinstance(what, User) else type(what))
+
+        on: Any = emitter.on
+        on("user_login", UserLogout, note, delivery="durable", name="audit")
+        result = await auth.login(EMAIL, PASSWORD)
+        await auth.logout(result.access_token)
+        assert await auth.relay().drain() == 2
+        assert heard == [ada, UserLogout]
 
     async def test_user_is_loaded_anew(
         self, auth: AuthService[User], ada: User, emitter: EventEmitter

@@ -54,6 +54,7 @@ from tests.probes import (
     statements,
 )
 from tortoise_auth import AuthConfig, AuthenticationError, AuthResult, AuthService, EventEmitter
+from tortoise_auth.clock import utc_now
 from tortoise_auth.database import connection_for, is_transaction
 from tortoise_auth.events import (
     Event,
@@ -75,7 +76,9 @@ from tortoise_auth.exceptions import (
     TokenRevokedError,
 )
 from tortoise_auth.models import OutboxEntry, Session
+from tortoise_auth.sessions import Sessions
 from tortoise_auth.testing import FakeClock
+from tortoise_auth.tokens import RefreshToken
 
 Act: TypeAlias = Callable[[], Awaitable[object]]
 
@@ -771,6 +774,32 @@ class TestFailures:
             expected["transaction"] = []
         assert await finished(ears.outcome(relay)) == expected
         assert_no_connection_is_held(narrow)
+
+    async def test_reused_token_of_a_session_that_just_ended(
+        self,
+        db: TortoiseContext,
+        auth: AuthService[User],
+        ada: User,
+        emitter: EventEmitter,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """Somebody else was faster by a moment: refused all the same, and not told twice."""
+        spent = await log_in(auth)
+        await auth.refresh(spent.refresh_token)
+        find = Sessions.find_by_refresh_token
+
+        async def find_and_lose(self: Sessions[User], token: RefreshToken) -> Any:
+            found = await find(self, token)
+            await Session.all().using_db(self.connection()).update(revoked_at=utc_now())
+            return found
+
+        monkeypatch.setattr(Sessions, "find_by_refresh_token", find_and_lose)
+        ears = Ears(emitter, RefreshTokenReused)
+        async with in_transaction(connection_of(db).connection_name):
+            with pytest.raises(TokenReusedError):
+                await auth.refresh(spent.refresh_token)
+        await finished(quiet(emitter))
+        assert set(map(str, (await finished(ears.outcome(auth.relay()))).values())) == {"[]"}
 
     async def test_reused_token_in_a_transaction_that_raises(
         self, db: TortoiseContext, auth: AuthService[User], ada: User

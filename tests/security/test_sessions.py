@@ -240,6 +240,22 @@ class TestHandlerThatEndsTheProgram:
         assert await auth.sessions(ada) == []
         assert await Session.filter(revoked_at=None).count() == 0
 
+    async def test_after_it_ended_everything(
+        self, auth: AuthService[User], ada: User, emitter: EventEmitter
+    ) -> None:
+        """What has ended is not ended again, nor told again."""
+
+        @emitter.on("user_login")
+        async def end_and_crash(user: User) -> None:
+            await auth.logout_all(user)
+            raise SystemExit
+
+        with capture(emitter) as events:
+            with pytest.raises(SystemExit):
+                await log_in(auth)
+            await emitter.aclose(10)
+        assert events.names == ["user_login", "user_logout"]
+
 
 class TestLostReply:
     """The COMMIT of a refresh succeeds, and the connection breaks before the answer arrives."""

@@ -3,6 +3,7 @@
 from tortoise_auth.events.background import Backend, BackgroundQueue, BackgroundQueueFull, Job
 from tortoise_auth.events.catalog import (
     AccountLocked,
+    Actor,
     Event,
     LoginThrottled,
     NamedEvent,
@@ -38,6 +39,7 @@ from tortoise_auth.exceptions import EventError, SubscriptionError
 
 __all__ = [
     "AccountLocked",
+    "Actor",
     "Backend",
     "BackgroundQueue",
     "BackgroundQueueFull",

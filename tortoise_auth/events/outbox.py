@@ -19,7 +19,7 @@ from tortoise.expressions import F
 from tortoise.functions import Count, Min
 from tortoise.queryset import QuerySet
 
-from tortoise_auth.database import notify
+from tortoise_auth.database import notify, run_statement
 from tortoise_auth.events.catalog import Event, UserEvent
 from tortoise_auth.events.subscription import Subscription
 from tortoise_auth.models import OutboxEntry
@@ -143,7 +143,7 @@ async def write(
     statement = _WRITE.format(rows=", ".join(_ROW.format(name=name) for name in names))
     if _is_postgres(connection):
         statement = f"WITH written AS ({statement}) SELECT pg_notify('{CHANNEL}', '')"
-    await _run(
+    await run_statement(
         connection,
         statement,
         {
@@ -297,29 +297,8 @@ async def _start_again(
 
 async def _claim(connection: BaseDBAsyncClient, values: Mapping[str, Any]) -> list[Claimed]:
     statement = _CLAIM_ON_POSTGRES if _is_postgres(connection) else _CLAIM_ON_SQLITE
-    rows = await _run(connection, statement, values)
+    rows = await run_statement(connection, statement, values)
     return sorted((_claimed(row) for row in rows), key=lambda row: row.id)
-
-
-async def _run(
-    connection: BaseDBAsyncClient, statement: str, values: Mapping[str, Any]
-) -> list[dict[str, Any]]:
-    """Run a statement with *values* in its braces, as the numbered placeholders of the dialect.
-
-    Building SQL costs Tortoise more than running it.
-    """
-    sign = "$" if _is_postgres(connection) else "?"
-    given: list[Any] = []
-
-    def place(value: object) -> str:
-        given.append(value)
-        return f"{sign}{len(given)}"
-
-    marks = {
-        name: ", ".join(map(place, value)) if isinstance(value, list) else place(value)
-        for name, value in values.items()
-    }
-    return await connection.execute_query_dict(statement.format(**marks), given)
 
 
 def _is_postgres(connection: BaseDBAsyncClient) -> bool:

@@ -346,7 +346,7 @@ class _Batch(Generic[UserT]):
         await task
 
     async def _call(self, row: Claimed) -> None:
-        subscription = self._known[row.subscription]
+        subscription = self._subscription(row)
         event = Event.from_dict(row.payload)
         if isinstance(event, UserEvent):
             user = self._users.get(row.subject_id or "")
@@ -354,6 +354,12 @@ class _Batch(Generic[UserT]):
                 raise UserGoneError(f"the user {row.subject_id} was deleted")
             event = replace(event, user=user)
         await self._relay._emitter.call(event, subscription)
+
+    def _subscription(self, row: Claimed) -> Subscription:
+        """Return whom a row is for: of several by one name the one that hears its event."""
+        hearing = self._relay._emitter.subscriptions(row.event_name, "durable")
+        mine = (each for each in hearing if each.name == row.subscription)
+        return next(mine, self._known[row.subscription])
 
     async def _failed(self, row: Claimed, failure: Exception) -> None:
         cause = failure.original if isinstance(failure, EventError) else failure
