@@ -126,12 +126,14 @@ class Counted:
         key: The counter.
         failures: Failures in a row, if this one fails.
         limited: It counts against the limit, and not only as a failure in a row.
-        at, before: When it was counted, and the one before it, if the counter keeps such times.
+        count: What the counter showed then.
+        at, before: When it was counted, and the one before it.
     """
 
     key: str
     failures: int
     limited: bool = True
+    count: int = 0
     at: datetime | None = None
     before: datetime | None = None
 
@@ -292,7 +294,7 @@ class DatabaseThrottle(CountingThrottle):
             count, at = (row.count, row.last_at) if unlimited else (self._next(row, now), now)
             failures = row.failures + 1 if self._is_account(key) else 0
             if await self._counters.swap(row, count, failures, at):
-                return Counted(key, failures, not unlimited, at, before=row.last_at)
+                return Counted(key, failures, not unlimited, count, at, before=row.last_at)
         raise ThrottledError(self._account.pause.total_seconds())
 
     def _next(self, row: AttemptCount, now: datetime) -> int:
@@ -315,10 +317,13 @@ class DatabaseThrottle(CountingThrottle):
                 return
 
     async def _forget(self, counted: Counted) -> None:
+        row = AttemptCount(
+            key=counted.key, count=counted.count, failures=counted.failures, last_at=counted.at
+        )
         for _ in range(_MAX_RACES):
-            row = await self._counters.read(counted.key, self._clock())
             if await self._counters.swap(row, 0, 0, row.last_at):
                 return
+            row = await self._counters.read(counted.key, self._clock())
 
 
 class _Counters:
