@@ -136,8 +136,8 @@ class Steps:
 
     async def run(self, work: Work) -> asyncio.Task[Any]:
         """Run *work* in a task, which is returned when it is done."""
-        loop = asyncio.get_running_loop()
-        loop.set_task_factory(self._make_task)  # type: ignore[arg-type]
+        loop: Any = asyncio.get_running_loop()  # its factories are typed anew in each Python
+        loop.set_task_factory(self._make_task)
         try:
             self._task = loop.create_task(work())
             await asyncio.wait([self._task])

@@ -22,7 +22,7 @@ from tortoise_auth.events.catalog import (
     PasswordChangeFailed,
     UserLoginFailed,
 )
-from tortoise_auth.events.dispatch import EventEmitter
+from tortoise_auth.events.emitting import EventEmitter
 from tortoise_auth.events.unit_of_work import report
 from tortoise_auth.exceptions import (
     AuthenticationError,

@@ -33,7 +33,7 @@ from tortoise_auth.events.catalog import (
     UserLogin,
     UserLogout,
 )
-from tortoise_auth.events.dispatch import EventEmitter
+from tortoise_auth.events.emitting import EventEmitter
 from tortoise_auth.events.relay import Relay, RelaySettings
 from tortoise_auth.events.unit_of_work import UnitOfWork, report
 from tortoise_auth.exceptions import (

@@ -21,7 +21,7 @@ from tortoise_auth.events.catalog import (
     PasswordRehashed,
     UserRegistered,
 )
-from tortoise_auth.events.dispatch import EventEmitter, emitter
+from tortoise_auth.events.emitting import EventEmitter, emitter
 from tortoise_auth.events.unit_of_work import UnitOfWork
 from tortoise_auth.exceptions import (
     ConfigurationError,
