@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import sqlite3
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
@@ -382,6 +383,16 @@ SCENARIOS: dict[str, Scenario] = {
 }
 
 every_method = pytest.mark.parametrize("scenario", SCENARIOS.values(), ids=SCENARIOS.keys())
+
+
+def test_every_method_is_swept() -> None:
+    """No method of the service that asks a database is forgotten here."""
+    public = {name: method for name, method in vars(AuthService).items() if name[0] != "_"}
+    asking = {name for name, method in public.items() if inspect.iscoroutinefunction(method)}
+    assert len(asking) >= 12
+    assert {
+        name for name in asking if not any(each.startswith(name) for each in SCENARIOS)
+    } == set()
 
 
 @dataclass
