@@ -12,6 +12,7 @@ import asyncio
 import contextvars
 import functools
 import importlib
+import re
 import sqlite3
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from contextlib import suppress
@@ -355,22 +356,25 @@ def current_connection(model: type[Model]) -> BaseDBAsyncClient | None:
 async def run_statement(
     connection: BaseDBAsyncClient, statement: str, values: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
-    """Run a statement of PostgreSQL or SQLite with *values* in its braces, as the numbered placeholders of the dialect.
+    """Run a statement of PostgreSQL or SQLite with *values* for the names in its braces.
 
     Building SQL costs Tortoise more than running it.
     """
-    sign = "$" if connection.capabilities.dialect == "postgres" else "?"
+    numbered = connection.capabilities.dialect == "postgres"
     given: list[Any] = []
+    placed: dict[str, str] = {}
 
-    def place(value: object) -> str:
-        given.append(value)
-        return f"{sign}{len(given)}"
+    def place(name: re.Match[str]) -> str:
+        if not numbered or name[1] not in placed:
+            value = values[name[1]]
+            several = value if isinstance(value, list) else [value]
+            first = len(given) + 1
+            given.extend(several)
+            marks = [f"${first + at}" if numbered else "?" for at in range(len(several))]
+            placed[name[1]] = ", ".join(marks)
+        return placed[name[1]]
 
-    marks = {
-        name: ", ".join(map(place, value)) if isinstance(value, list) else place(value)
-        for name, value in values.items()
-    }
-    return await connection.execute_query_dict(statement.format(**marks), given)
+    return await connection.execute_query_dict(re.sub(r"\{(\w+)\}", place, statement), given)
 
 
 async def notify(connection: BaseDBAsyncClient, channel: str) -> None:

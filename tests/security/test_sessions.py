@@ -243,7 +243,7 @@ class TestHandlerThatEndsTheProgram:
     async def test_after_it_ended_everything(
         self, auth: AuthService[User], ada: User, emitter: EventEmitter
     ) -> None:
-        """What has ended is not ended again, nor told again."""
+        """A131: what has ended by then is not ended again, nor told again."""
 
         @emitter.on("user_login")
         async def end_and_crash(user: User) -> None:
