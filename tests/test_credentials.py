@@ -6,6 +6,7 @@ import asyncio
 import secrets
 from collections.abc import Awaitable, Callable, Iterator
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -27,6 +28,7 @@ from tests.probes import (
     meanwhile,
     statements,
 )
+from tests.test_database import Steps
 from tortoise_auth import (
     AuthConfig,
     AuthenticationError,
@@ -41,6 +43,7 @@ from tortoise_auth import (
 )
 from tortoise_auth.events import (
     AccountLocked,
+    Event,
     LoginThrottled,
     PasswordChangeFailed,
     UserLoginFailed,
@@ -78,7 +81,12 @@ def strict(clock: FakeClock) -> AuthService[User]:
 
 
 def service(
-    clock: FakeClock, *, account: int = BUDGET, source: int = 1000, max_failures: int = 100
+    clock: FakeClock,
+    *,
+    account: int = BUDGET,
+    source: int = 1000,
+    max_failures: int = 100,
+    emitter: EventEmitter | None = None,
 ) -> AuthService[User]:
     throttle = DatabaseThrottle(
         account=Limit(free=account),
@@ -86,7 +94,8 @@ def service(
         max_failures=max_failures,
         clock=clock,
     )
-    return AuthService(User, AuthConfig(secret=SECRET), throttle=throttle, clock=clock)
+    config = AuthConfig(secret=SECRET)
+    return AuthService(User, config, emitter=emitter, throttle=throttle, clock=clock)
 
 
 async def guess(
@@ -337,6 +346,59 @@ class TestPause:
         assert events.names == ["password_change_failed", "login_throttled"]
         assert events.one(PasswordChangeFailed).reason == "throttled"
         assert events.one(LoginThrottled).identifier == EMAIL
+
+
+class TestTelling:
+    """A refusal is told to the end, whatever becomes of the caller and the handlers."""
+
+    @pytest.mark.parametrize("errors", ["log", "raise", "group"])
+    async def test_handler_that_fails(
+        self, ada: User, clock: FakeClock, errors: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The failure of a handler of the first event does not silence the second."""
+        emitter, heard = EventEmitter(errors=errors), []
+        auth = service(clock, emitter=emitter)
+        await fail(auth, BUDGET)
+
+        @emitter.on("user_login_failed")
+        async def broken() -> None:
+            raise RuntimeError
+
+        @emitter.on("login_throttled")
+        async def note(event: LoginThrottled) -> None:
+            heard.append(event.name)
+
+        with pytest.raises((ThrottledError, EventError, ExceptionGroup)):
+            await auth.login(EMAIL, WRONG)
+        await emitter.aclose(LIMIT)
+        assert heard == ["login_throttled"]
+
+    @pytest.mark.parametrize("delivery", ["inline", "durable"])
+    async def test_caller_who_hangs_up(self, ada: User, clock: FakeClock, delivery: Any) -> None:
+        """Cancelled wherever it can be: what was refused is told, once."""
+        for step in range(1, 200):
+            emitter = EventEmitter()
+            heard: list[Event] = []
+            auth = service(clock, emitter=emitter)
+            await fail(auth, BUDGET)
+            for name in ("user_login_failed", "login_throttled"):
+                emitter.on(
+                    name,
+                    lambda event, to=heard: to.append(event),
+                    delivery=delivery,
+                    name=f"{name}:{step}",
+                )
+            steps = Steps(cancel_at=step)
+            task = await steps.run(partial(guess, auth))
+            await emitter.aclose(LIMIT)
+            await auth.relay().drain()
+            names = sorted(event.name for event in heard)
+            assert names in ([], ["login_throttled", "user_login_failed"])
+            if steps.taken < step:
+                break
+            await AttemptCount.all().delete()
+        assert names
+        assert task.result() == "ThrottledError"
 
 
 class TestNoOracle:
@@ -648,6 +710,47 @@ class TestLocked:
         reasons = [event.reason for event in events.of(PasswordChangeFailed)]
         assert reasons == ["bad_password", "locked"]
         assert await auth.authenticate(session.access_token) == ada
+
+    async def test_stays_when_the_account_is_closed_and_opened(
+        self, ada: User, clock: FakeClock
+    ) -> None:
+        """Only a new password opens it."""
+        auth = service(clock, max_failures=3)
+        await fail(auth, 3)
+        await auth.deactivate(ada)
+        await auth.activate(ada)
+        assert await guess(auth, EMAIL, PASSWORD) == "AuthenticationError"
+        await auth.set_password(ada, NEW_PASSWORD)
+        assert await guess(auth, EMAIL, NEW_PASSWORD) == "in"
+
+    async def test_by_somebody_who_hangs_up(
+        self,
+        ada: User,
+        clock: FakeClock,
+        emitter: EventEmitter,
+        events: Captured,
+        hasher: PasswordHasher,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """The attempt that locks is told though its caller is gone before the answer."""
+        auth = service(clock, max_failures=3)
+        await fail(auth, 2)
+        hashing = asyncio.Event()
+
+        async def verify_for_ever(*args: Any) -> Any:
+            hashing.set()
+            await asyncio.Event().wait()
+
+        with monkeypatch.context() as patch:
+            patch.setattr(hasher, "verify", verify_for_ever)
+            call = asyncio.ensure_future(guess(auth))
+            async with asyncio.timeout(LIMIT):
+                await hashing.wait()
+            call.cancel()
+            await asyncio.wait([call])
+        await emitter.aclose(LIMIT)
+        assert events.names.count("account_locked") == 1
+        assert await guess(auth, EMAIL, PASSWORD) == "AuthenticationError"
 
     async def test_nobody_is_told_of_who_is_not_there(
         self, db: TortoiseContext, clock: FakeClock, events: Captured

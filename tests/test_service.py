@@ -934,6 +934,34 @@ class TestChangePassword:
         assert await auth.login(EMAIL, "another donkey charger")
 
 
+class TestAccountOfAnotherModel:
+    @pytest.mark.parametrize(
+        "call",
+        [
+            lambda auth, user: auth.logout_all(user),
+            lambda auth, user: auth.set_password(user, NEW_PASSWORD),
+            lambda auth, user: auth.change_password(user, PASSWORD, NEW_PASSWORD),
+            lambda auth, user: auth.sessions(user),
+            lambda auth, user: auth.revoke_session(str(uuid4()), user=user),
+            lambda auth, user: auth.deactivate(user),
+            lambda auth, user: auth.activate(user),
+        ],
+        ids="everywhere set change sessions one deactivate activate".split(),
+    )
+    @pytest.mark.parametrize("user", ["other model", "key"])
+    async def test_is_refused(
+        self, auth: AuthService[User], ada: User, events: Captured, call: Any, user: str
+    ) -> None:
+        """The key of somebody else's account is not taken for one of ours."""
+        result = await log_in(auth)
+        events.clear()
+        given = NamedUser(pk=ada.pk) if user == "other model" else ada.pk
+        with pytest.raises(TypeError, match=r"^This AuthService serves User, not "):
+            await call(auth, given)
+        assert events.names == []
+        await assert_goes_on(auth, result)
+
+
 class TestActor:
     """Who did it: what an audit needs to know when an administrator acts for a user."""
 
@@ -1018,7 +1046,20 @@ class TestDeactivate:
         assert changed(before, closed) == {"is_active", "session_version", "updated_at"}
         assert ada.session_version == closed["session_version"]
         await auth.activate(ada)
-        assert changed(closed, await row(User, ada.pk)) <= {"is_active", "updated_at"}
+        opened = await row(User, ada.pk)
+        assert changed(closed, opened) <= {"is_active", "session_version", "updated_at"}
+        assert ada.session_version == opened["session_version"]
+
+    async def test_of_an_account_that_somebody_else_closed(
+        self, auth: AuthService[User], ada: User
+    ) -> None:
+        """No session comes back either if an admin page of the host just wrote the column."""
+        result = await log_in(auth)
+        ada.is_active = False
+        await ada.save(update_fields=["is_active"])
+        await auth.activate(ada)
+        await assert_over(auth, result)
+        assert await log_in(auth)
 
     async def test_deleted_account(
         self, auth: AuthService[User], ada: User, events: Captured

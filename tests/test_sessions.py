@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from datetime import date, timedelta
+from datetime import date, datetime, timedelta, timezone
 from decimal import Decimal
 from enum import Enum
 from pathlib import Path
@@ -382,6 +382,33 @@ class TestLogout:
         assert event.context == context
 
 
+class TestIdle:
+    @pytest.mark.parametrize(
+        "end",
+        [
+            lambda auth, result: auth.logout(result.access_token),
+            lambda auth, result: auth.logout(result.refresh_token),
+            lambda auth, result: auth.revoke_session(result.session.id),
+        ],
+        ids=["access", "refresh", "id"],
+    )
+    async def test_cannot_end_once_more(
+        self,
+        auth: AuthService[User],
+        ada: User,
+        clock: FakeClock,
+        events: Captured,
+        end: Any,
+    ) -> None:
+        """A session that lay idle for too long is over, and nobody is told that it ended now."""
+        result = await log_in(auth)
+        clock.advance(auth.config.refresh_token_lifetime)
+        events.clear()
+        assert await end(auth, result) == Revocation(0, str(ada.pk))
+        assert events.names == []
+        assert (await Session.get()).revoked_at is not None
+
+
 class TestLogoutAll:
     async def test_ends_every_session(
         self, auth: AuthService[User], ada: User, bob: User, events: Captured
@@ -408,6 +435,19 @@ class TestLogoutAll:
             assert (await auth.logout_all(ada)).sessions == sessions
         begin, update, commit = seen
         assert (begin, update.split()[0], commit) == ("BEGIN", "UPDATE", "COMMIT")
+
+    @pytest.mark.parametrize("hours", [-11, -5, 2, 14])
+    async def test_by_a_clock_of_another_zone(
+        self, db: TortoiseContext, ada: User, hours: int
+    ) -> None:
+        """The time is the same whatever zone the clock tells it in."""
+        clock = FakeClock(datetime(2026, 1, 1, 12, tzinfo=timezone(timedelta(hours=hours))))
+        hour = timedelta(hours=1)
+        config = AuthConfig(secret=SECRET, session_lifetime=hour, refresh_token_lifetime=hour)
+        auth = AuthService(User, config, clock=clock)
+        result = await log_in(auth)
+        assert (await auth.logout_all(ada)).sessions == 1
+        await assert_over(auth, result)
 
     async def test_does_not_count_what_lay_idle(
         self, auth: AuthService[User], ada: User, clock: FakeClock, events: Captured

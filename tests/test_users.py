@@ -44,7 +44,7 @@ from tortoise_auth import (
 from tortoise_auth.events import PasswordChanged, UserRegistered
 from tortoise_auth.exceptions import IdentifierTakenError, InvalidIdentifierError
 from tortoise_auth.fields import EmailField
-from tortoise_auth.models import primary_key
+from tortoise_auth.models import primary_key, user_table
 from tortoise_auth.passwords import MAX_PASSWORD_LENGTH
 from tortoise_auth.testing import Captured, capture
 
@@ -65,6 +65,28 @@ def events(emitter: EventEmitter) -> Iterator[Captured]:
 @pytest.fixture
 async def ada(db: TortoiseContext) -> User:
     return await User.create_user(email=EMAIL, password=PASSWORD, display_name="Ada")
+
+
+def test_tables_of_one_name_are_told_apart() -> None:
+    """Two models may share the name of their table in two schemas, and no account with that."""
+
+    class InOne(AbstractUser):
+        class Meta(AbstractUser.Meta):
+            table = "user"
+            schema = "one"
+            abstract = False
+
+    class InTwo(AbstractUser):
+        class Meta(AbstractUser.Meta):
+            table = "user"
+            schema = "two"
+            abstract = False
+
+    assert (user_table(InOne), user_table(InTwo), user_table(User)) == (
+        "one.user",
+        "two.user",
+        "app_user",
+    )
 
 
 class TestCreateUser:
@@ -435,6 +457,7 @@ class TestCheckPassword:
         assert events.names == ["password_rehashed"]
         assert await auth.authenticate(result) == ada
 
+    @pytest.mark.parametrize("object_", ["another", "the same"])
     async def test_never_replaces_a_newer_password(
         self,
         db: TortoiseContext,
@@ -442,18 +465,19 @@ class TestCheckPassword:
         hasher: PasswordHasher,
         monkeypatch: pytest.MonkeyPatch,
         events: Captured,
+        object_: str,
     ) -> None:
-        """A password that was set while the old one is hashed anew stays."""
+        """A password that was set while the old one is hashed anew stays, by whatever object."""
         outdated = pbkdf2_sha256.using(rounds=10).hash(PASSWORD)
         ada.password = outdated
         await ada.save()
-        other = await User.get(pk=ada.pk)
+        other = await User.get(pk=ada.pk) if object_ == "another" else ada
         events.clear()
         meanwhile(monkeypatch, hasher, "hash", lambda: other.set_password(NEW_PASSWORD))
         await ada.check_password(PASSWORD)
 
-        assert (await row(User, ada.pk))["password"] == other.password
-        assert ada.password == outdated
+        assert (await row(User, ada.pk))["password"] == other.password != outdated
+        assert ada.password == (outdated if object_ == "another" else other.password)
         assert events.names == ["password_changed"]
 
 

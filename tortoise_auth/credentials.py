@@ -23,7 +23,7 @@ from tortoise_auth.events.catalog import (
     UserLoginFailed,
 )
 from tortoise_auth.events.emitting import EventEmitter
-from tortoise_auth.events.unit_of_work import report
+from tortoise_auth.events.unit_of_work import report, report_detached
 from tortoise_auth.exceptions import (
     AuthenticationError,
     InvalidIdentifierError,
@@ -31,10 +31,11 @@ from tortoise_auth.exceptions import (
     ThrottledError,
     TortoiseAuthError,
 )
+from tortoise_auth.models import user_table
 from tortoise_auth.passwords import PasswordHasher, Verification
 from tortoise_auth.sessions import Sessions
 from tortoise_auth.throttling import Attempt, Reservation, Throttle, source_of
-from tortoise_auth.users import AbstractUser, UserT, user_table
+from tortoise_auth.users import AbstractUser, UserT
 
 ResultT = TypeVar("ResultT")
 
@@ -160,7 +161,7 @@ class Credentials(Generic[UserT]):
 
     async def refuse(self, event: Event) -> AuthenticationError:
         """Tell that a password was refused, and return the error to raise: always the same."""
-        await report(event, self._sessions.connection(), self._emitter, clock=self._clock)
+        await self._tell(event)
         return AuthenticationError()
 
     async def _check(
@@ -183,8 +184,7 @@ class Credentials(Generic[UserT]):
             )
         if isinstance(outcome, Verified):
             return outcome
-        for event in outcome.events:
-            await report(event, self._sessions.connection(), self._emitter, clock=self._clock)
+        await self._tell(*outcome.events)
         raise outcome.error
 
     async def _attempt(
@@ -205,11 +205,6 @@ class Credentials(Generic[UserT]):
         active = user if user is not None and user.is_active else None
         locked = reservation is not None and reservation.locked
         stored = active.password if active is not None and not locked else None
-        verification, replacement = await self._verify(password, stored, reservation, rehash=rehash)
-        if active is not None and stored is not None and verification.valid:
-            await self._succeeded(reservation)
-            return Verified(active, stored, replacement)
-        await self._failed(reservation)
         events: list[Event] = []
         if user is not None and reservation is not None and reservation.locks:
             events.append(
@@ -217,7 +212,23 @@ class Credentials(Generic[UserT]):
                     user=user, subject_id=_id(user), context=context, occurred_at=self._clock()
                 )
             )
-        return _Refused(AuthenticationError(), [*events, failed(_reason(user, locked=locked))])
+        try:
+            verification, replacement = await self._verify(
+                password, stored, reservation, rehash=rehash
+            )
+        except asyncio.CancelledError:  # the attempt counts all the same, and so it locks
+            self._tell_later(*events)
+            raise
+        if active is not None and stored is not None and verification.valid:
+            await self._succeeded(reservation)
+            return Verified(active, stored, replacement)
+        events.append(failed(_reason(user, locked=locked)))
+        try:
+            await self._failed(reservation)
+        except asyncio.CancelledError:
+            self._tell_later(*events)
+            raise
+        return _Refused(AuthenticationError(), events)
 
     def _throttled(
         self,
@@ -256,6 +267,14 @@ class Credentials(Generic[UserT]):
             places, waiting = self._turns.pop(key)
             if waiting > 1:
                 self._turns[key] = places, waiting - 1
+
+    async def _tell(self, *events: Event) -> None:
+        connection = self._sessions.connection()
+        await report(*events, connection=connection, emitter=self._emitter, clock=self._clock)
+
+    def _tell_later(self, *events: Event) -> None:
+        connection = self._sessions.connection()
+        report_detached(*events, connection=connection, emitter=self._emitter, clock=self._clock)
 
     async def _find_user(self, identifier: str) -> UserT | None:
         connection = self._sessions.connection()
@@ -321,9 +340,9 @@ class Credentials(Generic[UserT]):
             await _available(counting, _PATIENCE)
 
     def _account(self, identifier: str, user: UserT | None) -> str:
-        """Return what stands for an account: its key and version, so that a new password starts anew."""
+        """Return what stands for an account: its key and hash, so that a new password starts anew."""
         if user is not None:
-            return self._hidden(f"{self._table}:{user.pk}:{user.session_version}")
+            return self._hidden(f"{self._table}:{user.pk}:{user.password}")
         try:
             typed = self._user_model.normalize_identifier(identifier)
         except InvalidIdentifierError:

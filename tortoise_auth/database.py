@@ -16,6 +16,7 @@ import re
 import sqlite3
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from contextlib import suppress
+from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -369,12 +370,17 @@ async def run_statement(
             value = values[name[1]]
             several = value if isinstance(value, list) else [value]
             first = len(given) + 1
-            given.extend(several)
+            given.extend(map(_storable, several))
             marks = [f"${first + at}" if numbered else "?" for at in range(len(several))]
             placed[name[1]] = ", ".join(marks)
         return placed[name[1]]
 
     return await connection.execute_query_dict(re.sub(r"\{(\w+)\}", place, statement), given)
+
+
+def _storable(value: object) -> object:
+    """Return a time in UTC, as columns hold it: SQLite compares the text."""
+    return value.astimezone(UTC) if isinstance(value, datetime) else value
 
 
 async def notify(connection: BaseDBAsyncClient, channel: str) -> None:

@@ -158,6 +158,12 @@ class AttemptCount(Model):
         table_description = "How often passwords were tried for one account, or from one source."
 
 
+def user_table(model: type[Model]) -> str:
+    """Return what tells the users of *model* from those of another model."""
+    meta = model._meta
+    return f"{meta.schema}.{meta.db_table}" if meta.schema else meta.db_table
+
+
 def primary_key(model: type[Model], text: str) -> object | None:
     """Return the primary key that *text* is the ``str()`` of, or ``None`` if it is none.
 

@@ -9,6 +9,7 @@ from typing import Generic, Literal, TypeVar
 from uuid import UUID
 
 from tortoise.expressions import F
+from tortoise.fields import CharField, TextField
 
 from tortoise_auth.clock import Clock, utc_now
 from tortoise_auth.config import AuthConfig
@@ -108,7 +109,8 @@ class AuthService(Generic[UserT]):
         await auth.logout(result.access_token)
 
     Every method may raise `ServiceUnavailableError` when the database fails, and
-    `ConfigurationError` when Tortoise or the models are not set up.
+    `ConfigurationError` when Tortoise or the models are not set up. An account of another model than
+    ``user_model`` is a `TypeError`.
 
     Args:
         user_model: Your subclass of `AbstractUser`.
@@ -122,7 +124,7 @@ class AuthService(Generic[UserT]):
 
     Raises:
         ConfigurationError: The model is not a concrete subclass of `AbstractUser`, or its
-            identifier is not a unique column.
+            identifier is not a unique column of text.
     """
 
     def __init__(
@@ -274,15 +276,7 @@ class AuthService(Generic[UserT]):
         found = await self._find_session(token)
         if found is None:
             return Revocation(0, None)
-        ended = found.is_alive(self._clock())
-        if ended:
-            async with self._unit_of_work() as unit:
-                ended = await self._sessions.revoke(found.session, unit.connection)
-                if ended:
-                    self._record(
-                        unit, UserLogout, found.user, context, session_id=str(found.session.id)
-                    )
-        return Revocation(int(ended), found.session.user_id)
+        return await self._end_session(found, UserLogout, context, actor="user")
 
     @guarded
     async def logout_all(
@@ -301,6 +295,7 @@ class AuthService(Generic[UserT]):
             actor: Whom the event names: ``"admin"`` if it was not the user.
             context: Circumstances of the request.
         """
+        self._require_own(user)
         async with self._unit_of_work() as unit:
             ended = await self._sessions.revoke_all(user, unit.connection, keep=_session_id(keep))
             if ended:
@@ -341,6 +336,7 @@ class AuthService(Generic[UserT]):
             PasswordPolicyError: With every rule that the password breaks.
             ValueError: The account is not saved.
         """
+        self._require_own(user)
         self.policy.check(new_password, about=user.words_about())
         hashed = await self.passwords.hash(new_password)
         await self._replace_password(
@@ -367,6 +363,7 @@ class AuthService(Generic[UserT]):
             ThrottledError: Too many attempts; the password was not even looked at.
             PasswordPolicyError: With every rule that the new password breaks.
         """
+        self._require_own(user)
         context = current_context(context)
         stored = await self._credentials.check_current(user, current_password, context)
         self.policy.check(new_password, about=user.words_about())
@@ -381,6 +378,7 @@ class AuthService(Generic[UserT]):
     @guarded
     async def sessions(self, user: UserT) -> list[Session]:
         """Return the live sessions of *user*, the one used last first."""
+        self._require_own(user)
         return await self._sessions.list(user)
 
     @guarded
@@ -401,23 +399,12 @@ class AuthService(Generic[UserT]):
             actor: Whom the event names: ``"admin"`` if it was not the user.
             context: Circumstances of the request.
         """
+        if user is not None:
+            self._require_own(user)
         found = await self._sessions.find_by_id(session_id)
         if found is None or (user is not None and found.session.user_id != str(user.pk)):
             return Revocation(0, None)
-        ended = found.is_alive(self._clock())
-        if ended:
-            async with self._unit_of_work() as unit:
-                ended = await self._sessions.revoke(found.session, unit.connection)
-                if ended:
-                    self._record(
-                        unit,
-                        SessionRevoked,
-                        found.user,
-                        context,
-                        session_id=str(found.session.id),
-                        actor=actor,
-                    )
-        return Revocation(int(ended), found.session.user_id)
+        return await self._end_session(found, SessionRevoked, context, actor=actor)
 
     @guarded
     async def deactivate(
@@ -432,6 +419,7 @@ class AuthService(Generic[UserT]):
             actor: Whom the event names: ``"user"`` if somebody closed their own account.
             context: Circumstances of the request.
         """
+        self._require_own(user)
         ended = 0
         async with self._unit_of_work() as unit:
             row = self.user_model.filter(pk=user.pk, is_active=True).using_db(unit.connection)
@@ -458,10 +446,15 @@ class AuthService(Generic[UserT]):
             actor: Whom the event names.
             context: Circumstances of the request.
         """
+        self._require_own(user)
         async with self._unit_of_work() as unit:
             row = self.user_model.filter(pk=user.pk, is_active=False).using_db(unit.connection)
-            if await row.update(is_active=True, updated_at=self._clock()):
-                unit.when_committed(lambda: _follow(user, is_active=True))
+            changed = await row.update(
+                is_active=True, session_version=F("session_version") + 1, updated_at=self._clock()
+            )
+            if changed:  # the version, because not everybody closes accounts through `deactivate`
+                version = await stored_version(user, unit)
+                unit.when_committed(lambda: _follow(user, is_active=True, session_version=version))
                 self._record(unit, UserActivated, user, context, actor=actor)
 
     @guarded
@@ -512,6 +505,13 @@ class AuthService(Generic[UserT]):
             stop_timeout=stop_timeout,
         )
         return Relay(self.emitter, self.user_model, settings, clock=self._clock)
+
+    def _require_own(self, user: UserT) -> None:
+        """Refuse the account of another model, whose key is somebody else's here."""
+        if not isinstance(user, self.user_model):
+            raise TypeError(
+                f"This AuthService serves {self.user_model.__name__}, not {type(user).__name__}"
+            )
 
     def _event(
         self,
@@ -575,7 +575,9 @@ class AuthService(Generic[UserT]):
             async with unit:
                 if await self._enter(user, unit):
                     if replacement is not None:
-                        await replace_outdated_hash(user, replacement, unit)
+                        await replace_outdated_hash(
+                            user, replacement, unit, instead_of=verified.stored
+                        )
                     opened = await self._sessions.open(user, context, unit.connection)
                     self._record(unit, UserLogin, user, context, session_id=str(opened[0].id))
         except BaseException:
@@ -609,6 +611,27 @@ class AuthService(Generic[UserT]):
             return False
         unit.when_committed(lambda: _follow(user, last_login=now))
         return True
+
+    async def _end_session(
+        self,
+        found: Found[UserT],
+        kind: Callable[..., Event],
+        context: RequestContext | None,
+        *,
+        actor: Actor,
+    ) -> Revocation:
+        """Revoke one session; tell it, and count it, only if it was not over anyway."""
+        ended = False
+        if found.session.revoked_at is None:
+            async with self._unit_of_work() as unit:
+                revoked = await self._sessions.revoke(found.session, unit.connection)
+                ended = revoked and found.is_alive(self._clock())
+                if ended:
+                    session_id = str(found.session.id)
+                    self._record(
+                        unit, kind, found.user, context, session_id=session_id, actor=actor
+                    )
+        return Revocation(int(ended), found.session.user_id)
 
     async def _rotate(
         self, found: Found[UserT], presented: RefreshToken, context: RequestContext
@@ -648,7 +671,7 @@ class AuthService(Generic[UserT]):
             # transaction is rolled back, most likely because of the error that is raised next.
             if await self._sessions.revoke(found.session, connection):
                 self.emitter.detach(self._revoke_for_good(found.session), "session revocation")
-                await report(event, connection, self.emitter, clock=self._clock)
+                await report(event, connection=connection, emitter=self.emitter, clock=self._clock)
             return TokenReusedError()
         async with self._unit_of_work() as unit:
             if await self._sessions.revoke(found.session, unit.connection):
@@ -719,8 +742,8 @@ def _check_model(user_model: type[AbstractUser]) -> None:
             f"{user_model.__name__} is abstract. Subclass it, or say `abstract = False` in its Meta."
         )
     field = meta.fields_map.get(user_model.identifier_field)
-    if field is None or not (field.unique or field.pk):
+    if not isinstance(field, CharField | TextField) or not (field.unique or field.pk):
         raise ConfigurationError(
             f"{user_model.__name__}.identifier_field is {user_model.identifier_field!r}; the model "
-            "needs such a field, with unique=True"
+            "needs such a field, a CharField with unique=True"
         )

@@ -23,10 +23,10 @@ from tortoise_auth.config import AuthConfig
 from tortoise_auth.context import RequestContext
 from tortoise_auth.events.unit_of_work import UnitOfWork
 from tortoise_auth.exceptions import TokenExpiredError, TokenRevokedError
-from tortoise_auth.models import Session, primary_key
+from tortoise_auth.models import Session, primary_key, user_table
 from tortoise_auth.throttling import source_of
 from tortoise_auth.tokens import RefreshToken
-from tortoise_auth.users import UserT, shared_connection, user_table
+from tortoise_auth.users import UserT, shared_connection
 
 logger = logging.getLogger("tortoise_auth.sessions")
 
@@ -63,7 +63,7 @@ class Found(Generic[UserT]):
             self.require_alive(now)
         except (TokenRevokedError, TokenExpiredError):
             return False
-        return True
+        return self.session.refresh_expires_at > now  # or it has lain idle for too long
 
 
 class Sessions(Generic[UserT]):

@@ -29,7 +29,7 @@ from tortoise_auth.exceptions import (
     InvalidIdentifierError,
 )
 from tortoise_auth.fields import EmailField, UtcDatetimeField, normalize_email
-from tortoise_auth.models import Session
+from tortoise_auth.models import Session, user_table
 from tortoise_auth.passwords import (
     PasswordHasher,
     PasswordPolicy,
@@ -215,11 +215,12 @@ class AbstractUser(Model):
 
         Costs one full hash whatever the answer.
         """
-        verification = await self.password_hasher.verify(raw_password, self.password)
+        stored = self.password
+        verification = await self.password_hasher.verify(raw_password, stored)
         if verification.outdated:
             replacement = await self.password_hasher.hash(raw_password)
             async with UnitOfWork(connection_for(type(self)), self.emitter) as unit:
-                await replace_outdated_hash(self, replacement, unit)
+                await replace_outdated_hash(self, replacement, unit, instead_of=stored)
         return verification.valid
 
     def set_unusable_password(self) -> None:
@@ -322,11 +323,6 @@ def shared_connection(model: type[Model]) -> BaseDBAsyncClient:
     return users
 
 
-def user_table(model: type[Model]) -> str:
-    """Return what tells the users of *model* from those of another model."""
-    return model._meta.db_table
-
-
 async def store_password(
     user: AbstractUser,
     hashed: str,
@@ -370,12 +366,13 @@ async def stored_version(user: AbstractUser, unit: UnitOfWork) -> int:
     return int(rows[0]["session_version"])
 
 
-async def replace_outdated_hash(user: AbstractUser, replacement: str, unit: UnitOfWork) -> None:
+async def replace_outdated_hash(
+    user: AbstractUser, replacement: str, unit: UnitOfWork, *, instead_of: str
+) -> None:
     """Replace the hash that was verified; a password that was changed meanwhile is left alone."""
-    verified = user.password
     replaced = (
         await type(user)
-        .filter(pk=user.pk, password=verified)
+        .filter(pk=user.pk, password=instead_of)
         .using_db(unit.connection)
         .update(password=replacement)
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 from collections.abc import Awaitable, Coroutine, Generator, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from types import coroutine
 from typing import Any, Generic, TypeVar
 
@@ -128,7 +128,7 @@ async def look(context: TortoiseContext, sql: str) -> list[tuple[Any, ...]]:
             await own.close()
     if client.filename == ":memory:":
         return [tuple(row.values()) for row in await client.execute_query_dict(sql)]
-    with sqlite3.connect(client.filename) as second:
+    with closing(sqlite3.connect(client.filename)) as second:
         return second.execute(sql).fetchall()
 
 

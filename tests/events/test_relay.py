@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import datetime, timedelta, timezone
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -199,6 +199,21 @@ class TestHandlers:
         await auth.logout(result.access_token)
         assert await auth.relay().drain() == 2
         assert heard == [ada, UserLogout]
+
+    async def test_by_a_clock_of_another_zone(
+        self, db: TortoiseContext, ada: User, emitter: EventEmitter, handler: Handler
+    ) -> None:
+        """What is due is due, whatever zone the clock tells the time in."""
+        heard: list[str] = []
+        emitter.on("user_login", delivery="durable", name="log")(
+            lambda user, event: heard.append(event.name)
+        )
+        for hours in (-5, 9):
+            clock = FakeClock(datetime(2026, 1, 1, tzinfo=timezone(timedelta(hours=hours))))
+            auth = AuthService(User, AuthConfig(secret=SECRET), clock=clock)
+            await auth.login(EMAIL, PASSWORD)
+            assert await auth.relay().drain() == 1
+        assert heard == ["user_login"] * 2
 
     async def test_user_is_loaded_anew(
         self, auth: AuthService[User], ada: User, emitter: EventEmitter

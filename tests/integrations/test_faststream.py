@@ -1244,12 +1244,10 @@ class TestPage:
             for snippet in self.snippets(place, "Publish"):
                 await run(snippet, namespace, PAGE.name)
             async with consuming(place, inbox.take):
-                relay = asyncio.create_task(namespace["main"]())
-                await namespace["auth"].login(EMAIL, PASSWORD)
-                await inbox.until(1)
-                relay.cancel()
-                with pytest.raises(asyncio.CancelledError):
-                    await relay
+                auth = namespace["auth"]
+                async with namespace["broker_started"](), auth.relay():
+                    await auth.login(EMAIL, PASSWORD)
+                    await inbox.until(1)
         finally:
             await place.remove()
         assert [event.name for event in inbox.events] == ["user_login"]

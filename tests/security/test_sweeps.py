@@ -7,7 +7,7 @@ import inspect
 import sqlite3
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import count
@@ -112,7 +112,7 @@ class Onlooker:
         if self.connection is not None:
             rows = [dict(row) for row in await self.connection.fetch(sql)]
         else:
-            with sqlite3.connect(self.client.filename) as second:
+            with closing(sqlite3.connect(self.client.filename)) as second:
                 second.row_factory = sqlite3.Row
                 rows = [dict(row) for row in second.execute(sql)]
         return {str(row[key]): row for row in rows}
@@ -219,7 +219,7 @@ def changes(before: Snapshot, after: Snapshot) -> Counter[str]:
         happened["entered"] += user["last_login"] != old["last_login"]
         happened["closed"] += was_active and not is_active
         happened["reopened"] += is_active and not was_active
-        happened["changed"] += raised - (was_active and not is_active)
+        happened["changed"] += raised - (was_active != is_active)
         happened["rehashed"] += user["password"] != old["password"] and not raised
     return +happened
 

@@ -288,7 +288,12 @@ class Dispatcher(Registry):
             return
         args, kwargs = emission.arguments_for(subscription)
         if subscription.timeout is None:
-            await invoke(subscription, args, kwargs)
+            await invoke(
+                subscription,
+                args,
+                kwargs,
+                lambda call: self.detach(_outlasting(call), emission.text),
+            )
             return
         task = self._track(
             asyncio.create_task(invoke(subscription, args, kwargs), name=emission.text)
@@ -419,6 +424,10 @@ class _BackgroundJob:
     async def __call__(self) -> None:
         if self._mark is None or await outbox.take_mark(connection_for(OutboxEntry), self._mark):
             await self._emitter._run_quietly(self._emission, self._subscriptions)
+
+
+async def _outlasting(call: asyncio.Future[object]) -> None:
+    await call
 
 
 async def _logged(work: Coroutine[Any, Any, None], what: str) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
+import functools
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from types import TracebackType
 from typing import Any
@@ -76,11 +78,27 @@ class Emission:
         return self.args[:count], {name: self.kwargs[name] for name in names}
 
 
-async def invoke(subscription: Subscription, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
-    """Call a handler to its end: a plain function on a worker thread, unless it wants otherwise."""
+async def invoke(
+    subscription: Subscription,
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+    left_behind: Callable[[asyncio.Future[object]], object] = lambda call: None,
+) -> None:
+    """Call a handler to its end: a plain function on a worker thread, unless it wants otherwise.
+
+    A call on a thread goes on though whoever waits for it is cancelled, or begins only then: it is
+    given to *left_behind*.
+    """
     with Nested():
         if subscription.threaded:
-            result = await asyncio.to_thread(_called, subscription.handler, args, kwargs)
+            context = contextvars.copy_context()
+            work = functools.partial(context.run, _called, subscription.handler, args, kwargs)
+            call: asyncio.Future[object] = asyncio.get_running_loop().run_in_executor(None, work)
+            try:
+                result = await asyncio.shield(call)
+            except asyncio.CancelledError:
+                left_behind(call)
+                raise
         else:
             result = subscription.handler(*args, **kwargs)
         if result is not None and inspect.isawaitable(result):

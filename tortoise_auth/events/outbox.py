@@ -22,7 +22,7 @@ from tortoise.queryset import QuerySet
 from tortoise_auth.database import notify, run_statement
 from tortoise_auth.events.catalog import Event, UserEvent
 from tortoise_auth.events.subscription import Subscription
-from tortoise_auth.models import OutboxEntry
+from tortoise_auth.models import OutboxEntry, user_table
 
 CHANNEL = "tortoise_auth_outbox"
 """On PostgreSQL, relays of other processes are woken through it."""
@@ -150,7 +150,7 @@ async def write(
             **names,
             "event_id": str(event.id),
             "event_name": event.name,
-            "user_table": user._meta.db_table if user is not None else "",
+            "user_table": user_table(type(user)) if user is not None else "",
             "subject_id": event.subject_id,
             "payload": json.dumps(event.to_dict()),
             "at": at.astimezone(UTC),

@@ -29,7 +29,7 @@ from tortoise_auth.events.emitting import EventEmitter
 from tortoise_auth.events.outbox import Claimed
 from tortoise_auth.events.subscription import Subscription
 from tortoise_auth.exceptions import EventError, describe
-from tortoise_auth.models import OutboxEntry, primary_key
+from tortoise_auth.models import OutboxEntry, primary_key, user_table
 
 logger = logging.getLogger("tortoise_auth.relay")
 
@@ -246,7 +246,7 @@ class Relay(Generic[UserT]):
             connection,
             relay=self.name,
             subscriptions=sorted(known),
-            user_table=self._user_model._meta.db_table,
+            user_table=user_table(self._user_model),
             now=now,
             lease_ends=now + self.settings.lease,
             limit=self.settings.batch_size,

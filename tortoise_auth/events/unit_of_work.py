@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import deque
 from collections.abc import Callable
 from functools import partial
@@ -136,21 +137,52 @@ class UnitOfWork:
 
 
 async def report(
-    event: Event, connection: BaseDBAsyncClient, emitter: EventEmitter, *, clock: Clock = utc_now
+    *events: Event,
+    connection: BaseDBAsyncClient,
+    emitter: EventEmitter,
+    clock: Clock = utc_now,
 ) -> None:
     """Tell what happened although no change of ours did: a login failed.
 
     Inside a transaction of the caller, durable and background deliveries do not wait for it and
-    survive its rollback: a failure happened even if what was tried around it did not.
+    survive its rollback: a failure happened even if what was tried around it did not. A caller who
+    hangs up, or a handler that raises, silences none of the events.
 
     Raises:
         EventError: A handler in the transaction, or an inline one if the emitter says so, failed.
     """
+    pending = deque(events)
+    try:
+        while pending:
+            await _report(pending.popleft(), connection, emitter, clock)
+    except BaseException:
+        report_detached(*pending, connection=connection, emitter=emitter, clock=clock)
+        raise
+
+
+def report_detached(
+    *events: Event, connection: BaseDBAsyncClient, emitter: EventEmitter, clock: Clock = utc_now
+) -> None:
+    """Tell the same in a task of its own, for a caller who is gone."""
+    for event in events:
+        outside = root_of(connection)
+        emitter.detach(_report(event, outside, emitter, clock), f"report of {event.name}")
+
+
+async def _report(
+    event: Event, connection: BaseDBAsyncClient, emitter: EventEmitter, clock: Clock
+) -> None:
     transactional = emitter.subscriptions(event.name, "transaction")
     durable = emitter.subscriptions(event.name, "durable")
     if (transactional or durable) and not is_transaction(connection):
-        async with UnitOfWork(connection, emitter, clock=clock) as unit:
-            unit.record(event)
+        unit = UnitOfWork(connection, emitter, clock=clock)
+        try:
+            async with unit:
+                unit.record(event)
+        except asyncio.CancelledError:
+            if not unit.committed:
+                report_detached(event, connection=connection, emitter=emitter, clock=clock)
+            raise
         return
     if transactional:
         async with transaction(connection):
