@@ -403,11 +403,26 @@ class TestRelay:
         assert last == "tortoise-auth: The lifespan could not begin: OSError: no broker"
         assert "shop.py" in relay.stderr
 
-    async def test_lifespan_that_is_none(self, shop: Project) -> None:
-        """A typo is told before anything runs."""
-        relay = shop.run("relay", "shop:auth", "--lifespan", "shop:emitter")
+    @pytest.mark.parametrize(
+        ("name", "told"),
+        [
+            ("emitter", "wanted is a function made by @asynccontextmanager"),
+            ("bare", "'shop:bare' is not made by @asynccontextmanager"),
+            ("plain", "'shop:plain' is not made by @asynccontextmanager"),
+            ("of_the_app", "'shop:of_the_app' must need no arguments, and it needs: app"),
+        ],
+    )
+    async def test_lifespan_that_is_none(self, shop: Project, name: str, told: str) -> None:
+        """A mistake is told before anything runs."""
+        shop.write(
+            "from contextlib import asynccontextmanager\n"
+            "async def bare():\n    yield\n"
+            "async def plain():\n    pass\n"
+            "@asynccontextmanager\nasync def of_the_app(app):\n    yield\n"
+        )
+        relay = shop.run("relay", "shop:auth", "--lifespan", f"shop:{name}")
         assert relay.returncode == 2
-        assert "wanted is a function made by @asynccontextmanager" in relay.stderr
+        assert told in relay.stderr
         assert "Traceback" not in relay.stderr
 
     async def test_nothing_to_do(self, shop: Project) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from tortoise.context import TortoiseContext
@@ -10,7 +11,7 @@ from tortoise.context import TortoiseContext
 from tests.app import User
 from tests.conftest import PASSWORD
 from tortoise_auth import AuthService, EventEmitter, RequestContext
-from tortoise_auth.context import request_context
+from tortoise_auth.context import current_context, request_context
 from tortoise_auth.exceptions import AuthenticationError, TokenReusedError
 from tortoise_auth.testing import Captured, capture
 
@@ -53,6 +54,13 @@ async def live(auth: AuthService[User], context: RequestContext | None) -> None:
     await auth.logout_all(ada, context=context)
     await auth.deactivate(ada, context=context)
     await auth.activate(ada, context=context)
+
+
+@pytest.mark.parametrize("given", [{"ip": "203.0.113.7"}, "203.0.113.7", RequestContext])
+def test_something_else(given: Any) -> None:
+    """What is no context is refused by name."""
+    with pytest.raises(TypeError, match=r"^context= takes a RequestContext\(ip=...\), not "):
+        current_context(given)
 
 
 class TestEveryEvent:

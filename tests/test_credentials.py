@@ -48,7 +48,12 @@ from tortoise_auth.events import (
     PasswordChangeFailed,
     UserLoginFailed,
 )
-from tortoise_auth.exceptions import EventError, ServiceUnavailableError, ThrottledError
+from tortoise_auth.exceptions import (
+    ConfigurationError,
+    EventError,
+    ServiceUnavailableError,
+    ThrottledError,
+)
 from tortoise_auth.models import AttemptCount
 from tortoise_auth.testing import Captured, FakeClock, capture
 from tortoise_auth.throttling import DatabaseThrottle, Limit
@@ -920,9 +925,9 @@ class TestStoreIsDown:
         ]
         with argon2_costs() as costs:
             for call in calls:
-                with pytest.raises(ServiceUnavailableError) as error:
+                with pytest.raises(ConfigurationError, match="Run your migrations") as error:
                     await call()
-                assert error.value.code == "service_unavailable"
+                assert error.value.code == "configuration_error"
                 assert (error.value.__cause__, error.value.__context__) == (None, None)
         assert costs == []
         assert events.names == []

@@ -984,6 +984,25 @@ class TestActor:
         assert len(told) == 5
         assert set(told.values()) == {actor}
 
+    async def test_nobody(self, auth: AuthService[User], ada: User, events: Captured) -> None:
+        """A typo is refused before anything is written."""
+        result = await log_in(auth)
+        events.clear()
+        calls: list[Any] = [
+            lambda actor: auth.logout_all(ada, actor=actor),
+            lambda actor: auth.set_password(ada, NEW_PASSWORD, actor=actor),
+            lambda actor: auth.revoke_session(result.session.id, actor=actor),
+            lambda actor: auth.revoke_session(result.session.id, user=ada, actor=actor),
+            lambda actor: auth.deactivate(ada, actor=actor),
+            lambda actor: auth.activate(ada, actor=actor),
+        ]
+        for call in calls:
+            for actor in ("Admin", "", None, ada):
+                with pytest.raises(ValueError, match="is none of user, admin, system"):
+                    await call(actor)
+        assert events.names == []
+        await assert_goes_on(auth, result)
+
     async def everything(
         self, auth: AuthService[User], ada: User, events: Captured, **options: Any
     ) -> dict[str, str]:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Awaitable, Callable
+from datetime import datetime
 from typing import Any
 
 import pytest
@@ -18,7 +19,16 @@ from tortoise.models import Model
 from tests.app import NamedUser, User
 from tests.conftest import PASSWORD, SECRET
 from tests.probes import EMAIL, NEW_PASSWORD, connection_of, log_in
-from tortoise_auth import AbstractUser, AuthConfig, AuthResult, AuthService, ConfigurationError
+from tortoise_auth import (
+    AbstractUser,
+    AuthConfig,
+    AuthResult,
+    AuthService,
+    ConfigurationError,
+    PasswordPolicy,
+)
+from tortoise_auth.clock import utc_now
+from tortoise_auth.throttling import DatabaseThrottle
 
 CONFIG = AuthConfig(secret=SECRET)
 
@@ -142,6 +152,28 @@ class TestNoContext:
             await elsewhere
 
 
+class TestParts:
+    @pytest.mark.parametrize(
+        ("part", "told"),
+        [
+            ({"throttle": "redis"}, "throttle= takes DatabaseThrottle"),
+            ({"throttle": True}, "throttle= takes DatabaseThrottle"),
+            ({"throttle": False}, "throttle= takes DatabaseThrottle"),
+            ({"throttle": DatabaseThrottle}, "throttle= takes DatabaseThrottle"),
+            ({"clock": datetime.now}, "aware datetime"),
+            ({"clock": utc_now()}, "aware datetime"),
+            ({"emitter": "x"}, "emitter= takes an instance of EventEmitter"),
+            ({"passwords": "argon2"}, "passwords= takes an instance of PasswordHasher"),
+            ({"policy": 8}, "policy= takes an instance of PasswordPolicy"),
+            ({"policy": PasswordPolicy}, "policy= takes an instance of PasswordPolicy"),
+        ],
+    )
+    def test_of_another_type(self, part: Any, told: str) -> None:
+        """A service is refused where it is made, not at the first login."""
+        with pytest.raises(ConfigurationError, match=told):
+            AuthService(User, AuthConfig(secret=SECRET), **part)
+
+
 class TestMissingTables:
     @pytest.mark.parametrize(
         "method", sorted(METHODS.keys() - {"activate", "create_user", "login_bad_identifier"})
@@ -171,7 +203,7 @@ class TestMissingTables:
         await connection_of(db).execute_script("ALTER TABLE app_user DROP COLUMN display_name")
         # A plain SELECT is no evidence: SQLite takes an unknown name in quotes for a string.
         for method in ("authenticate", "create_user"):
-            with pytest.raises(ConfigurationError, match="outdated"):
+            with pytest.raises(ConfigurationError, match="table or column"):
                 await METHODS[method](auth, result)
 
 

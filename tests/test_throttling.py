@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -625,6 +625,7 @@ class TestLimit:
             {"free": 1, "pause": timedelta(seconds=-1)},
             {"free": 1, "pause": timedelta(hours=1), "longest": timedelta(minutes=1)},
             {"free": 1, "longest": timedelta(days=2), "quiet": timedelta(days=1)},
+            {"free": 1, "quiet": timedelta.max},
         ],
         ids=str,
     )
@@ -633,12 +634,35 @@ class TestLimit:
         with pytest.raises(ConfigurationError, match="0 < pause <= longest <= quiet"):
             Limit(**values)
 
-    @pytest.mark.parametrize("pause", [1e-6, 1, 59, 60, 61, 899, 900, 86400 * 3000])
+    @pytest.mark.parametrize(
+        "values", [{"free": "5"}, {"free": True}, {"free": 5, "longest": 300}], ids=str
+    )
+    def test_other_types(self, values: dict[str, Any]) -> None:
+        """What is no number or duration is refused, with an example."""
+        with pytest.raises(ConfigurationError, match=r"Limit\(free=10"):
+            Limit(**values)
+
+    @pytest.mark.parametrize(
+        ("values", "message"),
+        [
+            ({"account": 10}, r"account=Limit\(free=10\)"),
+            ({"source": Limit}, r"account=Limit\(free=10\)"),
+            ({"max_failures": "5"}, "between 1 and 100"),
+            ({"clock": datetime.now}, "aware datetime"),
+            ({"clock": datetime(2026, 1, 1, tzinfo=UTC)}, "aware datetime"),
+        ],
+    )
+    def test_throttle_of_other_types(self, values: dict[str, Any], message: str) -> None:
+        """A throttle is refused where it is made, not at the first login."""
+        with pytest.raises(ConfigurationError, match=message):
+            DatabaseThrottle(**values)
+
+    @pytest.mark.parametrize("pause", [1e-6, 1, 59, 60, 61, 899, 900, 86400 * 300])
     def test_never_overflows(self, pause: float) -> None:
         """However often somebody fails, the pause is the longest one and no error."""
         longest = timedelta(seconds=max(pause, 900))
         limit = Limit(
-            free=5, pause=timedelta(seconds=pause), longest=longest, quiet=timedelta(days=3000)
+            free=5, pause=timedelta(seconds=pause), longest=longest, quiet=timedelta(days=366)
         )
         assert limit.after(4) == timedelta(0)
         assert limit.after(5) == limit.pause

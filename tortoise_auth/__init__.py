@@ -29,6 +29,7 @@ from tortoise_auth.exceptions import (
     ConfigurationError,
     PasswordPolicyError,
     ServiceUnavailableError,
+    ThrottledError,
     TokenError,
     TortoiseAuthError,
 )
@@ -57,6 +58,7 @@ __all__ = [
     "Revocation",
     "ServiceUnavailableError",
     "SigningKey",
+    "ThrottledError",
     "TokenError",
     "TortoiseAuthError",
     "__version__",

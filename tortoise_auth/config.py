@@ -4,12 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from datetime import timedelta
+from datetime import datetime, timedelta
 from functools import cached_property
 from typing import ClassVar
 
+from tortoise_auth.clock import Clock
 from tortoise_auth.exceptions import ConfigurationError
 from tortoise_auth.keys import MAKE_ONE, SigningKey
+
+
+def checked_clock(clock: Clock) -> Clock:
+    """Return *clock* if it tells an aware time.
+
+    Raises:
+        ConfigurationError: It does not.
+    """
+    now = clock() if callable(clock) else None
+    if not isinstance(now, datetime) or now.tzinfo is None:
+        raise ConfigurationError(
+            "clock= takes a function that returns an aware datetime, as "
+            "`lambda: datetime.now(UTC)` does"
+        )
+    return clock
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -36,8 +36,15 @@ request_context: ContextVar[RequestContext] = ContextVar("tortoise_auth_request_
 
 
 def current_context(explicit: RequestContext | None = None) -> RequestContext:
-    """Return *explicit*, or what the context variable holds, or an empty context."""
-    return explicit if explicit is not None else request_context.get(RequestContext())
+    """Return *explicit*, or what the context variable holds, or an empty context.
+
+    Raises:
+        TypeError: It is no `RequestContext`.
+    """
+    found = explicit if explicit is not None else request_context.get(RequestContext())
+    if not isinstance(found, RequestContext):
+        raise TypeError(f"context= takes a RequestContext(ip=...), not {type(found).__name__}")
+    return found
 
 
 def storable(text: str, limit: int) -> str:

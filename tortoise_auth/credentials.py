@@ -13,7 +13,7 @@ from typing import Any, Generic, TypeVar
 
 from tortoise_auth.clock import Clock
 from tortoise_auth.context import RequestContext, storable
-from tortoise_auth.database import is_transaction
+from tortoise_auth.database import is_missing_table, is_transaction, translated
 from tortoise_auth.events.catalog import (
     AccountLocked,
     Event,
@@ -200,8 +200,16 @@ class Credentials(Generic[UserT]):
         try:
             reservation = await self._reserve(identifier, user, context)
         except ThrottledError as throttled:
-            told = self._throttled(identifier, user, context, throttled)
-            return _Refused(throttled, [failed("throttled"), told])
+            refusal = failed("throttled")
+            told = LoginThrottled(
+                identifier=_shown(identifier),
+                retry_after=throttled.retry_after,
+                attempted="login" if isinstance(refusal, UserLoginFailed) else "password_change",
+                subject_id=_id(user),
+                context=context,
+                occurred_at=self._clock(),
+            )
+            return _Refused(throttled, [refusal, told])
         active = user if user is not None and user.is_active else None
         locked = reservation is not None and reservation.locked
         stored = active.password if active is not None and not locked else None
@@ -229,21 +237,6 @@ class Credentials(Generic[UserT]):
             self._tell_later(*events)
             raise
         return _Refused(AuthenticationError(), events)
-
-    def _throttled(
-        self,
-        identifier: str,
-        user: UserT | None,
-        context: RequestContext,
-        throttled: ThrottledError,
-    ) -> LoginThrottled:
-        return LoginThrottled(
-            identifier=_shown(identifier),
-            retry_after=throttled.retry_after,
-            subject_id=_id(user),
-            context=context,
-            occurred_at=self._clock(),
-        )
 
     @asynccontextmanager
     async def _turn(self, identifier: str, user: UserT | None) -> AsyncIterator[None]:
@@ -368,8 +361,12 @@ async def _available(
     except TortoiseAuthError:
         raise
     except Exception as error:  # noqa: BLE001 - any store, any client library
-        kind = type(error).__name__
-    raise ServiceUnavailableError(f"The throttle could not count this attempt ({kind})")
+        failure: Exception = ServiceUnavailableError(
+            f"The throttle could not count this attempt ({type(error).__name__})"
+        )
+        if is_missing_table(error):
+            failure = translated(error, "login")
+    raise failure
 
 
 def _shown(identifier: object) -> str:

@@ -186,19 +186,20 @@ def guarded(
             if not _is_database_failure(error):
                 raise
             # Drivers put values into their messages; neither text nor cause may leave.
-            failure = _translated(error, method.__name__)
+            failure = translated(error, method.__name__)
         raise failure
 
     return guarding
 
 
-def _translated(error: Exception, doing: str) -> Exception:
+def translated(error: Exception, doing: str) -> Exception:
+    """Return the error of ours for one of a database, without what that says of values."""
     if isinstance(error, TortoiseConfigurationError):
         return ConfigurationError(f"Tortoise ORM is not set up as it must be: {error}")
-    if _is_missing_table(error):
+    if is_missing_table(error):
         return ConfigurationError(
-            "A table of tortoise_auth is missing or outdated. Run your migrations, or "
-            "`await Tortoise.generate_schemas()` in a test."
+            "A table or column of tortoise_auth, or of your user model, is missing. Run your "
+            "migrations, or `await Tortoise.generate_schemas()` in a test."
         )
     kind = type(error.args[0] if error.args and isinstance(error.args[0], Exception) else error)
     return ServiceUnavailableError(f"The database failed during {doing} ({kind.__name__})")
@@ -291,7 +292,8 @@ def _is_database_failure(error: Exception) -> bool:
     )
 
 
-def _is_missing_table(error: Exception) -> bool:
+def is_missing_table(error: Exception) -> bool:
+    """Tell whether a table or column is missing."""
     cause = error.args[0] if error.args and isinstance(error.args[0], Exception) else error
     return getattr(cause, "sqlstate", None) in {"42P01", "42703"} or (
         isinstance(cause, sqlite3.OperationalError)

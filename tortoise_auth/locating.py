@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
@@ -42,6 +43,16 @@ def load_lifespan(path: str) -> Lifespan:
     """Return the function that opens what the handlers of the host need."""
     found = _load(path, FunctionType, "a function made by @asynccontextmanager")
     assert isinstance(found, FunctionType)  # noqa: S101 - as above
+    wrapped = inspect.unwrap(found)
+    if found is wrapped or not inspect.isasyncgenfunction(wrapped):
+        raise CommandError(f"{path!r} is not made by @asynccontextmanager")
+    needed = [
+        each.name
+        for each in inspect.signature(found).parameters.values()
+        if each.default is each.empty and each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)
+    ]
+    if needed:
+        raise CommandError(f"{path!r} must need no arguments, and it needs: {', '.join(needed)}")
     return found
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
-from typing import Generic, Literal, TypeVar
+from typing import Generic, Literal, TypeVar, get_args
 from uuid import UUID
 
 from tortoise.expressions import F
 from tortoise.fields import CharField, TextField
 
 from tortoise_auth.clock import Clock, utc_now
-from tortoise_auth.config import AuthConfig
+from tortoise_auth.config import AuthConfig, checked_clock
 from tortoise_auth.context import RequestContext, current_context
 from tortoise_auth.credentials import Credentials, Verified
 from tortoise_auth.database import (
@@ -123,8 +123,8 @@ class AuthService(Generic[UserT]):
         clock: The time.
 
     Raises:
-        ConfigurationError: The model is not a concrete subclass of `AbstractUser`, or its
-            identifier is not a unique column of text.
+        ConfigurationError: The model is not a concrete subclass of `AbstractUser`, its identifier
+            is not a unique column of text, or an argument is of another type.
     """
 
     def __init__(
@@ -141,12 +141,13 @@ class AuthService(Generic[UserT]):
         _check_model(user_model)
         if not isinstance(config, AuthConfig):
             raise ConfigurationError("AuthService takes an AuthConfig: AuthConfig(secret=...)")
+        _check_parts(emitter, passwords, policy, throttle)
         self.user_model = user_model
         self.config = config
         self.emitter = emitter if emitter is not None else user_model.emitter
         self.passwords = passwords if passwords is not None else user_model.password_hasher
         self.policy = policy if policy is not None else user_model.password_policy
-        self._clock = clock
+        self._clock = checked_clock(clock)
         self._sessions = Sessions(user_model, config, clock)
         self._tokens = AccessTokens(config, clock)
         self._throttle = DatabaseThrottle(clock=clock) if throttle == "database" else throttle
@@ -295,7 +296,7 @@ class AuthService(Generic[UserT]):
             actor: Whom the event names: ``"admin"`` if it was not the user.
             context: Circumstances of the request.
         """
-        self._require_own(user)
+        self._require_own(user, actor)
         async with self._unit_of_work() as unit:
             ended = await self._sessions.revoke_all(user, unit.connection, keep=_session_id(keep))
             if ended:
@@ -336,7 +337,7 @@ class AuthService(Generic[UserT]):
             PasswordPolicyError: With every rule that the password breaks.
             ValueError: The account is not saved.
         """
-        self._require_own(user)
+        self._require_own(user, actor)
         self.policy.check(new_password, about=user.words_about())
         hashed = await self.passwords.hash(new_password)
         await self._replace_password(
@@ -384,7 +385,7 @@ class AuthService(Generic[UserT]):
     @guarded
     async def revoke_session(
         self,
-        session_id: UUID | str,
+        session_id: Session | UUID | str,
         *,
         user: UserT | None = None,
         actor: Actor = "user",
@@ -393,14 +394,17 @@ class AuthService(Generic[UserT]):
         """End one session by its public id. Emits ``session_revoked`` if it ended.
 
         Args:
-            session_id: ``session.id``.
+            session_id: ``session.id``, or the session.
             user: End it only if it belongs to this account. Warning: pass it whenever the id comes
                 from a visitor, who could name somebody else's session.
             actor: Whom the event names: ``"admin"`` if it was not the user.
             context: Circumstances of the request.
         """
+        _require_actor(actor)
         if user is not None:
             self._require_own(user)
+        if isinstance(session_id, Session):
+            session_id = session_id.id
         found = await self._sessions.find_by_id(session_id)
         if found is None or (user is not None and found.session.user_id != str(user.pk)):
             return Revocation(0, None)
@@ -419,7 +423,7 @@ class AuthService(Generic[UserT]):
             actor: Whom the event names: ``"user"`` if somebody closed their own account.
             context: Circumstances of the request.
         """
-        self._require_own(user)
+        self._require_own(user, actor)
         ended = 0
         async with self._unit_of_work() as unit:
             row = self.user_model.filter(pk=user.pk, is_active=True).using_db(unit.connection)
@@ -446,7 +450,7 @@ class AuthService(Generic[UserT]):
             actor: Whom the event names.
             context: Circumstances of the request.
         """
-        self._require_own(user)
+        self._require_own(user, actor)
         async with self._unit_of_work() as unit:
             row = self.user_model.filter(pk=user.pk, is_active=False).using_db(unit.connection)
             changed = await row.update(
@@ -506,8 +510,9 @@ class AuthService(Generic[UserT]):
         )
         return Relay(self.emitter, self.user_model, settings, clock=self._clock)
 
-    def _require_own(self, user: UserT) -> None:
-        """Refuse the account of another model, whose key is somebody else's here."""
+    def _require_own(self, user: UserT, actor: Actor = "user") -> None:
+        """Refuse the account of another model, whose key is somebody else's here, and a typo."""
+        _require_actor(actor)
         if not isinstance(user, self.user_model):
             raise TypeError(
                 f"This AuthService serves {self.user_model.__name__}, not {type(user).__name__}"
@@ -714,6 +719,11 @@ class AuthService(Generic[UserT]):
         return version is not None
 
 
+def _require_actor(actor: object) -> None:
+    if actor not in get_args(Actor):
+        raise ValueError(f"actor={actor!r} is none of {', '.join(get_args(Actor))}")
+
+
 def _follow(user: AbstractUser, **values: object) -> None:
     """Bring a live object up to date with what was committed."""
     for name, value in values.items():
@@ -729,6 +739,25 @@ def _session_id(session: Session | UUID | str | None) -> UUID | None:
         return UUID(session)
     except (ValueError, TypeError, AttributeError):
         raise ValueError("keep= takes a session or its id") from None
+
+
+def _check_parts(emitter: object, passwords: object, policy: object, throttle: object) -> None:
+    kinds: Mapping[str, tuple[object, type]] = {
+        "emitter": (emitter, EventEmitter),
+        "passwords": (passwords, PasswordHasher),
+        "policy": (policy, PasswordPolicy),
+    }
+    for name, (part, kind) in kinds.items():
+        if part is not None and not isinstance(part, kind):
+            raise ConfigurationError(f"AuthService: {name}= takes an instance of {kind.__name__}")
+    steps = ("reserve", "failed", "succeeded", "released")
+    if throttle in (None, "database"):
+        return
+    if isinstance(throttle, type) or not all(hasattr(throttle, step) for step in steps):
+        raise ConfigurationError(
+            "AuthService: throttle= takes DatabaseThrottle(...), LimitsThrottle(...) for Redis, "
+            "another Throttle, or None for no limit at all"
+        )
 
 
 def _check_model(user_model: type[AbstractUser]) -> None:

@@ -20,6 +20,7 @@ from tortoise.backends.base.client import BaseDBAsyncClient
 from tortoise.exceptions import IntegrityError
 
 from tortoise_auth.clock import Clock, utc_now
+from tortoise_auth.config import checked_clock
 from tortoise_auth.database import connection_for, is_transaction, root_of
 from tortoise_auth.exceptions import ConfigurationError, ThrottledError
 from tortoise_auth.models import AttemptCount
@@ -59,6 +60,9 @@ class Reservation:
     locked: bool = False
     locks: bool = False
     counted: tuple[Counted, ...] = field(default=(), repr=False)
+
+
+_YEAR = timedelta(days=366)
 
 
 class Throttle(Protocol):
@@ -105,9 +109,15 @@ class Limit:
     quiet: timedelta = timedelta(days=1)
 
     def __post_init__(self) -> None:
-        if self.free < 1 or not timedelta(0) < self.pause <= self.longest <= self.quiet:
+        durations = (self.pause, self.longest, self.quiet)
+        if type(self.free) is not int or not all(isinstance(each, timedelta) for each in durations):
             raise ConfigurationError(
-                "A limit needs free >= 1 and durations with 0 < pause <= longest <= quiet"
+                "A limit is made of a whole number and of timedeltas: "
+                "Limit(free=10, longest=timedelta(minutes=15))"
+            )
+        if self.free < 1 or not timedelta(0) < self.pause <= self.longest <= self.quiet <= _YEAR:
+            raise ConfigurationError(
+                "A limit needs free >= 1 and durations with 0 < pause <= longest <= quiet <= 366 days"
             )
 
     def after(self, count: int) -> timedelta:
@@ -159,7 +169,7 @@ class CountingThrottle(ABC):
     """
 
     def __init__(self, max_failures: int) -> None:
-        if not 1 <= max_failures <= 100:
+        if type(max_failures) is not int or not 1 <= max_failures <= 100:
             raise ConfigurationError(
                 "A throttle must disable a password after at most 100 failures in a row "
                 "(NIST SP 800-63B-4, 3.2.2): choose max_failures between 1 and 100"
@@ -252,7 +262,8 @@ class DatabaseThrottle(CountingThrottle):
         clock: The time.
 
     Raises:
-        ConfigurationError: ``max_failures`` is not between 1 and 100.
+        ConfigurationError: ``max_failures`` is not between 1 and 100, or an argument is of
+            another type.
     """
 
     def __init__(
@@ -264,9 +275,11 @@ class DatabaseThrottle(CountingThrottle):
         clock: Clock = utc_now,
     ) -> None:
         super().__init__(max_failures)
+        if not (isinstance(account, Limit) and isinstance(source, Limit)):
+            raise ConfigurationError("DatabaseThrottle takes limits: account=Limit(free=10)")
         self._account = account
         self._source = source
-        self._clock = clock
+        self._clock = checked_clock(clock)
         self._counters = _Counters()
 
     async def failed(self, reservation: Reservation) -> None:

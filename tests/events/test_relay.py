@@ -31,7 +31,7 @@ from tortoise_auth.events import relay as relay_module
 from tortoise_auth.events.outbox import Claimed
 from tortoise_auth.events.relay import Relay
 from tortoise_auth.events.unit_of_work import UnitOfWork
-from tortoise_auth.exceptions import ConfigurationError
+from tortoise_auth.exceptions import ConfigurationError, ServiceUnavailableError
 from tortoise_auth.models import OutboxEntry
 from tortoise_auth.testing import FakeClock
 
@@ -945,7 +945,7 @@ class TestRunning:
 
         for times in range(4):
             await tell(BellRung(times=times))
-        with pytest.raises(OperationalError):
+        with pytest.raises(ServiceUnavailableError):
             await auth.relay().drain()
         assert rung == [1, 2, 3]
         assert [row.payload["times"] for row in await OutboxEntry.all()] == [0]

@@ -274,12 +274,14 @@ class LoginThrottled(Event):
     Attributes:
         identifier: What was typed, see `UserLoginFailed`; at a password change that of the account.
         retry_after: Seconds to wait.
+        attempted: What was refused.
     """
 
     keywords: ClassVar[tuple[str, ...]] = ("identifier", "retry_after")
 
     identifier: str = field(repr=False)
     retry_after: float
+    attempted: Literal["login", "password_change"] = "login"
     actor: Actor = "unauthenticated"
 
 

@@ -250,6 +250,8 @@ def ocsf(
     """
     kind = _kind(event)
     class_uid, activity, label, status, severity, detail = _OCSF[kind]
+    if kind is UserLogout and event.actor != "user":
+        detail = "LOGOFF_OTHER"
     reason, account, ip = _reason(event), _account(event), _ip(event.context.ip)
     unnamed = None if account else "unknown"
     record = {
@@ -265,7 +267,7 @@ def ocsf(
         "status": _OCSF_STATUSES[status],
         "status_code": reason,
         "status_detail": _OCSF_REFUSALS[reason] if reason else detail,
-        "message": _MESSAGES[kind],
+        "message": _message(event, kind),
         "metadata": {
             "version": OCSF_VERSION,
             "product": {"name": product},
@@ -309,7 +311,7 @@ def ecs(
     record = {
         "@timestamp": event.occurred_at.astimezone(UTC).isoformat(timespec="microseconds"),
         "ecs": {"version": ECS_VERSION},
-        "message": _MESSAGES[kind],
+        "message": _message(event, kind),
         "event": {
             "kind": event_kind,
             "category": categories.split(),
@@ -421,11 +423,18 @@ def _kind(event: Event) -> type[Event]:
     """Return which of the library's events it is, or is derived from."""
     for kind in type(event).__mro__:
         if kind in _MESSAGES:
-            return kind
+            changing = isinstance(event, LoginThrottled) and event.attempted == "password_change"
+            return PasswordChangeFailed if changing else kind
     raise ValueError(
         f"{event.name!r} is none of the library's events and has no place in the standards; "
         "subscribe to LIFECYCLE_EVENTS, or derive its class from one of them"
     )
+
+
+def _message(event: Event, kind: type[Event]) -> str:
+    if kind is UserLogout and event.actor != "user":
+        return "The sessions of the user were ended"
+    return _MESSAGES[kind]
 
 
 def _account(event: Event) -> str | None:
@@ -470,7 +479,7 @@ def _ocsf_method(method: str) -> dict[str, Any]:
 def _caep(event: Event, kind: type[Event], occurred: int) -> dict[str, Any]:
     initiator = "policy" if event.actor == "unauthenticated" else event.actor
     claims: dict[str, Any] = {"event_timestamp": occurred, "initiating_entity": initiator}
-    claims["reason_admin"] = {"en": _MESSAGES[kind]}
+    claims["reason_admin"] = {"en": _message(event, kind)}
     if isinstance(event, PasswordChanged):
         claims |= {"credential_type": "password", "change_type": "update"}
     if isinstance(event, UserLogin) and event.method == "password":

@@ -21,6 +21,7 @@ from tortoise_auth.database import (
     Listener,
     connection_for,
     context_outside_transactions,
+    guarded,
     root_of,
 )
 from tortoise_auth.events import outbox
@@ -77,11 +78,13 @@ class RelaySettings:
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "concurrency", "max_attempts"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"relay: {name} must be at least 1")
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise ValueError(f"relay: {name} must be a whole number of at least 1")
         for name in ("lease", "backoff", "max_backoff", "poll_interval", "stop_timeout"):
-            if getattr(self, name) <= timedelta(0):
-                raise ValueError(f"relay: {name} must be a positive timedelta")
+            value = getattr(self, name)
+            if not isinstance(value, timedelta) or value <= timedelta(0):
+                raise ValueError(f"relay: {name} must be a positive timedelta(seconds=...)")
 
 
 class Relay(Generic[UserT]):
@@ -123,8 +126,14 @@ class Relay(Generic[UserT]):
         self._batches: set[asyncio.Task[int]] = set()
         self._calls: set[asyncio.Task[None]] = set()
 
+    @guarded
     async def drain(self) -> int:
-        """Deliver everything that is due now; return how many rows were delivered."""
+        """Deliver everything that is due now; return how many rows were delivered.
+
+        Raises:
+            ServiceUnavailableError: The database failed. What was delivered stays delivered.
+            ConfigurationError: Tortoise or the tables are not set up.
+        """
         delivered = 0
         while batch := await self._claim():
             delivered += await batch.deliver()

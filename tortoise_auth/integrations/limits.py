@@ -52,7 +52,7 @@ class LimitsThrottle(CountingThrottle):
         self,
         storage: Storage | str,
         *,
-        account: str = "10 per minute; 20 per hour; 50 per day",
+        account: str = "10 per minute; 20 per hour",
         source: str = "50 per minute; 300 per hour; 1000 per day",
         max_failures: int = 100,
     ) -> None:
