@@ -1,7 +1,7 @@
 """Logins in one service, heard in another: over Redis Streams, with FastStream.
 
 Run it with ``python examples/broker.py``. It needs a Redis server, at ``REDIS_URL`` or on this
-machine, and the extra: ``pip install 'tortoise-auth[faststream]' 'faststream[redis]'``. Both
+machine, and the extra: ``pip install '.[faststream]' 'faststream[redis]'``. Both
 services run in this one program, so that there is something to watch; nothing but the stream
 connects them. It leaves nothing behind.
 """

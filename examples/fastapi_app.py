@@ -1,5 +1,7 @@
 """A FastAPI application: sign up, log in, stay logged in, change the password, log out.
 
+Needs fastapi, uvicorn, and to see it work httpx2. From the root of the repository:
+
 See it work: ``python examples/fastapi_app.py`` calls it and prints the answers.
 Serve it:    ``AUTH_SECRET=... uvicorn examples.fastapi_app:app``
 """
@@ -12,8 +14,6 @@ from typing import Annotated, Any
 from fastapi import Body, Depends, FastAPI, Request
 from fastapi.responses import JSONResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
-from fastapi.testclient import TestClient
-from httpx2 import Response
 from tortoise import fields
 from tortoise.contrib.fastapi import RegisterTortoise
 from tortoise.models import Model
@@ -176,13 +176,15 @@ async def log_out_everywhere(user: CurrentUser) -> int:
     return (await auth.logout_all(user)).sessions
 
 
-def show(answer: Response) -> Any:  # noqa: ANN401 - JSON
+def show(answer: Any) -> Any:  # noqa: ANN401 - JSON
     path = answer.request.url.path
     print(f"{answer.request.method:<5}{path:<10}{answer.status_code}  {answer.text[:64]}")
     return answer.json()
 
 
 if __name__ == "__main__":
+    from fastapi.testclient import TestClient
+
     os.environ["DATABASE_URL"] = "sqlite://:memory:"
     ada = {"email": "ada@example.com", "password": "correct horse battery staple"}
     with TestClient(app) as client:

@@ -3,7 +3,7 @@
 Run it with ``python examples/outbox_relay.py``. It needs no service: the database is an SQLite file
 in a temporary folder, and the mail server is a class that may refuse. The program that is killed
 and started again is this file, in processes of their own. What went wrong is mended with the
-command ``tortoise-auth``, from ``pip install "tortoise-auth[cli]"``.
+command ``tortoise-auth``, from ``pip install ".[cli]"``.
 """
 
 import asyncio

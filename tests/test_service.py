@@ -456,6 +456,20 @@ class TestRefusedLogin:
                     await service.login(identifier, "wrong")
                 assert len(seen) == expected
 
+    async def test_value_that_is_no_hash_is_told_to_the_operator(
+        self, auth: AuthService[User], ada: User, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """Whoever stored a password with `create`, or lacks an extra, finds the reason in the log."""
+        for stored, told in ((PASSWORD, 1), (unusable_hash(), 0), ("$2b$12$short", 0)):
+            caplog.clear()
+            await User.filter(pk=ada.pk).update(password=stored)
+            with pytest.raises(AuthenticationError):
+                await auth.login(EMAIL, PASSWORD)
+            assert len(caplog.records) == told
+            assert PASSWORD not in caplog.text
+            assert EMAIL not in caplog.text
+            assert not told or f"<User: {ada.pk}>" in caplog.text
+
     async def test_policy_is_not_asked(
         self, auth: AuthService[User], ada: User, hasher: PasswordHasher
     ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
+import logging
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -32,10 +33,12 @@ from tortoise_auth.exceptions import (
     TortoiseAuthError,
 )
 from tortoise_auth.models import user_table
-from tortoise_auth.passwords import PasswordHasher, Verification
+from tortoise_auth.passwords import PasswordHasher, Verification, is_usable_hash
 from tortoise_auth.sessions import Sessions
 from tortoise_auth.throttling import Attempt, Reservation, Throttle, source_of
 from tortoise_auth.users import AbstractUser, UserT
+
+logger = logging.getLogger("tortoise_auth.credentials")
 
 ResultT = TypeVar("ResultT")
 
@@ -230,6 +233,13 @@ class Credentials(Generic[UserT]):
         if active is not None and stored is not None and verification.valid:
             await self._succeeded(reservation)
             return Verified(active, stored, replacement)
+        if stored is not None and is_usable_hash(stored) and not self._passwords.knows(stored):
+            logger.warning(
+                "%r has something for a password that is no hash, or none that can be checked "
+                "here: is it from `create` instead of `create_user`, or of bcrypt without the "
+                "extra bcrypt? `set_password` mends it",
+                user,
+            )
         events.append(failed(_reason(user, locked=locked)))
         try:
             await self._failed(reservation)

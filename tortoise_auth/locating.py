@@ -64,7 +64,7 @@ def load_settings(path: str | None) -> dict[str, object] | TortoiseConfig:
         raise CommandError(f"pyproject.toml cannot be read: {error}") from None
     if not path:
         raise CommandError(
-            "Which database? Say --config myapp.settings:TORTOISE_ORM, set TORTOISE_ORM to that, "
+            "Which database? Say --config myapp.settings.TORTOISE_ORM, set TORTOISE_ORM to that, "
             'or write it into pyproject.toml: [tool.tortoise] tortoise_orm = "..."'
         )
     if ":" not in path:  # Tortoise's own way to write it

@@ -185,6 +185,10 @@ class PasswordHasher:
             return await self._on_a_thread(self._waste_one_hash)
         return await self._on_a_thread(lambda: self._verify(_nfc(password), hashed))
 
+    def knows(self, hashed: str) -> bool:
+        """Tell whether a stored value is a hash of a scheme that can be checked here."""
+        return self._crypt.identify(hashed) is not None
+
     def close(self) -> None:
         """Stop the threads once they are idle. They come back with the next call."""
         with self._pool_lock:

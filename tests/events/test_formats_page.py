@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import AsyncIterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import jwt
 import pytest
 from tortoise.context import TortoiseContext
@@ -18,11 +20,12 @@ from tests.events.standards import CANARY, LIBRARY, as_sent, sample, violations
 from tests.events.test_formats_set import pem
 from tests.test_docs import run, snippets
 from tortoise_auth import AbstractUser, AuthConfig, AuthenticationError, AuthService, RequestContext
+from tortoise_auth.clock import utc_now
 from tortoise_auth.events import Event
 from tortoise_auth.events import emitter as library_emitter
 from tortoise_auth.events.formats import ecs, ocsf, set_claims
 from tortoise_auth.exceptions import TokenReusedError
-from tortoise_auth.testing import isolated
+from tortoise_auth.testing import FakeClock, isolated
 
 PAGE = Path(__file__).parents[2] / "docs" / "formats.md"
 CONTEXT = RequestContext(ip="203.0.113.7", user_agent="Firefox", request_id="r-1")
@@ -34,14 +37,18 @@ class Sink:
     def __init__(self) -> None:
         self.records: list[dict[str, Any]] = []
         self.posts: list[tuple[str, str, dict[str, str]]] = []
+        self.down = False
 
     async def send(self, record: dict[str, Any]) -> None:
         """Take a record."""
         self.records.append(as_sent(record))
 
-    async def post(self, path: str, body: str, headers: dict[str, str]) -> None:
-        """Take a token."""
-        self.posts.append((path, body, headers))
+    async def post(self, path: str, *, content: str, headers: dict[str, str]) -> httpx2.Response:
+        """Take a token, unless it is down."""
+        if not self.down:
+            self.posts.append((path, content, headers))
+        request = httpx2.Request("POST", f"https://shop.example.com{path}")
+        return httpx2.Response(503 if self.down else 202, request=request)
 
 
 @pytest.fixture
@@ -122,6 +129,20 @@ class TestSnippets:
                 audience="https://shop.example.com/",
             )
             assert violations(found, "set-rfc8417.json", "claims") == []
+
+    async def test_refused_token_is_sent_again(self, page: dict[str, Any]) -> None:
+        """A receiver that is down loses nothing."""
+        clock = FakeClock(utc_now())  # sign-ups go by the system's
+        auth = AuthService(User, AuthConfig(secret=SECRET), clock=clock)
+        await User.create_user(email="ada@example.com", password=PASSWORD)
+        await auth.login("ada@example.com", PASSWORD)
+        page["receiver"].down = True
+        await auth.relay().drain()
+        assert page["receiver"].posts == []
+        page["receiver"].down = False
+        clock.advance(timedelta(hours=1))
+        await auth.relay().drain()
+        assert len(page["receiver"].posts) == 1
 
     async def test_no_secret(self, page: dict[str, Any]) -> None:
         """A password that was typed as an identifier reaches nobody, nor does any e-mail address but

@@ -99,8 +99,8 @@ class TestPage:
         assert short == []
 
     def test_is_short(self) -> None:
-        """The page has fewer than 300 lines."""
-        assert len(PAGE.read_text().splitlines()) < 300
+        """The page has fewer than 320 lines, most of them rows of its tables."""
+        assert len(PAGE.read_text().splitlines()) < 320
 
 
 class TestIds:
