@@ -10,6 +10,7 @@ import threading
 import types
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Generator, Iterator
 from contextlib import contextmanager, nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -716,6 +717,32 @@ class TestWhenCommitted:
         assert await rows(root) == ["a"]
         await expect_nothing_left(root)
 
+    async def test_any_number_of_acts(self, root: BaseDBAsyncClient) -> None:
+        """A transaction may tell of thousands of things."""
+        acted: list[int] = []
+        async with transaction(root) as connection:
+            for number in range(5000):
+                when_committed(connection, partial(acted.append, number))
+        assert acted == list(range(5000))
+        await expect_nothing_left(root)
+
+    async def test_failing_act(
+        self, root: BaseDBAsyncClient, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """Whoever commits is not told of it, and the acts behind it happen."""
+        acted: list[str] = []
+
+        def fail() -> None:
+            raise LookupError("x")
+
+        async with transaction(root) as connection:
+            await write(connection, "a")
+            when_committed(connection, fail)
+            when_committed(connection, lambda: acted.append("y"))
+        assert acted == ["y"]
+        assert caplog.messages == ["What was to follow a commit failed"]
+        assert await rows(root) == ["a"]
+
     async def test_rollback(self, root: BaseDBAsyncClient) -> None:
         """After a rollback it does not happen, nor with the next transaction."""
         acted: list[str] = []
@@ -792,6 +819,24 @@ class TestNotify:
             async with asyncio.timeout(30):
                 assert await woken.get() == "two"
             assert woken.empty()
+
+    async def test_listener_that_gets_no_connection(
+        self,
+        postgres: TortoiseContext,
+        monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        """Whoever listens goes on, polling, and the log says why it is slower; without the address."""
+        root = connection_for(AuditRow)
+
+        async def refuse(**options: object) -> None:
+            assert options["timeout"] == 5
+            raise OSError(f"no route to {options['host']}")
+
+        monkeypatch.setattr(asyncpg, "connect", refuse)
+        async with Listener(root, "channel", lambda: None):
+            pass
+        assert caplog.messages == ["Cannot listen to channel (OSError)"]
 
     async def test_sqlite(self, sqlite_root: BaseDBAsyncClient) -> None:
         """On SQLite both do nothing."""

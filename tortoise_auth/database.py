@@ -12,6 +12,7 @@ import asyncio
 import contextvars
 import functools
 import importlib
+import logging
 import re
 import sqlite3
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
@@ -33,6 +34,8 @@ from tortoise.exceptions import ConfigurationError as TortoiseConfigurationError
 from tortoise.models import Model
 
 from tortoise_auth.exceptions import ConfigurationError, ServiceUnavailableError
+
+logger = logging.getLogger("tortoise_auth.database")
 
 P = ParamSpec("P")
 ReturnT = TypeVar("ReturnT")
@@ -151,7 +154,8 @@ def when_committed(connection: BaseDBAsyncClient, act: Callable[[], object]) -> 
 
     A kick, not a proof: a savepoint in between may have been rolled back, and PostgreSQL answers a
     COMMIT of a failed transaction without an error. Whoever is kicked looks at what is there.
-    Never called after a rollback.
+    Never called after a rollback. What *act* raises is logged: the transaction is committed, and
+    whoever commits it must not be told otherwise.
     """
     outermost = connection
     while isinstance(outermost, TransactionalDBClient) and isinstance(
@@ -162,12 +166,26 @@ def when_committed(connection: BaseDBAsyncClient, act: Callable[[], object]) -> 
         act()
         return
     commit = outermost.commit
+    if not isinstance(commit, _CommitAndAct):
+        commit = outermost.commit = _CommitAndAct(commit)  # type: ignore[method-assign]
+    commit.acts.append(act)
 
-    async def commit_and_act() -> None:
-        await commit()
-        act()
 
-    outermost.commit = commit_and_act  # type: ignore[method-assign]
+class _CommitAndAct:
+    """The commit of one transaction, and what follows it, however much that is."""
+
+    def __init__(self, commit: Callable[[], Awaitable[None]]) -> None:
+        self._commit = commit
+        self.acts: list[Callable[[], object]] = []
+
+    async def __call__(self) -> None:
+        await self._commit()
+        acts, self.acts = self.acts, []
+        for act in acts:
+            try:
+                act()
+            except Exception:
+                logger.exception("What was to follow a commit failed")
 
 
 def guarded(
@@ -202,7 +220,9 @@ def translated(error: Exception, doing: str) -> Exception:
             "migrations, or `await Tortoise.generate_schemas()` in a test."
         )
     kind = type(error.args[0] if error.args and isinstance(error.args[0], Exception) else error)
-    return ServiceUnavailableError(f"The database failed during {doing} ({kind.__name__})")
+    return ServiceUnavailableError(
+        f"The database failed during {doing.lstrip('_')} ({kind.__name__})"
+    )
 
 
 async def _open(
@@ -372,7 +392,7 @@ async def run_statement(
             value = values[name[1]]
             several = value if isinstance(value, list) else [value]
             first = len(given) + 1
-            given.extend(map(_storable, several))
+            given.extend(map(_in_utc, several))
             marks = [f"${first + at}" if numbered else "?" for at in range(len(several))]
             placed[name[1]] = ", ".join(marks)
         return placed[name[1]]
@@ -380,7 +400,7 @@ async def run_statement(
     return await connection.execute_query_dict(re.sub(r"\{(\w+)\}", place, statement), given)
 
 
-def _storable(value: object) -> object:
+def _in_utc(value: object) -> object:
     """Return a time in UTC, as columns hold it: SQLite compares the text."""
     return value.astimezone(UTC) if isinstance(value, datetime) else value
 
@@ -408,8 +428,10 @@ class Listener:
 
     async def __aenter__(self) -> Listener:
         if type(self._client).__module__ == "tortoise.backends.asyncpg.client":
-            with suppress(Exception):
+            try:
                 await self._listen()
+            except Exception as error:  # noqa: BLE001 - a convenience
+                logger.warning("Cannot listen to %s (%s)", self._channel, type(error).__name__)
         return self
 
     async def __aexit__(
@@ -431,5 +453,6 @@ class Listener:
             password=client.password,
             database=client.database,
             ssl=client.extra.get("ssl"),
+            timeout=5,
         )
         await self._listening.add_listener(self._channel, lambda *_: self._wake())

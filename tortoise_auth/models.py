@@ -113,7 +113,7 @@ class OutboxEntry(Model):
         due_at: When it may be claimed: now, after a back-off, or when the lease of the relay that
             claimed it ends. ``None``: never, it is a dead letter or waits for no relay.
         attempts: How often a relay has claimed it.
-        claimed_by: The relay that did so last.
+        claimed_by: The batch of a relay that did so last.
         dead_at: When the attempts were used up.
         last_error: Why the last attempt failed.
     """

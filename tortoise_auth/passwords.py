@@ -6,16 +6,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import importlib.util
 import os
 import secrets
 import sys
-import threading
 import unicodedata
 from collections.abc import Callable, Collection, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import ClassVar, TypeVar
@@ -30,6 +27,7 @@ from tortoise_auth.exceptions import (
     PolicyFailure,
     ServiceUnavailableError,
 )
+from tortoise_auth.threads import Threads
 
 ResultT = TypeVar("ResultT")
 
@@ -147,9 +145,7 @@ class PasswordHasher:
             pbkdf2_sha256__default_rounds=600_000,
         )
         self._dummy_hash = self._well_formed_hash_of_nothing()
-        self._pool: ThreadPoolExecutor | None = None
-        self._pool_process = 0
-        self._pool_lock = threading.Lock()
+        self._pool = Threads(self.threads, "tortoise_auth_hash", _lower_priority)
 
     async def hash(self, password: str) -> str:
         """Return the hash to store for *password*.
@@ -191,10 +187,7 @@ class PasswordHasher:
 
     def close(self) -> None:
         """Stop the threads once they are idle. They come back with the next call."""
-        with self._pool_lock:
-            if self._pool is not None:
-                self._pool.shutdown(wait=False)
-                self._pool = None
+        self._pool.close()
 
     def __repr__(self) -> str:
         return (
@@ -255,20 +248,10 @@ class PasswordHasher:
 
     async def _on_a_thread(self, work: Callable[[], ResultT]) -> ResultT:
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._threads(), work)
+            return await self._pool.submit(work)
         except (ValueError, MemoryError, RuntimeError) as error:
             kind = type(error).__name__  # the text of what passlib raises holds the stored hash
         raise ServiceUnavailableError(f"This machine could not compute a hash ({kind})")
-
-    def _threads(self) -> ThreadPoolExecutor:
-        """Return the pool, made on first use and again after a fork (whose threads are gone)."""
-        with self._pool_lock:
-            if self._pool is None or self._pool_process != os.getpid():
-                self._pool = ThreadPoolExecutor(
-                    self.threads, "tortoise_auth_hash", initializer=_lower_priority
-                )
-                self._pool_process = os.getpid()
-            return self._pool
 
 
 def _schemes() -> list[str]:

@@ -198,6 +198,23 @@ class TestWhatIsHeard:
         release.set()
         await emitting
 
+    async def test_hanging_threads_are_not_those_of_the_loop(self, emitter: EventEmitter) -> None:
+        """However many plain handlers hang, the loop still looks up names on threads of its own."""
+        go_on = threading.Event()
+
+        @emitter.on("evt", timeout=0.01)
+        def hang() -> None:
+            go_on.wait(30)
+
+        for _ in range(40):
+            await emitter.emit("evt")
+        try:
+            async with asyncio.timeout(10):
+                await asyncio.get_running_loop().getaddrinfo("localhost", 80)
+        finally:
+            go_on.set()
+        assert await emitter.aclose(10) == []
+
     async def test_context_variables_reach_threads(self, emitter: EventEmitter) -> None:
         """A handler on a worker thread sees the context variables of the emit."""
         seen: list[str] = []

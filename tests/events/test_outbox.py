@@ -311,7 +311,7 @@ async def claim(
     """Claim with a lease of a minute."""
     return await outbox.claim(
         connection,
-        relay=relay,
+        holder=relay,
         subscriptions=names,
         user_table=user_table,
         now=clock(),

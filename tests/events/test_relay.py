@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import random
 from collections import defaultdict
@@ -653,7 +654,7 @@ class TestLease:
         await tell.letters(ada, 1, 2)
         await outbox.claim(
             root(db),
-            relay="killed",
+            holder="killed",
             subscriptions=["post"],
             user_table="app_user",
             now=clock(),
@@ -689,13 +690,49 @@ class TestLease:
         relay = auth.relay(lease=timedelta(milliseconds=50))
         assert await finished(relay.drain()) == 0
         row = await OutboxEntry.get()
-        assert (row.attempts, row.claimed_by) == (1, relay.name)
+        assert (row.attempts, row.claimed_by) == (1, f"{relay.name}:1")
         assert row.last_error == "TimeoutError: took longer than the lease of 0:00:00.050000"
         assert row.due_at is not None
         assert row.due_at > clock()
         may_end.set()
         await finished(ended.wait())
         assert await OutboxEntry.all().count() == 1
+
+    async def test_that_ended_under_a_batch(
+        self,
+        db: TortoiseContext,
+        auth: AuthService[User],
+        ada: User,
+        tell: Told,
+        handler: Handler,
+        clock: FakeClock,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """What a batch says of rows that its own relay has claimed anew since counts no more."""
+        handler.failures = 1
+        postpone, late, go_on = outbox.postpone, asyncio.Event(), asyncio.Event()
+
+        async def slowly(*args: Any, **kwargs: Any) -> None:
+            if not late.is_set():
+                late.set()
+                await go_on.wait()
+            await postpone(*args, **kwargs)
+
+        monkeypatch.setattr(outbox, "postpone", slowly)
+        await tell.letters(ada, 1, 2)
+        relay = auth.relay()
+        first = asyncio.create_task(relay.drain())
+        await finished(late.wait())
+        clock.advance(timedelta(minutes=2))
+        again = await relay._claim()  # as `run` does while a slow batch goes on by itself
+        assert again is not None
+        before = await OutboxEntry.all().order_by("id").values("due_at", "last_error", "attempts")
+        go_on.set()
+        assert await finished(first) == 0
+        after = await OutboxEntry.all().order_by("id").values("due_at", "last_error", "attempts")
+        assert after == before
+        assert await again.deliver() == 2
+        assert handler.delivered == [1, 2]
 
     async def test_not_spent_on_rows_whose_turn_comes_late(
         self,
@@ -1071,7 +1108,53 @@ class TestRunning:
             await finished(task)
         await finished(asyncio.wait(_tasks_of(relay) or [task]))
         assert emitter.relays == set()
-        assert (await OutboxEntry.get()).claimed_by == relay.name
+        assert (await OutboxEntry.get()).claimed_by == f"{relay.name}:1"
+
+    async def test_stopped_before_it_began(
+        self, db: TortoiseContext, auth: AuthService[User], ada: User, tell: Told, handler: Handler
+    ) -> None:
+        """It works all the same when it is started after that."""
+        await tell.letters(ada, 1)
+        relay = auth.relay()
+        relay.stop()
+        assert await relay.drain() == 1
+        await tell.letters(ada, 2)
+        relay.stop()
+        async with relay:
+            await finished(_delivered(handler, [1, 2]))
+
+    async def test_drained_inside_a_transaction(
+        self, db: TortoiseContext, auth: AuthService[User]
+    ) -> None:
+        """It would wait for ever on SQLite, and is refused."""
+        async with in_transaction():
+            with pytest.raises(RuntimeError, match="inside a transaction"):
+                await auth.relay().drain()
+
+    async def test_failure_to_record_is_the_one_that_is_told(
+        self,
+        db: TortoiseContext,
+        auth: AuthService[User],
+        ada: User,
+        tell: Told,
+        handler: Handler,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """And no other is left behind for the event loop to complain of."""
+        complaints: list[dict[str, Any]] = []
+        asyncio.get_running_loop().set_exception_handler(lambda _, what: complaints.append(what))
+
+        async def refuse(*args: object, **kwargs: object) -> None:
+            raise OperationalError("down")
+
+        handler.failures = 1
+        monkeypatch.setattr(outbox, "done", refuse)
+        monkeypatch.setattr(outbox, "postpone", refuse)
+        await tell.letters(ada, 1)
+        with pytest.raises(ServiceUnavailableError):
+            await auth.relay().drain()
+        gc.collect()
+        assert complaints == []
 
     async def test_without_a_database(self, auth: AuthService[User]) -> None:
         """It does not start where there is none: the error comes from where it is started."""
@@ -1104,6 +1187,11 @@ class TestRunning:
         assert await auth.relay(batch_size=5, concurrency=2).drain() == 12
         assert most_running == 2
         assert max(claimed) == 5
+
+
+async def _delivered(handler: Handler, numbers: list[int]) -> None:
+    while handler.delivered != numbers:  # noqa: ASYNC110 - no event tells
+        await asyncio.sleep(0.005)
 
 
 class TestTwoServices:

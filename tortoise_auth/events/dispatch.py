@@ -85,8 +85,12 @@ class Dispatcher(Registry):
             event: A name, with any payload for its handlers, or an event object.
 
         Raises:
-            EventError: A handler failed and ``errors`` is ``"raise"``.
+            EventError: A handler failed and ``errors`` is ``"raise"``; or one in the transaction.
             ExceptionGroup: Handlers failed and ``errors`` is ``"group"``.
+            TypeError: It is neither; or it is a name, and a durable subscription needs an object.
+            ConfigurationError: A durable subscription needs a database, and there is none.
+            ServiceUnavailableError: The database did not take the row of a durable subscription.
+            BackgroundQueueFull: The queue is full and was made to raise.
         """
         if event.__class__ is str:
             table = self._tables.get(event) or self._table(event)
@@ -139,14 +143,19 @@ class Dispatcher(Registry):
     def submit(
         self, event: Event, subscriptions: Sequence[Subscription], mark: int | None = None
     ) -> None:
-        """Run some handlers of *event* in the background.
+        """Run some handlers of *event* in the background, for somebody who has other things to do.
+
+        What happened has happened: a backend that takes no more is logged, whatever it was told.
 
         Args:
             event: The event.
             subscriptions: Its background subscriptions.
             mark: Run them only if this mark was committed; see `outbox.mark`.
         """
-        self._submit(Emission.of(event), subscriptions, mark)
+        try:
+            self._submit(Emission.of(event), subscriptions, mark)
+        except Exception:
+            logger.exception("event '%s' was not delivered in the background", event.name)
 
     def detach(self, work: Coroutine[Any, Any, None], what: str) -> None:
         """Do *work* in a task of its own, outside any transaction; `aclose` waits for it."""
@@ -370,13 +379,19 @@ class Dispatcher(Registry):
             )
 
     async def _run_quietly(self, emission: Emission, subscriptions: Sequence[Subscription]) -> None:
-        """Run handlers for nobody who could catch what they raise, in a context of their own."""
+        """Run handlers for nobody who could catch what they raise, in a context of their own.
+
+        An outbox that takes no row is a failure like that of a handler, and silences no other.
+        """
         Nested.forget()
         failures: list[EventError] = []
         together: list[Subscription] = []
         for subscription in subscriptions:
             if subscription.delivery == "durable":
-                await self._store(emission, [subscription])
+                try:
+                    await self._store(emission, [subscription])
+                except Exception as failure:  # noqa: BLE001 - whatever it is
+                    failures.append(self._failed(emission.name, subscription.handler, failure))
             elif self.concurrent and subscription.is_async:
                 together.append(subscription)
             else:

@@ -6,16 +6,24 @@ import asyncio
 import contextvars
 import functools
 import inspect
+import os
+import threading
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from types import TracebackType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from tortoise_auth.events.catalog import Event, NamedEvent
 from tortoise_auth.events.subscription import EVERYTHING, Arguments, Handler, Subscription
+from tortoise_auth.threads import Threads
 
 MAX_NESTED = 100
 """How many handlers may be inside one another, each called by an emit of the one around it."""
+
+_THREADS = min(32, (os.cpu_count() or 1) + 4)
+_threads_of: WeakKeyDictionary[asyncio.AbstractEventLoop, Threads] = WeakKeyDictionary()
+_threads_lock = threading.Lock()
 
 
 class Emission:
@@ -93,7 +101,7 @@ async def invoke(
         if subscription.threaded:
             context = contextvars.copy_context()
             work = functools.partial(context.run, _called, subscription.handler, args, kwargs)
-            call: asyncio.Future[object] = asyncio.get_running_loop().run_in_executor(None, work)
+            call: asyncio.Future[object] = _threads().submit(work)
             try:
                 result = await asyncio.shield(call)
             except asyncio.CancelledError:
@@ -103,6 +111,17 @@ async def invoke(
             result = subscription.handler(*args, **kwargs)
         if result is not None and inspect.isawaitable(result):
             await result
+
+
+def _threads() -> Threads:
+    """Return the threads of this event loop for handlers.
+
+    Not those that the loop has for itself: handlers that hang must not keep it from looking up host
+    names. Each loop has its own, because a handler on a thread may run a loop there and wait for it.
+    """
+    loop = asyncio.get_running_loop()
+    with _threads_lock:
+        return _threads_of.setdefault(loop, Threads(_THREADS, "tortoise_auth_handler"))
 
 
 def _called(handler: Handler, args: Sequence[Any], kwargs: dict[str, Any]) -> object:

@@ -52,6 +52,9 @@ class EventEmitter(Dispatcher):
     def emit_nowait(self, event: str | Event, /, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
         """Run all handlers of *event* in the background, after those of earlier calls; return at once.
 
+        Warning: it waits for no transaction that is open here, and nothing can be vetoed: what it
+        tells of must have happened. `emit` waits for the commit with its background handlers.
+
         Raises:
             RuntimeError: No event loop is running: use `emit_sync`, or `emit_threadsafe` from a
                 thread beside it.
@@ -128,35 +131,51 @@ class EventEmitter(Dispatcher):
             Descriptions of the deliveries that were lost; they have been logged, too.
         """
         now = asyncio.get_running_loop().time
-        began = now()
-        lost = await self._finish_tasks(timeout)
-        left = None if timeout is None else max(0.0, timeout - (now() - began))
-        if isinstance(self.backend, BackgroundQueue):
-            return lost + await self.backend.drain(left)
+        ends = None if timeout is None else now() + timeout
+
+        def left() -> float | None:
+            return None if ends is None else max(0.0, ends - now())
+
+        lost = await self._finish_tasks(left())
+        if not isinstance(self.backend, BackgroundQueue):
+            lost += await self._leave_backend(left())
+            return lost + await self._finish_tasks(left())
+        lost += await self.backend.drain(left())
+        while not lost and self._under_way():  # what the background began, which may fill it again
+            lost += await self._finish_tasks(left())
+            lost += await self.backend.drain(left())
+        return lost
+
+    async def _leave_backend(self, timeout: float | None) -> list[str]:  # noqa: ASYNC109 - as above
         try:
-            async with asyncio.timeout(left) as scope:
+            async with asyncio.timeout(timeout) as scope:
                 await self.backend.__aexit__(None, None, None)
         except TimeoutError:
             if not scope.expired():
                 raise
-            lost.append(f"what {type(self.backend).__name__} had not finished")
-            logger.error("Closed after %s s with deliveries lost: %s", timeout, lost[-1])
-        return lost
+            lost = f"what {type(self.backend).__name__} had not finished"
+            logger.error("Closed with deliveries lost: %s", lost)
+            return [lost]
+        return []
 
-    async def _finish_tasks(self, timeout: float | None) -> list[str]:  # noqa: ASYNC109 - as above
-        """Wait for the tasks of handlers in this loop; cancel those that are late, and name them."""
+    def _under_way(self) -> list[asyncio.Task[Any]]:
+        """Return the tasks of handlers in this loop, but the one that asks."""
         loop, current = asyncio.get_running_loop(), asyncio.current_task()
-        waiting = [
+        return [
             task
             for task in tuple(self._stragglers)  # other loops, in other threads, add theirs
             if task.get_loop() is loop and task is not current
         ]
+
+    async def _finish_tasks(self, timeout: float | None) -> list[str]:  # noqa: ASYNC109 - as above
+        """Wait for the tasks of handlers in this loop; cancel those that are late, and name them."""
+        waiting = self._under_way()
         if not waiting:
             return []
         _, late = await asyncio.wait(waiting, timeout=timeout)
         for task in late:
             task.cancel()
-            logger.error("Closed after %s s while %s was under way", timeout, task.get_name())
+            logger.error("%s was not over when the emitter was closed", task.get_name())
         return [task.get_name() for task in late]
 
     async def _emit_and_drain(
@@ -165,9 +184,10 @@ class EventEmitter(Dispatcher):
         try:
             await self.emit(event, *args, **kwargs)
         finally:
-            await self._finish_tasks(None)
-            if isinstance(self.backend, BackgroundQueue):  # another may be running in another loop
-                await self.backend.drain()
+            if isinstance(self.backend, BackgroundQueue):
+                await self.aclose()
+            else:  # which may be running in another loop
+                await self._finish_tasks(None)
 
 
 emitter = EventEmitter(strict=True)

@@ -19,7 +19,7 @@ from tortoise.expressions import F
 from tortoise.functions import Count, Min
 from tortoise.queryset import QuerySet
 
-from tortoise_auth.database import notify, run_statement
+from tortoise_auth.database import guarded, notify, run_statement
 from tortoise_auth.events.catalog import Event, UserEvent
 from tortoise_auth.events.subscription import Subscription
 from tortoise_auth.models import OutboxEntry, user_table
@@ -75,7 +75,7 @@ WITH earliest AS MATERIALIZED (
     WINDOW subject AS (PARTITION BY subscription, user_table, subject_id, alone ORDER BY ready.id)
 )
 UPDATE tortoise_auth_outbox
-SET due_at = {lease_ends}, claimed_by = {relay}, attempts = attempts + 1
+SET due_at = {lease_ends}, claimed_by = {holder}, attempts = attempts + 1
 WHERE id [[SELECT id FROM in_order WHERE passed_over = 0]]
 RETURNING id, event_id, event_name, subscription, subject_id, payload, attempts
 """
@@ -125,6 +125,7 @@ class OutboxStatus:
     subscriptions: Mapping[str, int]
 
 
+@guarded
 async def write(
     connection: BaseDBAsyncClient,
     event: Event,
@@ -158,6 +159,7 @@ async def write(
     )
 
 
+@guarded
 async def mark(connection: BaseDBAsyncClient, event: Event, at: datetime) -> int:
     """Leave a mark in the transaction of *connection*; return its id, for `take_mark`."""
     # SQLite gives the id of a row that was rolled back to the next one: the mark of one delivery
@@ -183,14 +185,14 @@ async def take_mark(connection: BaseDBAsyncClient, mark_id: int) -> bool:
 async def claim(
     connection: BaseDBAsyncClient,
     *,
-    relay: str,
+    holder: str,
     subscriptions: Sequence[str],
     user_table: str,
     now: datetime,
     lease_ends: datetime,
     limit: int,
 ) -> list[Claimed]:
-    """Take due rows of known subscriptions for one relay alone, in one statement.
+    """Take due rows of known subscriptions for one batch of a relay alone, in one statement.
 
     Returns:
         Up to *limit* rows, oldest first. Those of one subscription and subject must be delivered
@@ -199,7 +201,7 @@ async def claim(
     if not subscriptions:
         return []
     values = {
-        "relay": relay,
+        "holder": holder,
         "names": list(subscriptions),
         "user_table": user_table,
         "now": now,
@@ -213,34 +215,34 @@ async def claim(
 
 
 async def release(
-    connection: BaseDBAsyncClient, rows: Sequence[Claimed], relay: str, now: datetime
+    connection: BaseDBAsyncClient, rows: Sequence[Claimed], holder: str, now: datetime
 ) -> None:
     """Give rows back that were claimed but not attempted."""
     if rows:
-        mine = OutboxEntry.filter(id__in=[row.id for row in rows], claimed_by=relay)
+        mine = OutboxEntry.filter(id__in=[row.id for row in rows], claimed_by=holder)
         await mine.using_db(connection).update(due_at=now, attempts=F("attempts") - 1)
 
 
-async def done(connection: BaseDBAsyncClient, rows: Sequence[Claimed], relay: str) -> None:
-    """Remove delivered rows, but those that another relay has claimed since."""
+async def done(connection: BaseDBAsyncClient, rows: Sequence[Claimed], holder: str) -> None:
+    """Remove delivered rows, but those that were claimed anew since."""
     if rows:
         ids = [row.id for row in rows]
-        await OutboxEntry.filter(id__in=ids, claimed_by=relay).using_db(connection).delete()
+        await OutboxEntry.filter(id__in=ids, claimed_by=holder).using_db(connection).delete()
 
 
 async def postpone(
-    connection: BaseDBAsyncClient, row: Claimed, relay: str, *, due_at: datetime, error: str
+    connection: BaseDBAsyncClient, row: Claimed, holder: str, *, due_at: datetime, error: str
 ) -> None:
     """Let a row that failed be claimed again at *due_at*."""
-    mine = OutboxEntry.filter(id=row.id, claimed_by=relay).using_db(connection)
+    mine = OutboxEntry.filter(id=row.id, claimed_by=holder).using_db(connection)
     await mine.update(due_at=due_at, last_error=error)
 
 
 async def bury(
-    connection: BaseDBAsyncClient, row: Claimed, relay: str, *, at: datetime, error: str
+    connection: BaseDBAsyncClient, row: Claimed, holder: str, *, at: datetime, error: str
 ) -> None:
     """Make a dead letter of a row: kept, visible, delivered no more until somebody says so."""
-    mine = OutboxEntry.filter(id=row.id, claimed_by=relay).using_db(connection)
+    mine = OutboxEntry.filter(id=row.id, claimed_by=holder).using_db(connection)
     await mine.update(due_at=None, dead_at=at, last_error=error)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import os
 import secrets
@@ -22,6 +23,7 @@ from tortoise_auth.database import (
     connection_for,
     context_outside_transactions,
     guarded,
+    in_caller_transaction,
     root_of,
 )
 from tortoise_auth.events import outbox
@@ -53,7 +55,8 @@ class RelaySettings:
 
     Attributes:
         batch_size: Rows claimed at once.
-        concurrency: Users whose rows are delivered at the same time.
+        concurrency: How many rows are delivered at the same time: those of one handler and user
+            come one after the other.
         max_attempts: Failures after which a row becomes a dead letter.
         lease: How long a claimed row is left alone by other relays; after it the rows of a relay
             that was killed come again. A handler that has not begun within its first half is not
@@ -116,10 +119,12 @@ class Relay(Generic[UserT]):
     ) -> None:
         self.settings = settings or RelaySettings()
         self.name = f"{socket.gethostname()[:64]}:{os.getpid()}:{secrets.token_hex(4)}"
+        self._claims = itertools.count(1)
         self._emitter = emitter
         self._user_model = user_model
         self._clock = clock
         self._woken = asyncio.Event()
+        self._running = False
         self._stopping = False
         self._task: asyncio.Task[None] | None = None
         self._places = asyncio.Semaphore(self.settings.concurrency)
@@ -133,7 +138,12 @@ class Relay(Generic[UserT]):
         Raises:
             ServiceUnavailableError: The database failed. What was delivered stays delivered.
             ConfigurationError: Tortoise or the tables are not set up.
+            RuntimeError: A transaction is open here: it might hold the very rows, and the lock.
         """
+        if in_caller_transaction():
+            raise RuntimeError("drain() was called inside a transaction; call it when that is over")
+        if not self._running:
+            self._stopping = False
         delivered = 0
         while batch := await self._claim():
             delivered += await batch.deliver()
@@ -149,6 +159,7 @@ class Relay(Generic[UserT]):
             loop.call_soon_threadsafe(self._woken.set)
 
         self._emitter.relays.add(wake)
+        self._running = True
         failures = 0
         try:
             async with Listener(connection_for(OutboxEntry), outbox.CHANNEL, wake):
@@ -168,10 +179,13 @@ class Relay(Generic[UserT]):
             for batch in self._batches:
                 batch.cancel()
             await self._end_batches()
-            self._stopping = False
+            self._running = self._stopping = False
 
     def stop(self) -> None:
-        """Claim no more rows and begin no more; `run` returns when the running handlers have."""
+        """Claim no more rows and begin no more; `run` returns when the running handlers have.
+
+        Called before `run`, it ends that at once.
+        """
         self._stopping = True
         self._woken.set()
 
@@ -182,6 +196,7 @@ class Relay(Generic[UserT]):
             ConfigurationError: Tortoise or the models are not set up.
         """
         connection_for(OutboxEntry)
+        self._stopping = False  # whoever stopped it before it ran meant another run
         self._task = asyncio.get_running_loop().create_task(
             self.run(), name=f"relay {self.name}", context=context_outside_transactions()
         )
@@ -251,9 +266,11 @@ class Relay(Generic[UserT]):
             for each in self._emitter.subscriptions(event, "durable")
         }
         now, began = self._clock(), asyncio.get_running_loop().time()
+        # Not the name alone: of two batches of this relay, too, the later must not be disturbed.
+        holder = f"{self.name}:{next(self._claims)}"
         rows = await outbox.claim(
             connection,
-            relay=self.name,
+            holder=holder,
             subscriptions=sorted(known),
             user_table=user_table(self._user_model),
             now=now,
@@ -263,7 +280,7 @@ class Relay(Generic[UserT]):
         if not rows:
             return None
         users = await self._users_of(rows, connection)
-        return _Batch(self, connection, known, users, rows, began)
+        return _Batch(self, connection, holder, known, users, rows, began)
 
     async def _users_of(
         self, rows: Sequence[Claimed], connection: BaseDBAsyncClient
@@ -281,6 +298,7 @@ class _Batch(Generic[UserT]):
         self,
         relay: Relay[UserT],
         connection: BaseDBAsyncClient,
+        holder: str,
         known: Mapping[str, Subscription],
         users: Mapping[str, UserT],
         rows: Sequence[Claimed],
@@ -289,6 +307,7 @@ class _Batch(Generic[UserT]):
         self._relay = relay
         self._settings = relay.settings
         self._connection = connection
+        self._holder = holder
         self._known = known
         self._users = users
         self._now = asyncio.get_running_loop().time
@@ -305,6 +324,8 @@ class _Batch(Generic[UserT]):
             queue = row.id if row.subject_id is None else (row.subscription, row.subject_id)
             queues.setdefault(queue, []).append(row)
         tasks = {asyncio.ensure_future(self._deliver_in_order(each)) for each in queues.values()}
+        for task in tasks:  # if `_record` fails, nobody else asks what became of them
+            task.add_done_callback(lambda task: task.cancelled() or task.exception())
         waiting = tasks
         try:
             while waiting:
@@ -334,11 +355,11 @@ class _Batch(Generic[UserT]):
 
     async def _record(self) -> None:
         delivered, self._delivered = self._delivered, []
-        await outbox.done(self._connection, delivered, self._relay.name)
+        await outbox.done(self._connection, delivered, self._holder)
         self._recorded += len(delivered)
 
     async def _give_back(self, rows: Sequence[Claimed]) -> None:
-        await outbox.release(self._connection, rows, self._relay.name, self._relay._clock())
+        await outbox.release(self._connection, rows, self._holder, self._relay._clock())
 
     async def _within_the_lease(self, row: Claimed) -> None:
         task = asyncio.ensure_future(self._call(row))
@@ -373,20 +394,20 @@ class _Batch(Generic[UserT]):
     async def _failed(self, row: Claimed, failure: Exception) -> None:
         cause = failure.original if isinstance(failure, EventError) else failure
         error = storable(f"{type(cause).__name__}: {describe(cause)}", _MAX_ERROR_LENGTH)
-        now, relay = self._relay._clock(), self._relay.name
+        now = self._relay._clock()
         if isinstance(failure, UserGoneError) or row.attempts >= self._settings.max_attempts:
             logger.error(
                 "Outbox row %s (%s for %s) is a dead letter after %s attempts: %r",
                 *(row.id, row.event_name, row.subscription, row.attempts, error),
             )
-            await outbox.bury(self._connection, row, relay, at=now, error=error)
+            await outbox.bury(self._connection, row, self._holder, at=now, error=error)
         else:
             logger.warning(
                 "Outbox row %s (%s for %s) failed, attempt %s: %r",
                 *(row.id, row.event_name, row.subscription, row.attempts, error),
             )
             due_at = now + self._pause_after(row.attempts)
-            await outbox.postpone(self._connection, row, relay, due_at=due_at, error=error)
+            await outbox.postpone(self._connection, row, self._holder, due_at=due_at, error=error)
 
     def _pause_after(self, attempts: int) -> timedelta:
         """Return the back-off: doubled with each attempt, bounded, and spread by up to half."""
