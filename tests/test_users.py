@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 from typing import Any
 from uuid import UUID
 
 import pytest
 from passlib.hash import bcrypt, django_pbkdf2_sha256, pbkdf2_sha256
+from tortoise import fields
 from tortoise.context import TortoiseContext
+from tortoise.exceptions import IntegrityError
+from tortoise.models import Model
 from tortoise.transactions import in_transaction
 
-from tests.app import NamedUser, StrUser, User, UuidUser
-from tests.conftest import PASSWORD, SECRET
+from tests.app import AuditRow, NamedUser, StrUser, User, UuidUser
+from tests.conftest import DATABASES, PASSWORD, SECRET, database
 from tests.probes import (
     EMAIL,
     NEW_PASSWORD,
@@ -41,6 +45,7 @@ from tortoise_auth import (
     RequestContext,
     request_context,
 )
+from tortoise_auth.database import is_unique_violation, violated_columns
 from tortoise_auth.events import PasswordChanged, UserRegistered
 from tortoise_auth.exceptions import IdentifierTakenError, InvalidIdentifierError
 from tortoise_auth.fields import EmailField
@@ -179,7 +184,7 @@ class TestCreateUser:
 
     async def test_missing_column(self, db: TortoiseContext) -> None:
         """A column without a default has to be given, be it not what one logs in with."""
-        with pytest.raises(ValueError, match=r"^NamedUser: email: "):
+        with pytest.raises(ValueError, match=r"^NamedUser: email .*needs one"):
             await NamedUser.create_user(username="ada", password=PASSWORD)
 
     @pytest.mark.parametrize("typed", [EMAIL, " ADA@example.COM ", "ada@EXAMPLE.com"])
@@ -240,7 +245,7 @@ class TestCreateUser:
 
     async def test_unknown_column(self, db: TortoiseContext) -> None:
         """A column that does not exist is named, with those that do."""
-        with pytest.raises(ValueError, match=r"no field display_nam\..*display_name"):
+        with pytest.raises(ValueError, match=r"no field display_nam .*: display_name"):
             await User.create_user(email=EMAIL, password=PASSWORD, display_nam="Ada")
 
     @pytest.mark.parametrize("value", ["x" * 101, "nul\0", "\ud800", None])
@@ -300,6 +305,155 @@ class TestCreateUser:
         finally:
             request_context.reset(token)
         assert events.one(UserRegistered).context == context
+
+
+class Club(Model):
+    """What accounts belong to."""
+
+    name = fields.CharField(max_length=20, default="")
+
+    class Meta(Model.Meta):
+        table = "app_club"
+
+
+class Member(AbstractUser):
+    """Has unique columns of its own, and relations of every kind."""
+
+    phone = fields.CharField(max_length=20, unique=True, null=True, source_field="Phone_no")
+    badge = fields.CharField(max_length=20, null=True)
+    alias = fields.CharField(max_length=20, null=True)
+    club: fields.ForeignKeyNullableRelation[Club] = fields.ForeignKeyField(
+        "models.Club", related_name="members", null=True
+    )
+    mentor: fields.OneToOneNullableRelation[Member] = fields.OneToOneField(
+        "models.Member", related_name="pupil", null=True
+    )
+    friends: fields.ManyToManyRelation[Member] = fields.ManyToManyField(
+        "models.Member", related_name="befriended"
+    )
+
+    class Meta(AbstractUser.Meta):
+        table = "app_member"
+        abstract = False
+        unique_together = (("badge", "club"),)
+
+
+@pytest.fixture(params=DATABASES)
+async def members(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[TortoiseContext]:
+    """Every database there is, with the accounts of clubs."""
+    modules = [__name__, "tortoise_auth.models"]
+    async with database(request.param, tmp_path, modules=modules) as context:
+        yield context
+
+
+class TestOwnColumns:
+    @pytest.mark.parametrize(
+        ("names", "message"),
+        [
+            (["phone"], "Member: phone has a value that another account has"),
+            (["badge", "club"], "Member: badge, club_id have values that another account has"),
+            (["mentor"], "Member: mentor_id has a value that another account has"),
+        ],
+        ids=["column", "two columns", "one-to-one"],
+    )
+    async def test_unique(self, members: TortoiseContext, names: list[str], message: str) -> None:
+        """Two accounts that share a unique value of the host's are told by its column, not its value."""
+        mentor = await Member.create_user(email="mentor@example.com")
+        everything: dict[str, Any] = {
+            "phone": "canary-1",
+            "badge": "canary-2",
+            "club": await Club.create(),
+            "mentor": mentor,
+        }
+        values = {name: everything[name] for name in names}
+        await Member.create_user(email=EMAIL, **values)
+        with pytest.raises(ValueError, match=f"^{message}$") as refusal:
+            await Member.create_user(email="bob@example.com", **values)
+        assert type(refusal.value) is ValueError
+        assert (refusal.value.__cause__, refusal.value.__context__) == (None, None)
+        assert await Member.all().count() == 2
+
+    async def test_identifier_goes_first(self, members: TortoiseContext) -> None:
+        """Whoever signs up twice is told that there is such an account; a key may be taken, too."""
+        ada = await Member.create_user(email=EMAIL, badge="7")
+        with pytest.raises(IdentifierTakenError):
+            await Member.create_user(email=EMAIL, badge="7")
+        with pytest.raises(IdentifierTakenError):
+            await Member.create_user(email="bob@example.com", id=ada.pk)
+
+    async def test_unique_by_an_expression(self, members: TortoiseContext) -> None:
+        """SQLite does not tell the column of such an index: then the account counts as taken."""
+        await connection_of(members).execute_script(
+            "CREATE UNIQUE INDEX app_member_alias ON app_member (lower(alias))"
+        )
+        await Member.create_user(email=EMAIL, alias="canary")
+        told = connection_of(members).capabilities.dialect == "postgres"
+        with pytest.raises(ValueError if told else IdentifierTakenError) as refusal:
+            await Member.create_user(email="bob@example.com", alias="CANARY")
+        assert ("Member: alias" in str(refusal.value)) == told
+        assert "canary" not in str(refusal.value).lower()
+
+    @pytest.mark.parametrize("relation", ["friends", "befriended", "pupil", "members", "pk"])
+    async def test_what_is_no_column(self, members: TortoiseContext, relation: str) -> None:
+        """Relations without a column here are no fields to set; those with one are listed."""
+        values: dict[str, Any] = {relation: [1]}
+        with pytest.raises(ValueError, match=f"^Member has no field {relation} that") as refusal:
+            await Member.create_user(email=EMAIL, **values)
+        _, _, listed = str(refusal.value).partition("It has: ")
+        assert (
+            listed == "alias, badge, club, club_id, email, id, mentor, mentor_id, password, phone."
+        )
+
+    @pytest.mark.parametrize("name", ["club", "mentor"])
+    async def test_relation(self, members: TortoiseContext, name: str) -> None:
+        """A relation takes a saved object of its model or nothing."""
+        for misfit in (1, "1", [1], Club(), Member(), AuditRow(id=1)):
+            values: dict[str, Any] = {name: misfit}
+            with pytest.raises(ValueError, match=f"^Member: {name} cannot hold such a value$"):
+                await Member.create_user(email=EMAIL, **values)
+        assert await Member.all().count() == 0
+        assert await Member.create_user(email=EMAIL, **{name: None})
+
+    @pytest.mark.parametrize("value", ["canary" * 9, b"canary" * 8])
+    async def test_refused_value_is_not_quoted(self, members: TortoiseContext, value: Any) -> None:
+        """A column of the host may hold a secret: a refusal names the column alone."""
+        with pytest.raises(ValueError, match=r"^Member: phone cannot hold such a value") as refusal:
+            await Member.create_user(email=EMAIL, phone=value)
+        assert "canary" not in str(refusal.value)
+        assert (refusal.value.__cause__, refusal.value.__context__) == (None, None)
+
+
+class Diagnosis:
+    """The part of a psycopg error that names the key."""
+
+    message_detail = 'Ключ "(tenant, lower(email::text))=(7, a@b.c (x)=y)" уже существует.'
+
+
+class TestViolatedColumns:
+    @pytest.mark.parametrize(
+        ("text", "details", "columns"),
+        [
+            ("UNIQUE constraint failed: app_user.email", {}, {"email"}),
+            ("UNIQUE constraint failed: s.a, s.b", {}, {"a", "b"}),
+            ("UNIQUE constraint failed: index 'app_member_alias'", {}, set()),
+            ("", {"sqlstate": "23505", "detail": "Key (phone)=(x) already exists."}, {"phone"}),
+            ("", {"sqlstate": "23505", "detail": 'Key ("Phone_no")=(a)=(b)'}, {"Phone_no"}),
+            ("", {"sqlstate": "23505", "detail": None}, set()),
+            (
+                "",
+                {"sqlstate": "23505", "diag": Diagnosis()},
+                {"tenant", "lower", "email", "text"},
+            ),
+        ],
+        ids=range(7),
+    )
+    def test_of_every_driver(self, text: str, details: dict[str, Any], columns: set[str]) -> None:
+        """SQLite, asyncpg and psycopg, whose text is in the language of the server."""
+        cause = Exception(text)
+        for name, value in details.items():
+            setattr(cause, name, value)
+        assert is_unique_violation(IntegrityError(cause))
+        assert violated_columns(IntegrityError(cause)) == columns
 
 
 class ShortUser(AbstractUser):
@@ -538,6 +692,23 @@ class TestDescription:
         """An account is never an anonymous visitor."""
         user = User()
         assert (user.is_authenticated, user.is_anonymous) == (True, False)
+
+    @pytest.mark.parametrize(
+        ("key", "shown"),
+        [
+            ("it's Zo\u00eb", "it's Zo\u00eb"),
+            ("a\nERROR b", r"a\nERROR b"),
+            ("\x1b[2J", r"\x1b[2J"),
+            ("\u202eda", r"\u202eda"),
+            ("\ud800", r"\ud800"),
+            ("x" * 10**6, "x" * 64),
+            ("\n" * 40, r"\n" * 32),
+        ],
+        ids=range(7),
+    )
+    def test_key_that_forges_a_log(self, key: str, shown: str) -> None:
+        """A key cannot begin a line, command a terminal, or fill the log."""
+        assert repr(StrUser(code=key)) == f"<StrUser: {shown}>"
 
 
 class TestPrimaryKey:

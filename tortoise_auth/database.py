@@ -29,7 +29,12 @@ from tortoise.backends.base.client import (
 )
 from tortoise.connection import get_connections
 from tortoise.context import get_current_context
-from tortoise.exceptions import BaseORMException, OperationalError, TransactionManagementError
+from tortoise.exceptions import (
+    BaseORMException,
+    IntegrityError,
+    OperationalError,
+    TransactionManagementError,
+)
 from tortoise.exceptions import ConfigurationError as TortoiseConfigurationError
 from tortoise.models import Model
 
@@ -237,7 +242,7 @@ async def _open(
         undoing = _spawn(_undo_open(entering, block, cancelled), context)
         if wait_even_if_cancelled:
             # On the caller's own connection: it must be quiet before the caller goes on with it.
-            await _wait_for(undoing)
+            await to_the_end(undoing)
         raise
 
 
@@ -272,11 +277,12 @@ async def _undo_open(
 async def _uninterrupted(ending: Awaitable[ReturnT], context: contextvars.Context) -> ReturnT:
     """Await *ending* to its end, even if cancelled meanwhile; raise the cancellation after."""
     task = asyncio.get_running_loop().create_task(_as_coroutine(ending), context=context)
-    await _wait_for(task)
+    await to_the_end(task)
     return task.result()
 
 
-async def _wait_for(task: asyncio.Task[Any]) -> None:
+async def to_the_end(task: asyncio.Task[Any]) -> None:
+    """Wait until *task* is done, even if cancelled meanwhile; raise the cancellation after."""
     cancelled: asyncio.CancelledError | None = None
     while not task.done():
         try:
@@ -319,6 +325,28 @@ def is_missing_table(error: Exception) -> bool:
         isinstance(cause, sqlite3.OperationalError)
         and str(cause).startswith(("no such table", "no such column", "table "))
     )
+
+
+def is_unique_violation(error: IntegrityError) -> bool:
+    """Tell whether a row was refused because of another one with the same values."""
+    cause = error.args[0] if error.args else None
+    return getattr(cause, "sqlstate", None) == "23505" or "UNIQUE constraint" in str(cause)
+
+
+def violated_columns(error: IntegrityError) -> frozenset[str]:
+    """Return the columns whose values another row has; empty if the database does not tell.
+
+    For an index on an expression it is every word of that.
+    """
+    cause = error.args[0] if error.args else None
+    told = getattr(cause, "detail", None) or getattr(
+        getattr(cause, "diag", None), "message_detail", None
+    )
+    if isinstance(told, str):  # in the language of the server: Key (tenant, lower(phone))=(7, ...)
+        key = re.search(r"\((.+?)\)=", told)
+        return frozenset(re.findall(r"\w+", key[1]) if key else ())
+    _, _, names = str(cause).partition("UNIQUE constraint failed: ")
+    return frozenset(name.rpartition(".")[2] for name in names.split(", ") if "." in name)
 
 
 def _how_to_register(model: type[Model]) -> str:

@@ -11,11 +11,17 @@ from tortoise.backends.base.client import BaseDBAsyncClient
 from tortoise.exceptions import BaseORMException, IntegrityError, ValidationError
 from tortoise.expressions import F
 from tortoise.fields import Field
+from tortoise.fields.relational import RelationalField
 from tortoise.models import Model
 
 from tortoise_auth.clock import utc_now
 from tortoise_auth.context import current_context, storable
-from tortoise_auth.database import connection_for, guarded
+from tortoise_auth.database import (
+    connection_for,
+    guarded,
+    is_unique_violation,
+    violated_columns,
+)
 from tortoise_auth.events.catalog import (
     PasswordChanged,
     PasswordRehashed,
@@ -42,6 +48,7 @@ UserT = TypeVar("UserT", bound="AbstractUser")
 _NOT_FOR_FORMS = frozenset(
     {"is_active", "session_version", "last_login", "created_at", "updated_at"}
 )
+_MAX_SHOWN_LENGTH = 64
 
 
 class AbstractUser(Model):
@@ -109,8 +116,8 @@ class AbstractUser(Model):
             InvalidIdentifierError: The e-mail address or user name cannot be one.
             IdentifierTakenError: There is such an account.
             PasswordPolicyError: The password was refused.
-            ValueError: A column was given that a form must not set, that does not exist, or that
-                cannot hold the value.
+            ValueError: A column was given that a form must not set, that does not exist, that
+                cannot hold the value, or that is unique and has the value for another account.
             ServiceUnavailableError: The database failed.
         """
         return await cls._create_user(password, values)
@@ -129,7 +136,6 @@ class AbstractUser(Model):
         else:
             cls.password_policy.check(password, about=cls._words_about(values))
             hashed = await cls.password_hasher.hash(password)
-        failure: Exception  # raised outside of `except`: drivers put values into their messages
         try:
             async with UnitOfWork(connection_for(cls), cls.emitter) as unit:
                 user = await cls.create(password=hashed, using_db=unit.connection, **values)
@@ -138,18 +144,11 @@ class AbstractUser(Model):
                 unit.record(
                     UserRegistered(user=user, subject_id=str(user.pk), context=current_context())
                 )
-        except IntegrityError as error:
-            if _is_unique_violation(error):
-                failure = IdentifierTakenError()
-            else:
-                failure = ValueError(
-                    f"{cls.__name__}: the database refuses a value, by a foreign key or a check"
-                )
-        except ValidationError as error:
-            raise ValueError(f"{cls.__name__}: {error}") from None
+        except (IntegrityError, ValidationError) as error:
+            refusal = cls._refusal(error)
         else:
             return user
-        raise failure
+        raise refusal  # outside of `except`: the text of what was caught quotes values
 
     @classmethod
     def normalize_identifier(cls, identifier: object) -> str:
@@ -242,7 +241,7 @@ class AbstractUser(Model):
         return False
 
     def __repr__(self) -> str:
-        return f"<{type(self).__name__}: {self.pk}>"
+        return f"<{type(self).__name__}: {_legible(str(self.pk))}>"
 
     def __str__(self) -> str:
         return repr(self)
@@ -274,11 +273,12 @@ class AbstractUser(Model):
                 f"create_user() does not set {', '.join(protected)}: a form could smuggle it in. "
                 "Set it on the saved user, or use AuthService.deactivate()."
             )
-        unknown = sorted(values.keys() - cls._meta.fields_map.keys())
-        if unknown:
-            known = sorted(cls._meta.fields_map.keys() - _NOT_FOR_FORMS)
+        meta = cls._meta
+        settable = meta.fields_db_projection.keys() | meta.fk_fields | meta.o2o_fields
+        if unknown := sorted(values.keys() - settable):
             raise ValueError(
-                f"{cls.__name__} has no field {', '.join(unknown)}. It has: {', '.join(known)}."
+                f"{cls.__name__} has no field {', '.join(unknown)} that create_user() can set. "
+                f"It has: {', '.join(sorted(settable - _NOT_FOR_FORMS))}."
             )
 
     @classmethod
@@ -297,14 +297,33 @@ class AbstractUser(Model):
     @classmethod
     def _refuse_misfits(cls, values: dict[str, object]) -> None:
         """Refuse values of another type than their column; Tortoise and drivers raise anything for them."""
-        columns = cls._meta.fields_db_projection.keys() | {"pk"}
         misfits = sorted(
             name
-            for name in columns & values.keys()
-            if values[name] is not None and not _fits(cls._meta.fields_map[name], values[name])
+            for name, value in values.items()
+            if value is not None and not _fits(cls._meta.fields_map[name], value)
         )
         if misfits:
             raise ValueError(f"{cls.__name__}: {', '.join(misfits)} cannot hold such a value")
+
+    @classmethod
+    def _refusal(cls, error: IntegrityError | ValidationError) -> Exception:
+        """Return what to raise for a row that was not written; it names columns and no value."""
+        if isinstance(error, ValidationError):
+            name = str(error).partition(":")[0]  # Tortoise puts it before all else
+            column = name if name in cls._meta.fields_db_projection else "a column"
+            return ValueError(f"{cls.__name__}: {column} cannot hold such a value, or needs one")
+        if not is_unique_violation(error):
+            return ValueError(
+                f"{cls.__name__}: the database refuses a value, by a foreign key or a check"
+            )
+        columns = cls._meta.fields_db_projection
+        violated = {name for name in columns if columns[name] in violated_columns(error)}
+        if not violated or violated & {cls.identifier_field, "email", cls._meta.pk_attr}:
+            return IdentifierTakenError()
+        verb = "has a value" if len(violated) == 1 else "have values"
+        return ValueError(
+            f"{cls.__name__}: {', '.join(sorted(violated))} {verb} that another account has"
+        )
 
 
 def shared_connection(model: type[Model]) -> BaseDBAsyncClient:
@@ -356,7 +375,7 @@ async def store_password(
             return None
         raise ValueError(f"{user!r} is not in the database; save it before setting a password")
     version = await stored_version(user, unit)
-    unit.when_committed(lambda: _set(user, password=hashed, session_version=version))
+    unit.when_committed(lambda: follow(user, password=hashed, session_version=version))
     return version
 
 
@@ -377,16 +396,19 @@ async def replace_outdated_hash(
         .update(password=replacement)
     )
     if replaced:
-        unit.when_committed(lambda: _set(user, password=replacement))
+        unit.when_committed(lambda: follow(user, password=replacement))
         unit.record(PasswordRehashed(user=user, subject_id=str(user.pk), context=current_context()))
 
 
-def _set(user: AbstractUser, **values: object) -> None:
+def follow(user: AbstractUser, **values: object) -> None:
+    """Bring a live object up to date with what was committed."""
     for name, value in values.items():
         setattr(user, name, value)
 
 
 def _fits(field: Field[Any], value: object) -> bool:
+    if isinstance(field, RelationalField):
+        return isinstance(value, field.related_model) and value.pk is not None
     try:
         held = field.to_python_value(value)
     except (TypeError, ValueError, AttributeError, ArithmeticError, BaseORMException):
@@ -399,6 +421,7 @@ def _is_storable(text: str) -> bool:
     return storable(text, len(text)) == text
 
 
-def _is_unique_violation(error: IntegrityError) -> bool:
-    cause = error.args[0] if error.args else None
-    return getattr(cause, "sqlstate", None) == "23505" or "UNIQUE constraint" in str(cause)
+def _legible(key: str) -> str:
+    """Return a primary key for a log: on one line, and of no length that fills it."""
+    text = key[:_MAX_SHOWN_LENGTH]
+    return (text if text.isprintable() else ascii(text)[1:-1])[:_MAX_SHOWN_LENGTH]
