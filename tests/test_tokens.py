@@ -138,6 +138,8 @@ def tokens(clock: FakeClock) -> AccessTokens:
     return AccessTokens(CONFIG, clock)
 
 
+_OF_A_TUTORIAL = "09d25e094faa6ca2556c818166b7a9563b93f7099f6f0f4caa6cf63b88e8d3e7"
+
 UNFIT_SECRETS: dict[str, tuple[Any, str]] = {
     "empty": ("", "is empty"),
     "no bytes": (b"", "is empty"),
@@ -165,6 +167,18 @@ UNFIT_SECRETS: dict[str, tuple[Any, str]] = {
     "your-256-bit-secret with signs": ("your-256-bit-secret" + "=" * 20, "placeholder"),
     "your-256-bit-secret with letters": ("your-256-bit-secret" + "x" * 20, "placeholder"),
     "three words": ("SuperSecretKey-SuperSecretKey-SuperSecretKey", "placeholder"),
+    "placeholder in a sentence": ("change-me-in-production-please-now", "placeholder"),
+    "placeholder in capitals": ("CHANGE_ME_IN_PRODUCTION_PLEASE_NOW_1", "placeholder"),
+    "placeholder in humps": ("ThisIsMySuperSecretKeyThatNobodyKnows", "placeholder"),
+    "secret key that is long": ("my-super-secret-key-that-is-long!", "placeholder"),
+    "secret key for development": ("dev-secret-key-do-not-use-in-prod", "placeholder"),
+    "jwt.io": ("a-string-secret-at-least-256-bits-long", "placeholder"),
+    "Django's": ("django-insecure-" + secrets.token_urlsafe(38), "placeholder"),
+    "FastAPI's": (_OF_A_TUTORIAL, "placeholder"),
+    "FastAPI's with a line feed": (_OF_A_TUTORIAL.upper() + "\n", "placeholder"),
+    "digits in order": ("0123456789" * 4, "repeats itself"),
+    "a row of keys": ("qwertyuiop" * 4, "repeats itself"),
+    "24 characters repeated": (SECRET[:24] * 3, "repeats itself"),
     "one character repeated": ("a" * 64, "repeats itself"),
     "four characters repeated": ("ab12" * 16, "repeats itself"),
     "eight characters repeated": ("kQ7!xZ2p" * 8, "repeats itself"),
@@ -186,6 +200,11 @@ FIT_SECRETS: dict[str, str | bytes] = {
     "16 characters of two bytes": "áéíóúàèìòùâêîôûä",
     "words": "correct horse battery staple and secret",
     "digits": "".join(random.Random(1).choices(string.digits, k=40)),
+    "ends as it begins": SECRET[:32] + SECRET[:7],
+    "32 characters twice": SECRET[:32] * 2,
+    "words before hexadecimal": "my-secret-key-" + secrets.token_hex(32),
+    "words before base64": "shop-secret-key-" + SECRET,
+    "a phrase by chance": "q3Vt8mXw0cJr5ZTestSecret7uKd4PsAoE1gTfIi6RvUk",
 }
 
 
@@ -206,6 +225,22 @@ class TestSecrets:
     def test_accepted(self, what: str) -> None:
         """32 bytes that do not repeat themselves will do."""
         assert AuthConfig(secret=FIT_SECRETS[what]).keys[0].can_sign
+
+    @pytest.mark.parametrize("size", [32, 33, 48, 64])
+    def test_random_ones_are_never_refused(self, size: int) -> None:
+        """Whatever a random secret is written in, no rule against guessable ones meets it."""
+        source = random.Random(size)
+        for _ in range(500):
+            raw = source.randbytes(size)
+            letters = "".join(source.choices(string.ascii_lowercase, k=size))
+            for secret in (raw, raw.hex(), base64.urlsafe_b64encode(raw), letters):
+                assert SigningKey(secret).can_sign
+
+    def test_size_is_that_of_what_is_repeated(self) -> None:
+        """Half of a key for HS512, written twice, is half a key."""
+        with pytest.raises(ConfigurationError, match="repeats itself"):
+            SigningKey(SECRET[:32] * 2, algorithm="HS512")
+        assert SigningKey(SECRET[:32] * 2, algorithm="HS256")
 
     @pytest.mark.parametrize(("algorithm", "size"), [("HS256", 32), ("HS384", 48), ("HS512", 64)])
     def test_size_for_the_algorithm(self, algorithm: Algorithm, size: int) -> None:
@@ -645,6 +680,11 @@ FORGED_HEADERS: dict[str, object] = {
     "crit no list": HEADER | {"crit": "b64"},
     "b64 false": HEADER | {"b64": False, "crit": ["b64"]},
     "b64 false quietly": HEADER | {"b64": False},
+    **{
+        f"{name} {value!r}": HEADER | {name: value}
+        for name in ("enc", "zip")
+        for value in ("A256GCM", "DEF", "", None)
+    },
     "a list": [HEADER],
     "a string": "HS256",
     "null": b"null",

@@ -39,6 +39,19 @@ _PLACEHOLDERS = frozenset(
     "supersecretkey topsecret changeme changethis changeit replaceme password default example "
     "placeholder insecure development django fixme todo yourbitsecret".split()
 )
+# Of those that go on after a placeholder. None has less than eight letters, see `_is_written`.
+_PHRASES = tuple(
+    "changeme changethis changeit replaceme replacethis secretkey yoursecret mysecret oursecret "
+    "supersecret topsecret devsecret testsecret jwtsecret stringsecret notasecret verysecret "
+    "insecure donotuse placeholder developmentonly foranexample fortesting".split()
+)
+_PUBLISHED = (
+    b"django-insecure-",  # what `startproject` writes into the settings that get committed
+    b"09d25e094faa6ca2556c818166b7a9563b93f7099f6f0f4caa6cf63b88e8d3e7",  # FastAPI's tutorial
+)
+# Bytes at the end that are those of the beginning: one is chance, and eight are a repetition (by
+# chance once in 2^32 secrets in hexadecimal).
+_REPEATED = 8
 MAKE_ONE = 'Make one with: python -c "import secrets; print(secrets.token_urlsafe(48))"'
 
 
@@ -164,14 +177,16 @@ def _check_secret(secret: bytes, algorithm: str) -> None:
         )
     unit = _period(secret[:1024])  # whose time grows with the square, and whose answer is there
     stem = unit.rstrip(unit[-1:])  # without what it was filled up with
-    if {_letters(unit), _letters(stem)} & _PLACEHOLDERS:
+    known = {_letters(unit), _letters(stem)} & _PLACEHOLDERS
+    if known or secret.strip().lower().startswith(_PUBLISHED) or _is_written(secret):
         raise ConfigurationError(f"The secret is a placeholder. {MAKE_ONE}")
     if len(secret) < needed:
         raise ConfigurationError(
             f"The secret has {len(secret)} bytes; {algorithm} needs at least {needed} "
             f"(RFC 7518, 3.2). {MAKE_ONE}"
         )
-    if len(unit) <= 8 or len(set(secret)) < 6:
+    repeats = len(unit) < needed and len(secret) - len(unit) >= _REPEATED
+    if repeats or len(set(secret)) < 6:
         raise ConfigurationError(f"The secret repeats itself and can be guessed. {MAKE_ONE}")
     try:
         jwt.PyJWS().get_algorithm_by_name(algorithm).prepare_key(secret)
@@ -185,6 +200,22 @@ def _check_secret(secret: bytes, algorithm: str) -> None:
 def _period(text: bytes) -> bytes:
     """Return the shortest beginning that *text* repeats, up to a last part of it."""
     return next(text[:size] for size in range(1, len(text) + 1) if text.startswith(text[size:]))
+
+
+def _is_written(secret: bytes) -> bool:
+    """Tell whether it is a placeholder that somebody wrote: words, with a known phrase in them.
+
+    A random secret must never be refused. One of these phrases, all of eight letters or more, is
+    by chance in one of a thousand million secrets of 32 small letters, and never in hexadecimal.
+    Base64 has digits and capitals all over, unlike what is written by hand, which leaves one in
+    10^12. For the same reason words may stand before a random part.
+    """
+    digits = len(re.findall(rb"[0-9]", secret))
+    capitals, small = len(re.findall(rb"[A-Z]", secret)), len(re.findall(rb"[a-z]", secret))
+    if 10 * digits > len(secret) or 4 * min(capitals, small) > capitals + small:
+        return False
+    letters = _letters(secret)
+    return any(phrase in letters for phrase in _PHRASES)
 
 
 def _letters(text: bytes) -> str:

@@ -2,7 +2,7 @@
 
 An access token is a JWT after RFC 9068, checked by the rules of RFC 8725: one algorithm for each
 key, keys from the configuration alone, an explicit type, every claim required. A refresh token is
-256 random bits and means nothing to anybody but the database.
+128 random bits for its session and 256 for itself, and means nothing to anybody but the database.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ MAX_TOKEN_LENGTH = 8192
 
 _ACCESS_TYPE = "at+jwt"
 _COMPACT_JWS = re.compile(r"[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+", re.ASCII)
+_OF_ENCRYPTION = frozenset({"enc", "zip"})  # what only an encrypted token has in its header
 _REGISTERED_CLAIMS = frozenset(
     {"iss", "aud", "sub", "sid", "jti", "iat", "exp", "nbf", "typ", "client_id"}
 )
@@ -150,6 +151,8 @@ class AccessTokens:
         kid, typ = header.get("kid"), header.get("typ")
         key = self._keys.get(kid) if isinstance(kid, str) else None
         if key is None or typ not in (_ACCESS_TYPE, f"application/{_ACCESS_TYPE}"):
+            raise TokenInvalidError
+        if _OF_ENCRYPTION & header.keys():
             raise TokenInvalidError
         _json_object(payload_part)  # PyJWT would also read UTF-16 (RFC 8725, 3.7)
         try:
