@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import (
+    Collection,
+    Mapping,
+    MutableMapping,
+    MutableSequence,
+    MutableSet,
+    Sequence,
+)
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta, timezone
 from decimal import Decimal
@@ -64,6 +72,32 @@ class ParcelPacked(Event):
 
 PARCEL = ParcelPacked()
 
+
+@dataclass(frozen=True, kw_only=True)
+class ShelfCounted(Event):
+    """Lists of types that JSON has not, and what it has as keys."""
+
+    owners: Sequence[UUID] = CODES
+    counts: Sequence[int] = ()
+    prices: Collection[Decimal] = (Decimal("1.10"),)
+    colors: AbstractSet[Color] = frozenset({Color.RED})
+    rows: MutableSequence[datetime] = field(default_factory=lambda: [datetime(2026, 1, 1)])  # noqa: DTZ001
+    sizes: MutableSet[Size] = field(default_factory=lambda: {Size.LARGE})
+    by_number: dict[int, str] = field(default_factory=lambda: {-1: "a", 10**30: "b"})
+    by_weight: Mapping[float, int] = field(default_factory=lambda: {1.5: 1, 2.0: 2, 3: 3})
+    by_id: Mapping[UUID, Sequence[UUID]] = field(default_factory=lambda: {SHELF: CODES})
+    by_time: dict[datetime, int] = field(
+        default_factory=lambda: {datetime(2026, 1, 1, tzinfo=UTC): 1}
+    )
+    by_price: dict[Decimal, int] = field(default_factory=lambda: {Decimal("1.10"): 1})
+    by_size: dict[Size, int] = field(default_factory=lambda: {Size.SMALL: 1})
+    by_color: MutableMapping[Color, int] = field(default_factory=lambda: {Color.RED: 1})
+    by_lane: dict[Literal[1, "2"], int] = field(default_factory=lambda: {1: 1, "2": 2})
+    by_answer: dict[bool | None, int] = field(default_factory=lambda: {True: 1, False: 2, None: 3})
+    by_either: dict[UUID | int, int] = field(default_factory=lambda: {SHELF: 1, 2: 2})
+    loose: dict = field(default_factory=lambda: {"1": {"2": 3}})  # type: ignore[type-arg]
+
+
 ANYTHING = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
@@ -82,6 +116,35 @@ class TestThereAndBack:
         assert restored == PARCEL
         for name, value in vars(PARCEL).items():
             assert type(getattr(restored, name)) is type(value)
+
+    def test_members_and_keys(self) -> None:
+        """Members of abstract types and keys come back as what the field declares."""
+        event = ShelfCounted()
+        restored = ShelfCounted.from_dict(as_json(event))
+        assert restored == event
+        for name, value in vars(event).items():
+            assert type(getattr(restored, name)) is type(value)
+        assert [type(key) for key in restored.by_either] == [UUID, int]
+
+    def test_what_a_list_was(self) -> None:
+        """JSON does not say it: a Sequence comes back as a tuple, a Set as a frozenset."""
+        event = ShelfCounted(counts=[1, 2], prices={Decimal(1)}, colors={Color.RED})
+        restored = ShelfCounted.from_dict(as_json(event))
+        assert (restored.counts, restored.prices) == ((1, 2), (Decimal(1),))
+        assert restored.colors == event.colors == frozenset({Color.RED})
+
+    @settings(max_examples=100, deadline=None, derandomize=True)
+    @given(
+        by_number=st.dictionaries(st.integers(), st.text()),
+        by_weight=st.dictionaries(st.floats(allow_nan=False, allow_infinity=False), st.integers()),
+        by_id=st.dictionaries(st.uuids(), st.lists(st.uuids()).map(tuple)),
+        by_time=st.dictionaries(st.datetimes(timezones=st.just(UTC)), st.integers()),
+        owners=st.lists(st.uuids()).map(tuple),
+    )
+    def test_any_members_and_keys(self, **values: Any) -> None:
+        """Whatever the keys are, the event comes back equal."""
+        event = ShelfCounted(**values)
+        assert Event.from_dict(as_json(event)) == event
 
     @settings(max_examples=100, deadline=None, derandomize=True)
     @given(
@@ -159,8 +222,48 @@ class TestRefusedOnTheWayOut:
         with pytest.raises(TypeError, match=r"^parcel_packed\.whatever holds "):
             event.to_dict()
 
+    @pytest.mark.parametrize(
+        "key", [(1, 2), b"x", User(id=7), frozenset({1}), float("nan")], ids=repr
+    )
+    def test_keys(self, key: object) -> None:
+        """A key that no text can stand for is refused, and not written as some text."""
+        with pytest.raises(TypeError, match=r"^parcel_packed\.whatever (holds|has) "):
+            ParcelPacked(whatever={key: 1}).to_dict()
+
+    def test_keys_that_become_one(self) -> None:
+        """Two keys of one text would lose a member."""
+        with pytest.raises(TypeError, match=r"^parcel_packed\.whatever has two keys"):
+            ParcelPacked(whatever={1: "a", "1": "b"}).to_dict()
+
 
 class TestRefusedOnTheWayIn:
+    @pytest.mark.parametrize(
+        ("name", "value"),
+        [
+            ("owners", ["x"]),
+            ("owners", {"a": 1}),
+            ("counts", "12"),
+            ("counts", ["1"]),
+            ("colors", ["blue"]),
+            ("by_number", {"x": "a"}),
+            ("by_number", {"1.5": "a"}),
+            ("by_number", {"true": "a"}),
+            ("by_number", {"01": "a"}),
+            ("by_number", {"9" * 5000: "a"}),
+            ("by_number", {"[" * 5000: "a"}),
+            ("by_id", {"x": []}),
+            ("by_id", {str(SHELF): ["x"]}),
+            ("by_size", {"3": 1}),
+            ("by_lane", {"2.0": 1}),
+        ],
+        ids=range(15),
+    )
+    def test_wrong_members_and_keys(self, name: str, value: object) -> None:
+        """What does not fit inside is refused like the rest, and not quoted."""
+        data = as_json(ShelfCounted()) | {name: value}
+        with pytest.raises(ValueError, match=rf"^ShelfCounted\.{name}: .{{1,80}}$"):
+            Event.from_dict(data)
+
     @pytest.mark.parametrize(
         ("name", "value"),
         [

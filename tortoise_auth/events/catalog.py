@@ -85,7 +85,12 @@ class Event:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """Return the event that ``to_dict`` was called on, equal to it, without the live user.
+        """Return the event that ``to_dict`` was called on, without the live user.
+
+        It is equal to it if its fields hold the types that they are declared with. JSON does not
+        say what a list was: a field declared as a ``Sequence`` or ``Collection`` comes back as a
+        tuple, an abstract ``Set`` as a frozenset, a ``Mapping`` as a dict. Declare ``list[...]``
+        if it is to be a list.
 
         Called on `Event` it finds the class by the name. Fields it does not know are left out, so
         that an older program reads what a newer one wrote.

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import math
 import types
 import typing
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import (
+    Collection,
+    Mapping,
+    MutableMapping,
+    MutableSequence,
+    MutableSet,
+    Sequence,
+    Set,
+)
 from contextlib import suppress
 from dataclasses import MISSING, Field, asdict, fields
 from datetime import datetime
@@ -15,6 +24,16 @@ from typing import Any
 from uuid import UUID
 
 from tortoise_auth.context import RequestContext
+
+_ARRAYS: Mapping[Any, type] = {
+    **{kind: kind for kind in (tuple, list, set, frozenset)},
+    Sequence: tuple,  # what an event is made of should not change, and has a hash
+    Collection: tuple,
+    MutableSequence: list,
+    Set: frozenset,
+    MutableSet: set,
+}
+_OBJECTS = frozenset({dict, Mapping, MutableMapping})
 
 
 def plain(value: object, where: str) -> Any:  # noqa: ANN401 - JSON
@@ -37,7 +56,10 @@ def plain(value: object, where: str) -> Any:  # noqa: ANN401 - JSON
         case RequestContext():
             return asdict(value)
         case Mapping():
-            return {str(key): plain(each, where) for key, each in value.items()}
+            members = {_name(key, where): plain(each, where) for key, each in value.items()}
+            if len(members) < len(value):
+                raise TypeError(f"{where} has two keys that JSON cannot tell apart")
+            return members
         case Sequence() | Set() if not isinstance(value, bytes | bytearray | memoryview):
             return [plain(each, where) for each in value]
         case _:
@@ -76,11 +98,12 @@ def _as(hint: Any, value: Any) -> Any:  # noqa: ANN401
         raise ValueError(f"it is none of {', '.join(map(repr, inner))}")
     if kind is tuple and inner and inner[-1] is not Ellipsis:
         return tuple(_as(*each) for each in zip(inner, _json(list, value), strict=True))
-    if kind in (tuple, list, set, frozenset):
-        return kind(_as(inner[0] if inner else Any, each) for each in _json(list, value))
-    if kind in (dict, Mapping):
+    if kind in _ARRAYS:
+        return _ARRAYS[kind](_as(inner[0] if inner else Any, each) for each in _json(list, value))
+    if kind in _OBJECTS:
+        of_key, of_member = inner or (Any, Any)
         members = _json(dict, value).items()
-        return {name: _as(inner[1] if inner else Any, each) for name, each in members}
+        return {_as_key(of_key, name): _as(of_member, each) for name, each in members}
     if kind is RequestContext:
         names = [each.name for each in fields(RequestContext)]
         return RequestContext(**restored(RequestContext, names, _json(dict, value)))
@@ -101,6 +124,25 @@ def _as_one_of(hints: Sequence[Any], value: object) -> Any:  # noqa: ANN401
         with suppress(ValueError, TypeError, ArithmeticError):
             return _as(hint, value)
     raise ValueError(f"a {type(value).__name__} does not fit")
+
+
+def _name(key: object, where: str) -> str:
+    """Return a key of a mapping as JSON has it, which is text."""
+    name = plain(key, where)
+    if isinstance(name, list | dict):
+        raise TypeError(
+            f"{where} has a {type(key).__name__} as a key; take text, a number or an id"
+        )
+    return name if isinstance(name, str) else json.dumps(name)
+
+
+def _as_key(hint: Any, name: str) -> Any:  # noqa: ANN401
+    """Return the key that is written as *name*; where it may have been text, it was."""
+    with suppress(ValueError, TypeError, ArithmeticError):
+        return _as(hint, name)
+    with suppress(ValueError, TypeError, ArithmeticError, RecursionError):
+        return _as(hint, json.loads(name))
+    raise ValueError("a key does not fit")
 
 
 def _json(kind: type, value: Any) -> Any:  # noqa: ANN401
