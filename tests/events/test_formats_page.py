@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,9 @@ from tests.events.test_formats_set import pem
 from tests.test_docs import run, snippets
 from tortoise_auth import AbstractUser, AuthConfig, AuthenticationError, AuthService, RequestContext
 from tortoise_auth.clock import utc_now
-from tortoise_auth.events import Event
+from tortoise_auth.events import Event, LoginThrottled, UserLoginFailed
 from tortoise_auth.events import emitter as library_emitter
-from tortoise_auth.events.formats import ecs, ocsf, set_claims
+from tortoise_auth.events.formats import cloudevent, ecs, ocsf, set_claims
 from tortoise_auth.exceptions import TokenReusedError
 from tortoise_auth.testing import FakeClock, isolated
 
@@ -160,22 +161,54 @@ class TestTable:
     @pytest.mark.parametrize("kind", LIBRARY, ids=lambda kind: kind.name)
     def test_row(self, kind: type[Event]) -> None:
         """The table has a row for every event, and it says what the functions do."""
-        event = sample(kind)
-        record, document = ocsf(event), ecs(event)["event"]
-        claims = set_claims(event, issuer="https://id.example.com/", audience="shop")
-        row = " | ".join(
-            (
-                f"| `{kind.name}`",
-                f"{record['type_uid']} {record['activity_name']}",
-                record["status"],
-                record["severity"],
-                f"{', '.join(document['category'])} / {', '.join(document['type'])}"
-                f" / {document['outcome']}",
-                _short(claims),
-            )
+        assert _row(f"`{kind.name}`", sample(kind)) in _lines()
+
+    def test_password_change(self) -> None:
+        """A throttled password change has a row of its own."""
+        event = replace(sample(LoginThrottled), attempted="password_change")
+        assert _row("`login_throttled` of a password change", event) in _lines()
+
+
+class TestWhatWasTyped:
+    """What the page says of identifiers and addresses."""
+
+    def test_of_an_account(self) -> None:
+        """It is named in OCSF and ECS, be it an address, and in a CloudEvent in any case."""
+        known = UserLoginFailed(identifier="ada@example.com", reason="bad_password", user_id="7")
+        unknown = UserLoginFailed(identifier="hunter2", reason="not_found")
+        for convert in (ocsf, ecs):
+            assert "ada@example.com" in repr(convert(known))
+            assert "hunter2" not in repr(convert(unknown))
+        assert cloudevent(unknown, "https://a.example")["data"]["identifier"] == "hunter2"
+
+    def test_control_characters(self) -> None:
+        """They are replaced in OCSF and ECS, and not in the data of a CloudEvent."""
+        failed = UserLoginFailed(identifier="a\x1b[2J", reason="bad_password", user_id="7")
+        for convert in (ocsf, ecs):
+            assert "a\ufffd[2J" in repr(convert(failed))
+            assert repr("\x1b")[1:-1] not in repr(convert(failed))
+        assert cloudevent(failed, "https://a.example")["data"]["identifier"] == "a\x1b[2J"
+
+
+def _row(title: str, event: Event) -> str:
+    record, document = ocsf(event), ecs(event)["event"]
+    claims = set_claims(event, issuer="https://id.example.com/", audience="shop")
+    row = " | ".join(
+        (
+            f"| {title}",
+            f"{record['type_uid']} {record['activity_name']}",
+            record["status"],
+            record["severity"],
+            f"{', '.join(document['category'])} / {', '.join(document['type'])}"
+            f" / {document['outcome']}",
+            _short(claims),
         )
-        lines = [re.sub(r" +", " ", line) for line in PAGE.read_text().splitlines()]
-        assert re.sub(r" +", " ", f"{row} |") in lines
+    )
+    return re.sub(r" +", " ", f"{row} |")
+
+
+def _lines() -> list[str]:
+    return [re.sub(r" +", " ", line) for line in PAGE.read_text().splitlines()]
 
 
 def _has_token(name: str) -> bool:

@@ -51,7 +51,7 @@ from tortoise_auth.events import (
     UserLogout,
 )
 from tortoise_auth.events.catalog import Actor
-from tortoise_auth.events.formats import security_event_token, set_claims
+from tortoise_auth.events.formats import ecs, ocsf, security_event_token, set_claims
 from tortoise_auth.exceptions import ConfigurationError, TokenInvalidError
 from tortoise_auth.keys import Algorithm
 from tortoise_auth.testing import FakeClock
@@ -374,6 +374,49 @@ class TestSigning:
             else:
                 with pytest.raises(TokenInvalidError):
                     tokens.read(text)
+
+
+class TestMistakes:
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"issuer": ""}, "an issuer and an audience"),
+            ({"issuer": 5}, "an issuer and an audience"),
+            ({"issuer": None}, "an issuer and an audience"),
+            ({"audience": ""}, "an issuer and an audience"),
+            ({"audience": []}, "an issuer and an audience"),
+            ({"audience": [5]}, "an issuer and an audience"),
+            ({"audience": [AUDIENCE, ""]}, "an issuer and an audience"),
+            ({"audience": 5}, "an issuer and an audience"),
+            ({"audience": b"shop"}, "an issuer and an audience"),
+            ({"audience": {AUDIENCE}}, "an issuer and an audience"),
+            ({"now": OCCURRED.replace(tzinfo=None)}, "with a time zone"),
+            ({"now": SECONDS}, "with a time zone"),
+            ({"subject": "sesion"}, "'session' or 'user', not 'sesion'"),
+            ({"subject": None}, "'session' or 'user'"),
+        ],
+        ids=range(14),
+    )
+    @pytest.mark.parametrize("kind", [UserLogout, UserLoginFailed])
+    def test_refused(self, kind: type[Event], options: dict[str, Any], message: str) -> None:
+        """What no receiver could make sense of is refused, whether or not there would be a token."""
+        terms = {"issuer": ISSUER, "audience": AUDIENCE, **options}
+        with pytest.raises(ValueError, match=message):
+            set_claims(sample(kind), **terms)
+        with pytest.raises(ValueError, match=message):
+            security_event_token(sample(kind), key(), **terms)
+
+    def test_other_things(self) -> None:
+        """A key that is still text, and what is no event, are named by their types alone."""
+        text: Any = pem("RS256").decode()
+        with pytest.raises(TypeError, match=r"key must be a SigningKey\(.*\), not str$"):
+            security_event_token(sample(UserLogout), text, issuer=ISSUER, audience=AUDIENCE)
+        other: Any = {"name": "user_logout"}
+        for convert in (ocsf, ecs):
+            with pytest.raises(TypeError, match=r"^event must be an Event, not dict$"):
+                convert(other)
+        with pytest.raises(TypeError, match=r"^event must be an Event, not dict$"):
+            token(other, key())
 
 
 class TestHostile:

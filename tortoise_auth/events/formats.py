@@ -246,7 +246,7 @@ def ocsf(
 
     Raises:
         ValueError: The event is none of the library's.
-        TypeError: A field of the event holds something that JSON cannot.
+        TypeError: It is no event, or a field of it holds something that JSON cannot.
     """
     kind = _kind(event)
     class_uid, activity, label, status, severity, detail = _OCSF[kind]
@@ -361,10 +361,10 @@ def set_claims(
 
     Raises:
         ValueError: The event is none of the library's or does not say whom it is about, or
-            *issuer* or *audience* is empty.
+            another argument is empty or not what it must be.
+        TypeError: It is no event.
     """
-    if not issuer or not audience:
-        raise ValueError("A Security Event Token needs an issuer and an audience")
+    _refuse_bad_terms(issuer, audience, now, subject)
     kind = _kind(event)
     if kind not in _SET:
         return None
@@ -406,7 +406,12 @@ def security_event_token(
     Raises:
         ConfigurationError: The key is public, or an HMAC secret.
         ValueError: See `set_claims`.
+        TypeError: The key is no `SigningKey`, or the event none.
     """
+    if not isinstance(key, SigningKey):
+        raise TypeError(
+            f"key must be a SigningKey(pem, algorithm='RS256'), not {type(key).__name__}"
+        )
     if key.family == "HMAC" or not key.can_sign:
         raise ConfigurationError(
             "A Security Event Token is signed with a private key (RS256 for interoperability), "
@@ -419,8 +424,22 @@ def security_event_token(
     return jwt.encode(claims, key.signing, algorithm=key.algorithm, headers=headers)
 
 
+def _refuse_bad_terms(issuer: object, audience: object, now: object, subject: object) -> None:
+    receivers = [audience] if isinstance(audience, str) else audience
+    if not isinstance(receivers, Sequence) or not all(
+        isinstance(each, str) and each for each in (issuer, *(receivers or [""]))
+    ):
+        raise ValueError("A Security Event Token needs an issuer and an audience, as text")
+    if now is not None and not (isinstance(now, datetime) and now.tzinfo):
+        raise ValueError("now must be a datetime with a time zone, such as datetime.now(UTC)")
+    if subject not in ("session", "user"):
+        raise ValueError(f"subject must be 'session' or 'user', not {subject!r}")
+
+
 def _kind(event: Event) -> type[Event]:
     """Return which of the library's events it is, or is derived from."""
+    if not isinstance(event, Event):
+        raise TypeError(f"event must be an Event, not {type(event).__name__}")
     for kind in type(event).__mro__:
         if kind in _MESSAGES:
             changing = isinstance(event, LoginThrottled) and event.attempted == "password_change"
