@@ -6,12 +6,14 @@ See it work: ``python examples/fastapi_app.py`` calls it and prints the answers.
 Serve it:    ``AUTH_SECRET=... uvicorn examples.fastapi_app:app``
 """
 
+import math
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Annotated, Any
 
-from fastapi import Body, Depends, FastAPI, Request
+from fastapi import Body, Depends, FastAPI, HTTPException, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from tortoise import fields
@@ -106,10 +108,17 @@ async def refuse(request: Request, error: exceptions.TortoiseAuthError) -> JSONR
     answer: dict[str, object] = {"code": error.code, "detail": str(error)}
     headers = {"WWW-Authenticate": "Bearer"} if status == 401 else {}
     if isinstance(error, exceptions.ThrottledError):
-        headers["Retry-After"] = f"{error.retry_after:.0f}"
+        headers["Retry-After"] = str(math.ceil(error.retry_after))
     if isinstance(error, exceptions.PasswordPolicyError):
         answer["failures"] = [failure.code for failure in error.failures]
     return JSONResponse(answer, status, headers)
+
+
+@app.exception_handler(RequestValidationError)
+async def refuse_form(request: Request, error: RequestValidationError) -> JSONResponse:
+    """Say what is wrong and do not repeat it, as FastAPI would: it may be a password."""
+    wrong = [f"{each['loc'][-1]}: {each['msg']}" for each in error.errors()]
+    return JSONResponse({"code": "invalid_request", "detail": "; ".join(wrong)}, 422)
 
 
 Bearer = Annotated[HTTPAuthorizationCredentials, Depends(HTTPBearer())]
@@ -121,6 +130,7 @@ async def current_user(bearer: Bearer) -> User:
 
 CurrentUser = Annotated[User, Depends(current_user)]
 Field = Annotated[str, Body(embed=True)]  # of the JSON object in the request
+ShortField = Annotated[str, Body(embed=True, max_length=100)]  # as long as the column
 
 
 def tokens(result: AuthResult[User]) -> JSONResponse:
@@ -129,13 +139,17 @@ def tokens(result: AuthResult[User]) -> JSONResponse:
 
 
 @app.post("/sign-up", status_code=202)
-async def sign_up(email: Field, password: Field, display_name: Field = "") -> str:
+async def sign_up(email: Field, password: Field, display_name: ShortField = "") -> str:
     """Answer the same whether or not there is an account; the owner learns it by mail."""
     text = f"Welcome, {display_name}!"
     try:
         await User.create_user(email=email, password=password, display_name=display_name)
     except exceptions.IdentifierTakenError:
         text = "You have an account already. Forgot your password?"
+    except exceptions.TortoiseAuthError:
+        raise  # see `refuse`
+    except ValueError as error:  # a column cannot hold what was typed; which one, not what
+        raise HTTPException(422, str(error)) from None
     await emitter.emit("sign_up_answered", email=email, text=text)
     return "We have sent you an e-mail."
 

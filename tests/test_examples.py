@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import re
 import sqlite3
@@ -167,10 +168,29 @@ class TestSignUp:
         assert answer.json()["failures"] == ["too_short", "common"]
         assert site.log_in("password").status_code == 401
 
+    def test_form_is_not_repeated(self, site: Site) -> None:
+        """A form that lacks a field is refused without the password that was in it."""
+        answer = site.post("/sign-up", password=PASSWORD)
+        assert (answer.status_code, answer.json()["code"]) == (422, "invalid_request")
+        assert answer.json()["detail"] == "email: Field required"
+
     def test_no_address(self, site: Site) -> None:
         """What is no e-mail address is refused."""
         answer = site.sign_up(email="ada")
         assert (answer.status_code, answer.json()["code"]) == (422, "invalid_identifier")
+
+    @pytest.mark.parametrize("name", ["x" * 101, "canary\0", "canary\ud800"], ids=range(3))
+    def test_name_that_no_column_can_hold(self, site: Site, name: str) -> None:
+        """It is the visitor's mistake and not the server's, and there is no account."""
+        body = {"email": "ada@example.com", "password": PASSWORD, "display_name": name}
+        answer = site.client.post(
+            "/sign-up", content=json.dumps(body), headers={"Content-Type": "application/json"}
+        )
+        assert answer.status_code == 422
+        assert "display_name" in answer.text
+        assert "canary" not in answer.text
+        assert site.log_in().status_code == 401
+        assert site.sign_up().status_code == 202
 
 
 class TestLogIn:
@@ -312,6 +332,14 @@ class TestFailures:
         answer = site.log_in()
         assert (answer.status_code, answer.json()["code"]) == (status, error.code)
         assert "WWW-Authenticate" not in answer.headers
+
+    @pytest.mark.parametrize(("seconds", "told"), [(30, "30"), (30.2, "31"), (0.2, "1")])
+    def test_retry_after(
+        self, site: Site, monkeypatch: pytest.MonkeyPatch, seconds: float, told: str
+    ) -> None:
+        """Whoever comes back when he is told to is not too early."""
+        _fail(monkeypatch, site, ThrottledError(seconds))
+        assert site.log_in().headers["Retry-After"] == told
 
     def test_mistake_of_ours(self, site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
         """A configuration error reaches the server's log and not the visitor."""
