@@ -29,6 +29,7 @@ from tests.probes import (
     statements,
 )
 from tests.test_database import Steps
+from tests.test_throttling import no_turn
 from tortoise_auth import (
     AuthConfig,
     AuthenticationError,
@@ -38,9 +39,10 @@ from tortoise_auth import (
     PasswordHasher,
     RequestContext,
     TortoiseAuthError,
+    counters,
     credentials,
-    throttling,
 )
+from tortoise_auth.counters import Count
 from tortoise_auth.events import (
     AccountLocked,
     Event,
@@ -213,7 +215,7 @@ class TestBurst:
         async with asyncio.timeout(LIMIT):
             results = await asyncio.gather(*(log_in(strict) for _ in range(BURST)))
         assert len({result.session.id for result in results}) == BURST
-        assert not strict._credentials._turns
+        assert not strict._credentials._open_attempts._groups
 
     async def test_nobody_waits_for_the_handlers_of_others(
         self, ada: User, strict: AuthService[User], emitter: EventEmitter
@@ -245,13 +247,12 @@ class TestBurst:
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         """Even if all fifty have read the counter before any of them writes it."""
-        monkeypatch.setattr(credentials, "_AT_A_TIME", BURST)  # as many processes would
         monkeypatch.setattr(credentials, "_PATIENCE", LIMIT)
         await User.create_user(email=EMAIL, password=PASSWORD)
         auth = service(clock)
-        read, barrier, came = throttling._row, asyncio.Barrier(BURST), 0
+        read, barrier, came = counters._read, asyncio.Barrier(BURST), 0
 
-        async def read_together(*args: Any) -> AttemptCount:
+        async def read_together(*args: Any) -> Count:
             nonlocal came
             came += 1
             first = came <= BURST
@@ -260,7 +261,8 @@ class TestBurst:
                 await barrier.wait()
             return row
 
-        monkeypatch.setattr(throttling, "_row", read_together)
+        monkeypatch.setattr(counters, "_read", read_together)
+        monkeypatch.setattr(DatabaseThrottle, "_turn", no_turn)  # as in as many processes
         with argon2_costs() as costs:
             async with asyncio.timeout(LIMIT):
                 outcomes = await asyncio.gather(*(guess(auth) for _ in range(BURST)))

@@ -6,15 +6,15 @@ import asyncio
 import hashlib
 import hmac
 import logging
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Generic, TypeVar
 
+from tortoise_auth.attempts import OpenAttempt, OpenAttempts
 from tortoise_auth.clock import Clock
 from tortoise_auth.context import RequestContext, storable
-from tortoise_auth.database import is_missing_table, is_transaction, translated
+from tortoise_auth.database import is_missing_table, is_transaction, to_the_end, translated
 from tortoise_auth.events.catalog import (
     AccountLocked,
     Event,
@@ -24,18 +24,19 @@ from tortoise_auth.events.catalog import (
     UserLoginFailed,
 )
 from tortoise_auth.events.emitting import EventEmitter
-from tortoise_auth.events.unit_of_work import report, report_detached
+from tortoise_auth.events.unit_of_work import report
 from tortoise_auth.exceptions import (
     AuthenticationError,
+    ConfigurationError,
     InvalidIdentifierError,
     ServiceUnavailableError,
     ThrottledError,
     TortoiseAuthError,
 )
 from tortoise_auth.models import user_table
-from tortoise_auth.passwords import PasswordHasher, Verification, is_usable_hash
+from tortoise_auth.passwords import PasswordHasher, is_usable_hash
 from tortoise_auth.sessions import Sessions
-from tortoise_auth.throttling import Attempt, Reservation, Throttle, source_of
+from tortoise_auth.throttling import Attempt, Reservation, Throttle, TooEarly, source_of
 from tortoise_auth.users import AbstractUser, UserT
 
 logger = logging.getLogger("tortoise_auth.credentials")
@@ -43,7 +44,6 @@ logger = logging.getLogger("tortoise_auth.credentials")
 ResultT = TypeVar("ResultT")
 
 _MAX_IDENTIFIER_LENGTH = 320
-_AT_A_TIME = 4
 _STRANGERS = 1 << 18
 """Counters that all identifiers without an account share, so that guessers cannot fill the table."""
 _PATIENCE = 5.0
@@ -67,11 +67,23 @@ class Verified(Generic[UserT]):
 
 
 @dataclass(frozen=True, slots=True)
+class _Case(Generic[UserT]):
+    """A password that is to be checked: whose, and what to tell if it is refused."""
+
+    identifier: str
+    user: UserT | None
+    context: RequestContext
+    failed: Callable[[FailureReason], Event]
+    rehash: bool = True
+
+
+@dataclass(frozen=True, slots=True)
 class _Refused:
     """A password that was wrong, or not looked at: what to tell, and then to raise."""
 
     error: AuthenticationError | ThrottledError
     events: Sequence[Event]
+    locking: Reservation | None = None
 
 
 class Credentials(Generic[UserT]):
@@ -105,7 +117,7 @@ class Credentials(Generic[UserT]):
         self._throttle = throttle
         self._secret = secret
         self._clock = clock
-        self._turns: dict[tuple[int, str], tuple[asyncio.Semaphore, int]] = {}
+        self._open_attempts = OpenAttempts()
 
     async def check_login(
         self, identifier: str, password: str, context: RequestContext
@@ -118,7 +130,7 @@ class Credentials(Generic[UserT]):
         """
         user = await self._find_user(identifier)
         failed = partial(self.login_failed, identifier, user, context)
-        return await self._check(identifier, user, password, context, failed)
+        return await self._check(_Case(identifier, user, context, failed), password)
 
     async def check_current(self, user: UserT, password: str, context: RequestContext) -> str:
         """Check the password of somebody who is logged in; return the stored hash it matches.
@@ -130,8 +142,8 @@ class Credentials(Generic[UserT]):
         user_now = await self._user_model.filter(pk=user.pk).using_db(connection).first()
         identifier = str(getattr(user, user.identifier_field))
         failed = partial(self.change_failed, user, context)
-        verified = await self._check(identifier, user_now, password, context, failed, rehash=False)
-        return verified.stored
+        case = _Case(identifier, user_now, context, failed, rehash=False)
+        return (await self._check(case, password)).stored
 
     def login_failed(
         self,
@@ -164,120 +176,105 @@ class Credentials(Generic[UserT]):
 
     async def refuse(self, event: Event) -> AuthenticationError:
         """Tell that a password was refused, and return the error to raise: always the same."""
-        await self._tell(event)
+        await self._tell(_Refused(AuthenticationError(), [event]))
         return AuthenticationError()
 
-    async def _check(
-        self,
-        identifier: str,
-        user: UserT | None,
-        password: str,
-        context: RequestContext,
-        failed: Callable[[FailureReason], Event],
-        *,
-        rehash: bool = True,
-    ) -> Verified[UserT]:
-        """Check a password in its turn, and tell of a refusal when the turn is over.
-
-        Whoever guesses and has slow handlers told of it must not make the user wait in a queue.
-        """
-        async with self._turn(identifier, user):
-            outcome = await self._attempt(
-                identifier, user, password, context, failed, rehash=rehash
-            )
-        if isinstance(outcome, Verified):
-            return outcome
-        await self._tell(*outcome.events)
+    async def _check(self, case: _Case[UserT], password: str) -> Verified[UserT]:
+        attempt = self._attempt(case)
+        with self._open_attempts.attempt(attempt.account, attempt.source) as place:
+            try:
+                reservation = await self._reserve(case, attempt, place)
+            except ThrottledError as throttled:
+                outcome: Verified[UserT] | _Refused = self._throttled(case, throttled.retry_after)
+            else:
+                outcome = await self._answer(case, password, reservation, place)
+            if isinstance(outcome, Verified):
+                return outcome
+            if outcome.locking is not None:  # before another attempt could believe it is not told
+                await self._tell(outcome)
+        if outcome.locking is None:  # slow handlers are in nobody's way here
+            await self._tell(outcome)
         raise outcome.error
 
-    async def _attempt(
+    async def _answer(
         self,
-        identifier: str,
-        user: UserT | None,
+        case: _Case[UserT],
         password: str,
-        context: RequestContext,
-        failed: Callable[[FailureReason], Event],
-        *,
-        rehash: bool,
+        reservation: Reservation | None,
+        place: OpenAttempt,
     ) -> Verified[UserT] | _Refused:
-        try:
-            reservation = await self._reserve(identifier, user, context)
-        except ThrottledError as throttled:
-            refusal = failed("throttled")
-            told = LoginThrottled(
-                identifier=_shown(identifier),
-                retry_after=throttled.retry_after,
-                attempted="login" if isinstance(refusal, UserLoginFailed) else "password_change",
-                subject_id=_id(user),
-                context=context,
-                occurred_at=self._clock(),
-            )
-            return _Refused(throttled, [refusal, told])
-        active = user if user is not None and user.is_active else None
+        user = case.user if case.user is not None and case.user.is_active else None
         locked = reservation is not None and reservation.locked
-        stored = active.password if active is not None and not locked else None
-        events: list[Event] = []
-        if user is not None and reservation is not None and reservation.locks:
-            events.append(
-                AccountLocked(
-                    user=user, subject_id=_id(user), context=context, occurred_at=self._clock()
-                )
-            )
+        stored = user.password if user is not None and not locked else None
         try:
-            verification, replacement = await self._verify(
-                password, stored, reservation, rehash=rehash
-            )
+            valid, replacement = await self._verify(case, password, stored, reservation)
         except asyncio.CancelledError:  # the attempt counts all the same, and so it locks
-            self._tell_later(*events)
+            self._tell_later(self._refused(case, reservation, place, only_lock=True))
             raise
-        if active is not None and stored is not None and verification.valid:
+        except Exception:
+            place.costs_nothing = True
+            raise
+        if valid and user is not None and stored is not None:
             await self._succeeded(reservation)
-            return Verified(active, stored, replacement)
-        if stored is not None and is_usable_hash(stored) and not self._passwords.knows(stored):
-            logger.warning(
-                "%r has something for a password that is no hash, or none that can be checked "
-                "here: is it from `create` instead of `create_user`, or of bcrypt without the "
-                "extra bcrypt? `set_password` mends it",
-                user,
-            )
-        events.append(failed(_reason(user, locked=locked)))
+            place.costs_nothing = True
+            return Verified(user, stored, replacement)
+        refused = self._refused(case, reservation, place)
         try:
             await self._failed(reservation)
-        except asyncio.CancelledError:
-            self._tell_later(*events)
+        except BaseException:  # the password was wrong, whatever is wrong with the throttle
+            self._tell_later(refused)
             raise
-        return _Refused(AuthenticationError(), events)
+        return refused
 
-    @asynccontextmanager
-    async def _turn(self, identifier: str, user: UserT | None) -> AsyncIterator[None]:
-        """Wait while as many others as may are trying the same account.
+    def _throttled(self, case: _Case[UserT], retry_after: float) -> _Refused:
+        refusal = case.failed("throttled")
+        told = LoginThrottled(
+            identifier=_shown(case.identifier),
+            retry_after=retry_after,
+            attempted="login" if isinstance(refusal, UserLoginFailed) else "password_change",
+            subject_id=_id(case.user),
+            context=case.context,
+            occurred_at=self._clock(),
+        )
+        return _Refused(ThrottledError(retry_after), [refusal, told])
 
-        An attempt is counted before it is known to be right. Without this, one user who logs in
-        many times at once, as a test or a script does, would be throttled by attempts that are all
-        about to succeed. Not in a transaction of the caller: those who are trying may wait for the
-        connection that it holds.
-        """
-        if self._throttle is None or is_transaction(self._sessions.connection()):
-            yield
-            return
-        key = (id(asyncio.get_running_loop()), self._account(identifier, user))
-        places, waiting = self._turns.get(key, (asyncio.Semaphore(_AT_A_TIME), 0))
-        self._turns[key] = places, waiting + 1
-        try:
-            async with places:
-                yield
-        finally:
-            places, waiting = self._turns.pop(key)
-            if waiting > 1:
-                self._turns[key] = places, waiting - 1
+    def _refused(
+        self,
+        case: _Case[UserT],
+        reservation: Reservation | None,
+        place: OpenAttempt,
+        *,
+        only_lock: bool = False,
+    ) -> _Refused:
+        locking = reservation if _is_to_be_told(reservation, place) else None
+        events: list[Event] = []
+        if locking is not None and case.user is not None:  # nobody's lock is told to nobody
+            events.append(
+                AccountLocked(
+                    user=case.user,
+                    subject_id=_id(case.user),
+                    context=case.context,
+                    occurred_at=self._clock(),
+                )
+            )
+        if not only_lock:
+            locked = reservation is not None and reservation.locked
+            events.append(case.failed(_reason(case.user, locked=locked)))
+        return _Refused(AuthenticationError(), events, locking)
 
-    async def _tell(self, *events: Event) -> None:
+    async def _tell(self, refused: _Refused) -> None:
+        """Tell of a refusal, and the throttle if somebody knows now that the account is locked."""
         connection = self._sessions.connection()
-        await report(*events, connection=connection, emitter=self._emitter, clock=self._clock)
+        await report(
+            *refused.events, connection=connection, emitter=self._emitter, clock=self._clock
+        )
+        if self._throttle is not None and refused.locking is not None:
+            await self._settle(self._throttle.told(refused.locking))
 
-    def _tell_later(self, *events: Event) -> None:
-        connection = self._sessions.connection()
-        report_detached(*events, connection=connection, emitter=self._emitter, clock=self._clock)
+    def _tell_later(self, refused: _Refused) -> None:
+        """Do that for a caller who is gone, or has other news."""
+        if refused.events:
+            self._emitter.detach(self._tell(refused), f"report of {refused.events[-1].name}")
 
     async def _find_user(self, identifier: str) -> UserT | None:
         connection = self._sessions.connection()
@@ -290,39 +287,84 @@ class Credentials(Generic[UserT]):
 
     async def _verify(
         self,
+        case: _Case[UserT],
         password: str,
         stored: str | None,
         reservation: Reservation | None,
-        *,
-        rehash: bool,
-    ) -> tuple[Verification, str | None]:
+    ) -> tuple[bool, str | None]:
+        """Tell whether a password is right, and return a hash to replace one that is outdated."""
+        if stored is not None and is_usable_hash(stored) and not self._passwords.knows(stored):
+            self._warn_of_no_hash(case.user)
         try:
             verification = await self._passwords.verify(password, stored)
-            outdated = rehash and verification.outdated
-            return verification, await self._passwords.hash(password) if outdated else None
+            outdated = case.rehash and verification.outdated
+            replacement = await self._passwords.hash(password) if outdated else None
         except Exception:
             # Our own fault, so it costs nobody an attempt. A cancellation does: who hangs up in
             # time would guess for free.
             if self._throttle is not None and reservation is not None:
                 await self._settle(self._throttle.released(reservation))
             raise
+        return verification.valid, replacement
 
-    async def _reserve(
-        self, identifier: str, user: UserT | None, context: RequestContext
-    ) -> Reservation | None:
-        if self._throttle is None:
-            return None
-        source = source_of(context.ip)
+    def _warn_of_no_hash(self, user: UserT | None) -> None:
+        by_name = self._user_model._meta.pk_attr == self._user_model.identifier_field
+        logger.warning(
+            "%s has something for a password that is no hash, or none that can be checked here: "
+            "is it from `create` instead of `create_user`, or of bcrypt without the extra bcrypt? "
+            "`set_password` mends it",
+            f"An account of {self._user_model.__name__}" if by_name else repr(user),
+        )
+
+    def _attempt(self, case: _Case[UserT]) -> Attempt:
+        source = source_of(case.context.ip)
 
         async def familiar() -> bool:
-            return await self._sessions.were_opened_from(_id(user) or "", source)
+            return await self._sessions.were_opened_from(_id(case.user) or "", source)
 
-        attempt = Attempt(
-            account=self._account(identifier, user),
+        return Attempt(
+            account=self._account(case.identifier, case.user),
             source=None if source is None else self._hidden(f"{self._table}:{source}"),
             familiar=familiar,
         )
-        return await _available(self._throttle.reserve(attempt), _PATIENCE)
+
+    async def _reserve(
+        self, case: _Case[UserT], attempt: Attempt, place: OpenAttempt
+    ) -> Reservation | None:
+        """Count an attempt; if there were too many, once more for each that turns out to cost nothing.
+
+        Not in a transaction of the caller: the others may wait for the connection that it holds.
+        """
+        if self._throttle is None:
+            return None
+        while True:
+            try:
+                return await self._counted(self._throttle, case, attempt, place)
+            except TooEarly as refusal:
+                group = attempt.source if refusal.of_source else attempt.account
+                if is_transaction(self._sessions.connection()) or group is None:
+                    raise
+                if not await place.is_let_in(group):
+                    raise
+
+    async def _counted(
+        self, throttle: Throttle, case: _Case[UserT], attempt: Attempt, place: OpenAttempt
+    ) -> Reservation:
+        """Count an attempt to the end, even if the caller hangs up: it may be the one that locks."""
+        reserving = asyncio.ensure_future(_available(throttle.reserve(attempt), _PATIENCE))
+        try:
+            await to_the_end(reserving)
+        except asyncio.CancelledError:
+            if not reserving.cancelled() and reserving.exception() is None:
+                self._tell_later(self._refused(case, reserving.result(), place, only_lock=True))
+            raise
+        reservation = reserving.result()
+        if not isinstance(reservation, Reservation):
+            raise ConfigurationError(
+                f"{type(throttle).__name__}.reserve() must return a Reservation, or raise "
+                f"ThrottledError; it returned {type(reservation).__name__}"
+            )
+        return reservation
 
     async def _failed(self, reservation: Reservation | None) -> None:
         if self._throttle is not None and reservation is not None:
@@ -386,6 +428,14 @@ def _shown(identifier: object) -> str:
 
 def _id(user: UserT | None) -> str | None:
     return None if user is None or user.pk is None else str(user.pk)
+
+
+def _is_to_be_told(reservation: Reservation | None, place: OpenAttempt) -> bool:
+    return (
+        reservation is not None
+        and (reservation.locks or reservation.untold)
+        and place.is_first_to_tell(reservation.attempt.account)
+    )
 
 
 def _reason(user: AbstractUser | None, *, locked: bool) -> FailureReason:

@@ -206,7 +206,7 @@ def guarded(
         try:
             return await method(self, *args, **kwargs)
         except Exception as error:
-            if not _is_database_failure(error):
+            if not is_database_failure(error):
                 raise
             # Drivers put values into their messages; neither text nor cause may leave.
             failure = translated(error, method.__name__)
@@ -306,7 +306,8 @@ async def _as_coroutine(awaitable: Awaitable[ReturnT]) -> ReturnT:
     return await awaitable
 
 
-def _is_database_failure(error: Exception) -> bool:
+def is_database_failure(error: Exception) -> bool:
+    """Tell whether it is the database, or its driver, that failed."""
     module = type(error).__module__.partition(".")[0]
     return (
         isinstance(error, BaseORMException | sqlite3.Error | OSError | TimeoutError)

@@ -69,8 +69,8 @@ class ThrottledError(TortoiseAuthError):
     code = "throttled"
 
     def __init__(self, retry_after: float) -> None:
-        super().__init__(f"Too many attempts; try again in {math.ceil(retry_after)} seconds")
-        self.retry_after = retry_after
+        self.retry_after = max(0.0, retry_after)
+        super().__init__(f"Too many attempts; try again in {math.ceil(self.retry_after)} seconds")
 
     def __reduce__(self) -> tuple[type[ThrottledError], tuple[float]]:
         return type(self), (self.retry_after,)

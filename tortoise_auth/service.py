@@ -39,6 +39,7 @@ from tortoise_auth.events.relay import Relay, RelaySettings
 from tortoise_auth.events.unit_of_work import UnitOfWork, report
 from tortoise_auth.exceptions import (
     ConfigurationError,
+    EventError,
     TokenError,
     TokenExpiredError,
     TokenInvalidError,
@@ -273,7 +274,12 @@ class AuthService(Generic[UserT]):
 
         Returns:
             How many sessions ended: 1 or 0.
+
+        Raises:
+            TypeError: It is a result or a session, and not a token: a mistake that would else log
+                nobody out, silently.
         """
+        _refuse_what_holds_tokens(token, "logout")
         found = await self._find_session(token)
         if found is None:
             return Revocation(0, None)
@@ -405,6 +411,7 @@ class AuthService(Generic[UserT]):
             self._require_own(user)
         if isinstance(session_id, Session):
             session_id = session_id.id
+        _refuse_what_holds_tokens(session_id, "revoke_session")
         found = await self._sessions.find_by_id(session_id)
         if found is None or (user is not None and found.session.user_id != str(user.pk)):
             return Revocation(0, None)
@@ -517,6 +524,8 @@ class AuthService(Generic[UserT]):
             raise TypeError(
                 f"This AuthService serves {self.user_model.__name__}, not {type(user).__name__}"
             )
+        if user.pk is None:
+            raise ValueError(f"{user!r} is not in the database; save it first")
 
     def _event(
         self,
@@ -647,17 +656,26 @@ class AuthService(Generic[UserT]):
         if not self._sessions.is_spendable(session, presented):
             raise await self._reused(found, context)
         found.require_alive(now)
-        async with self._unit_of_work() as unit:
-            following = await self._sessions.rotate(session, presented, context, unit)
-            if following is not None:
-                self._record(
-                    unit,
-                    SessionRefreshed,
-                    user,
-                    context,
-                    session_id=str(session.id),
-                    generation=session.generation + 1,
-                )
+        following: RefreshToken | None = None
+        unit = self._unit_of_work()
+        try:
+            async with unit:
+                following = await self._sessions.rotate(session, presented, context, unit)
+                if following is not None:
+                    self._record(
+                        unit,
+                        SessionRefreshed,
+                        user,
+                        context,
+                        session_id=str(session.id),
+                        generation=session.generation + 1,
+                    )
+        except BaseException:
+            if unit.committed and following is not None and not self.config.refresh_reuse_grace:
+                # The caller was cancelled, or a handler raised: nobody will ever hold the new
+                # token, and the old one would be taken for a stolen one.
+                self._end_orphan_later(user, session, context)
+            raise
         return following
 
     async def _reused(self, found: Found[UserT], context: RequestContext) -> TokenReusedError:
@@ -678,9 +696,15 @@ class AuthService(Generic[UserT]):
                 self.emitter.detach(self._revoke_for_good(found.session), "session revocation")
                 await report(event, connection=connection, emitter=self.emitter, clock=self._clock)
             return TokenReusedError()
-        async with self._unit_of_work() as unit:
-            if await self._sessions.revoke(found.session, unit.connection):
-                unit.record(event)
+        unit = self._unit_of_work()
+        try:
+            async with unit:
+                if await self._sessions.revoke(found.session, unit.connection):
+                    unit.record(event)
+        except EventError:
+            if not unit.committed:  # a handler may veto the event, but keeps no session alive
+                await self._revoke_for_good(found.session)
+            raise
         return TokenReusedError()
 
     async def _revoke_for_good(self, session: Session) -> None:
@@ -717,6 +741,12 @@ class AuthService(Generic[UserT]):
                     unit, PasswordChanged, user, context, sessions_ended=ended, actor=actor
                 )
         return version is not None
+
+
+def _refuse_what_holds_tokens(value: object, method: str) -> None:
+    if isinstance(value, AuthResult | Session):
+        what = "result.access_token" if method == "logout" else "result.session"
+        raise TypeError(f"{method}() takes {what}, not the {type(value).__name__} itself")
 
 
 def _require_actor(actor: object) -> None:

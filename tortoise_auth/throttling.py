@@ -8,25 +8,29 @@ of its own: guessing from elsewhere cannot keep the user out.
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable
-from contextlib import suppress
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Protocol
-
-from tortoise.backends.base.client import BaseDBAsyncClient
-from tortoise.exceptions import IntegrityError
+from weakref import WeakValueDictionary
 
 from tortoise_auth.clock import Clock, utc_now
 from tortoise_auth.config import checked_clock
-from tortoise_auth.database import connection_for, is_transaction, root_of
+from tortoise_auth.counters import MAX_RACES, Count, Counters
+from tortoise_auth.database import in_caller_transaction
 from tortoise_auth.exceptions import ConfigurationError, ThrottledError
-from tortoise_auth.models import AttemptCount
 
-_MAX_RACES = 100
 _ACCOUNT, _FAMILIAR, _SOURCE = "account:", "familiar:", "source:"
+
+FAILURES_KEPT = timedelta(days=400)
+"""How long failures in a row are remembered after the last one."""
+
+TOLD = 1 << 20
+"""Added to the failures in a row of a locked account when that was told: it needs no column."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,13 +56,16 @@ class Reservation:
         attempt: The attempt.
         locked: The account has had so many failures in a row that no password is right any more,
             until it is changed. The caller must refuse, as if the password were wrong.
-        locks: If this attempt fails, the account becomes locked: tell it.
+        locks: If this attempt fails, the account becomes locked: tell it, and then the throttle
+            that it was `told`.
+        untold: It is locked, but that was not told: do so.
         counted: What was counted, for the throttle alone.
     """
 
     attempt: Attempt
     locked: bool = False
     locks: bool = False
+    untold: bool = False
     counted: tuple[Counted, ...] = field(default=(), repr=False)
 
 
@@ -87,6 +94,22 @@ class Throttle(Protocol):
     async def released(self, reservation: Reservation) -> None:
         """It could not be checked, and that was our fault: give the attempt back."""
         ...
+
+    async def told(self, reservation: Reservation) -> None:
+        """That the account is locked has been told; ``untold`` is not true of it any more."""
+        ...
+
+
+class TooEarly(ThrottledError):
+    """What our own throttles raise; the same error, but it knows the counter.
+
+    Attributes:
+        of_source: Too much came from the source, and not only for the account.
+    """
+
+    def __init__(self, retry_after: float, *, of_source: bool) -> None:
+        super().__init__(retry_after)
+        self.of_source = of_source
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,6 +219,7 @@ class CountingThrottle(ABC):
             attempt=attempt,
             locked=failures > self._max_failures,
             locks=failures == self._max_failures,
+            untold=self._max_failures < failures < TOLD,
             counted=counted if source is None else (*counted, source),
         )
 
@@ -211,6 +235,14 @@ class CountingThrottle(ABC):
         """Give every counter its attempt back."""
         for counted in reservation.counted:
             await self._give_back(counted)
+
+    async def told(self, reservation: Reservation) -> None:
+        """Remember that somebody knows of the lock.
+
+        Whoever was to tell it may have been killed, or the database may have refused the row of a
+        handler; then the next attempt tells it.
+        """
+        await self._remember_told(reservation.counted[0])
 
     async def _take_account(self, attempt: Attempt) -> tuple[Counted, ...]:
         key = _ACCOUNT + attempt.account
@@ -247,6 +279,10 @@ class CountingThrottle(ABC):
     async def _forget(self, counted: Counted) -> None:
         """Set a counter to zero."""
 
+    @abstractmethod
+    async def _remember_told(self, counted: Counted) -> None:
+        """Add `TOLD` to the failures in a row, if they are so many and it has not been added."""
+
 
 class DatabaseThrottle(CountingThrottle):
     """Counts attempts in a table of the host's own database.
@@ -280,152 +316,109 @@ class DatabaseThrottle(CountingThrottle):
         self._account = account
         self._source = source
         self._clock = checked_clock(clock)
-        self._counters = _Counters()
+        self._counters = Counters()
+        self._turns: WeakValueDictionary[tuple[int, str], asyncio.Lock] = WeakValueDictionary()
 
     async def failed(self, reservation: Reservation) -> None:
         """The password was wrong: what was counted stays, whatever became of the caller's transaction."""
-        for counted in reservation.counted:
-            await self._counters.save(counted.key)
+        await self._counters.save()
 
     async def purge(self) -> int:
         """Delete counters that say nothing any more; return how many.
 
-        Those with failures in a row are kept: these never expire.
+        Those with failures in a row are kept for 400 days after the last one, and those of locked
+        accounts for good.
         """
-        old = self._clock() - max(self._account.quiet, self._source.quiet)
-        return await self._counters.purge(old)
+        now = self._clock()
+        quiet = now - max(self._account.quiet, self._source.quiet)
+        return await self._counters.purge(quiet, now - FAILURES_KEPT, self._max_failures)
 
     async def _take(self, key: str, *, unlimited: bool = False) -> Counted:
-        for _ in range(_MAX_RACES):
+        row, now = await self._current(key)
+        count, at = self._next(row, now, unlimited=unlimited)  # who is too early waits for nobody
+        async with self._turn(key) as stale:
+            for _ in range(MAX_RACES):
+                if stale:
+                    row, now = await self._current(key)
+                    count, at = self._next(row, now, unlimited=unlimited)
+                failures = row.failures + 1 if self._is_account(key) else 0
+                if await self._counters.swap(row, count, failures, at):
+                    return Counted(key, failures, not unlimited, count, at, before=row.last_at)
+                stale = True
+        raise self._too_many_others(key)
+
+    async def _current(self, key: str) -> tuple[Count, datetime]:
+        """Return a counter and the time."""
+        for _ in range(MAX_RACES):
             now = self._clock()
             row = await self._counters.read(key, now)
-            if row.last_at > now:
-                # The clock was set back: the pause begins again, lest it lasts until the clock has
-                # come to where it was.
-                await self._counters.swap(row, row.count, row.failures, now)
-                continue
-            count, at = (row.count, row.last_at) if unlimited else (self._next(row, now), now)
-            failures = row.failures + 1 if self._is_account(key) else 0
-            if await self._counters.swap(row, count, failures, at):
-                return Counted(key, failures, not unlimited, count, at, before=row.last_at)
-        raise ThrottledError(self._account.pause.total_seconds())
+            if row.last_at <= now:
+                return row, now
+            # The clock was set back: the pause begins again, lest it lasts until the clock has come
+            # to where it was.
+            await self._counters.swap(row, row.count, row.failures, now)
+        raise self._too_many_others(key)
 
-    def _next(self, row: AttemptCount, now: datetime) -> int:
-        """Return the count with one more attempt."""
-        limit = self._source if self._is_source(row.key) else self._account
+    def _next(self, row: Count, now: datetime, *, unlimited: bool) -> tuple[int, datetime]:
+        """Return the count with one more attempt, and when that one was."""
+        if unlimited:
+            return row.count, row.last_at
+        of_source = self._is_source(row.key)
+        limit = self._source if of_source else self._account
         elapsed = now - row.last_at
         count = 0 if elapsed >= limit.quiet else row.count
         wait = limit.after(count) - elapsed
         if wait > timedelta(0):
-            raise ThrottledError(wait.total_seconds())
-        return count + 1
+            raise TooEarly(wait.total_seconds(), of_source=of_source)
+        return count + 1, now
+
+    def _too_many_others(self, key: str) -> TooEarly:
+        return TooEarly(self._account.pause.total_seconds(), of_source=self._is_source(key))
+
+    @asynccontextmanager
+    async def _turn(self, key: str) -> AsyncIterator[bool]:
+        """Write a counter one after the other, as far as this process goes; yield whether one waited.
+
+        Counts are right without it, but of many at once all but one would have to read again, and
+        again. Not inside a transaction of the caller: whoever has the turn may wait for the
+        connection which that holds.
+        """
+        if in_caller_transaction():
+            yield False
+            return
+        which = id(asyncio.get_running_loop()), key
+        turn = self._turns.setdefault(which, asyncio.Lock())
+        waits = turn.locked()
+        async with turn:
+            yield waits
 
     async def _give_back(self, counted: Counted) -> None:
-        for _ in range(_MAX_RACES):
-            row = await self._counters.read(counted.key, self._clock())
-            count = max(row.count - int(counted.limited), 0)
-            # It must not prolong the pause either, unless somebody else has since.
-            at = counted.before if row.last_at == counted.at else row.last_at
-            if await self._counters.swap(row, count, max(row.failures - 1, 0), at or row.last_at):
-                return
+        async with self._turn(counted.key):
+            for _ in range(MAX_RACES):
+                row = await self._counters.read(counted.key, self._clock())
+                count = max(row.count - int(counted.limited), 0)
+                # It must not prolong the pause either, unless somebody else has since.
+                at = counted.before if row.last_at == counted.at else row.last_at
+                failures = max(row.failures - 1, 0)
+                if await self._counters.swap(row, count, failures, at or row.last_at):
+                    return
 
     async def _forget(self, counted: Counted) -> None:
-        row = AttemptCount(
-            key=counted.key, count=counted.count, failures=counted.failures, last_at=counted.at
-        )
-        for _ in range(_MAX_RACES):
-            if await self._counters.swap(row, 0, 0, row.last_at):
-                return
-            row = await self._counters.read(counted.key, self._clock())
+        row = Count(counted.key, counted.at or self._clock(), counted.count, counted.failures)
+        async with self._turn(counted.key):
+            for _ in range(MAX_RACES):
+                if await self._counters.swap(row, 0, 0, row.last_at):
+                    return
+                row = await self._counters.read(counted.key, self._clock())
 
-
-class _Counters:
-    """The table of counters, which no transaction of the caller takes back.
-
-    On PostgreSQL it is written through a connection outside of that transaction. SQLite has one
-    connection: there, what is counted within a transaction is kept in memory until it is over.
-    """
-
-    def __init__(self) -> None:
-        self._unsaved: dict[str, AttemptCount] = {}
-
-    async def read(self, key: str, now: datetime) -> AttemptCount:
-        """Return a counter; a new one begins *now*."""
-        connection = _connection()
-        if not is_transaction(connection):
-            await self.save(key)
-            return await _row(connection, key, now)
-        if key in self._unsaved:
-            return self._unsaved[key]
-        row = await AttemptCount.filter(key=key).using_db(connection).first()
-        return row or AttemptCount(key=key, last_at=now)
-
-    async def swap(self, row: AttemptCount, count: int, failures: int, at: datetime) -> bool:
-        """Write a counter if it is still as it was read."""
-        connection = _connection()
-        if not is_transaction(connection):
-            return await _swap(connection, row, count, failures, at)
-        if self._unsaved.get(row.key, row) is not row:
-            return False
-        self._unsaved[row.key] = AttemptCount(
-            key=row.key, count=count, failures=failures, last_at=at
-        )
-        return True
-
-    async def save(self, key: str) -> None:
-        """Write what was counted within a transaction, now that it is over."""
-        connection = _connection()
-        for _ in range(_MAX_RACES):
-            unsaved = self._unsaved.get(key)
-            if unsaved is None or is_transaction(connection):
-                return
-            row = await _row(connection, key, unsaved.last_at)
-            saved = await _swap(connection, row, unsaved.count, unsaved.failures, unsaved.last_at)
-            if saved and self._unsaved.get(key) is unsaved:
-                del self._unsaved[key]
-
-    async def purge(self, before: datetime) -> int:
-        """Delete the counters that nobody has touched since, but those with failures in a row."""
-        for key in tuple(self._unsaved):
-            await self.save(key)
-        stale = AttemptCount.filter(last_at__lt=before, failures=0)
-        return await stale.using_db(_connection()).delete()
-
-
-def _connection() -> BaseDBAsyncClient:
-    """Return where counts are written: in a transaction of the caller only if there is no other way."""
-    connection = connection_for(AttemptCount)
-    if is_transaction(connection) and connection.capabilities.dialect != "sqlite":
-        return root_of(connection)
-    return connection
-
-
-async def _row(connection: BaseDBAsyncClient, key: str, now: datetime) -> AttemptCount:
-    """Return a counter; insert it where there is none, without an error if somebody else does."""
-    found = AttemptCount.filter(key=key).using_db(connection)
-    row = await found.first()
-    if row is None:
-        new = AttemptCount(key=key, last_at=now)
-        # Not in bulk: Tortoise leaves that transaction open on SQLite's one connection when cancelled.
-        with suppress(IntegrityError):
-            await new.save(force_create=True, using_db=connection)
-        row = await found.first()
-    return row if row is not None else new
-
-
-async def _swap(
-    connection: BaseDBAsyncClient, row: AttemptCount, count: int, failures: int, at: datetime
-) -> bool:
-    """Write a counter if it is still as it was read.
-
-    The time is compared, too: after a quiet time a counter of 1 becomes 1 again.
-    """
-    unchanged = AttemptCount.filter(
-        key=row.key, count=row.count, failures=row.failures, last_at=row.last_at
-    )
-    return bool(
-        await unchanged.using_db(connection).update(count=count, failures=failures, last_at=at)
-    )
+    async def _remember_told(self, counted: Counted) -> None:
+        async with self._turn(counted.key):
+            for _ in range(MAX_RACES):
+                row = await self._counters.read(counted.key, self._clock())
+                if not self._max_failures <= row.failures < TOLD:
+                    return
+                if await self._counters.swap(row, row.count, row.failures + TOLD, row.last_at):
+                    return
 
 
 def source_of(ip: str | None) -> str | None:

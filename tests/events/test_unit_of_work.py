@@ -1138,10 +1138,15 @@ async def refresh_attempt(auth: AuthService[User], ada: User) -> Attempt:
     result = await log_in(auth)
 
     async def happened(db: TortoiseContext, cancelled: bool) -> bool:
-        ((generation,),) = await look(db, "SELECT generation FROM tortoise_auth_session")
+        columns = "SELECT generation, revoked_at IS NULL FROM tortoise_auth_session"
+        ((generation, alive),) = await look(db, columns)
+        assert bool(alive) is not (generation and cancelled)
         return bool(generation)
 
-    return Attempt(auth.refresh(result.refresh_token), happened, lambda _: ("session_refreshed",))
+    def told(cancelled: bool) -> tuple[str, ...]:
+        return ("session_refreshed", "session_revoked") if cancelled else ("session_refreshed",)
+
+    return Attempt(auth.refresh(result.refresh_token), happened, told)
 
 
 ATTEMPTS: dict[str, Callable[[AuthService[User], User], Awaitable[Attempt]]] = {

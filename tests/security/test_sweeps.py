@@ -507,7 +507,7 @@ class TestCancellation:
                 break
         trial.assert_complete()
         *cut_short, complete = happened
-        undone = complete + Counter(ended=complete["opened"])
+        undone = complete + Counter(ended=complete["opened"] + complete["refreshed"])
         assert all(changed in (Counter(), complete, undone) for changed in cut_short)
         assert not cut_short[0]
         assert any(cut_short) is bool(complete)

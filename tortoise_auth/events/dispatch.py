@@ -15,7 +15,9 @@ from tortoise_auth.database import (
     context_outside_transactions,
     current_connection,
     in_caller_transaction,
+    is_database_failure,
     is_transaction,
+    translated,
     when_committed,
 )
 from tortoise_auth.events import outbox
@@ -448,8 +450,12 @@ async def _outlasting(call: asyncio.Future[object]) -> None:
 async def _logged(work: Coroutine[Any, Any, None], what: str) -> None:
     try:
         await work
-    except Exception:  # nobody awaits it who could
-        logger.exception("%s failed", what)
+    except Exception as error:  # nobody awaits it who could
+        if not is_database_failure(error):
+            logger.exception("%s failed", what)
+            return
+        failure = translated(error, what)  # drivers put values into their messages
+        logger.error("%s failed: %s", what, failure)
 
 
 def _inside_another_emit() -> bool:

@@ -8,8 +8,8 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-from tortoise_auth.exceptions import ConfigurationError, ThrottledError
-from tortoise_auth.throttling import Counted, CountingThrottle
+from tortoise_auth.exceptions import ConfigurationError
+from tortoise_auth.throttling import FAILURES_KEPT, TOLD, Counted, CountingThrottle, TooEarly
 
 try:
     from limits import RateLimitItem, parse_many
@@ -23,8 +23,7 @@ except ImportError as missing:
         'pip install "tortoise-auth[limits]"'
     ) from missing
 
-_FAILURES_KEPT = 400 * 24 * 60 * 60
-"""Seconds for which failures in a row are remembered."""
+_FAILURES_KEPT = int(FAILURES_KEPT.total_seconds())
 
 
 class LimitsThrottle(CountingThrottle):
@@ -76,7 +75,8 @@ class LimitsThrottle(CountingThrottle):
                 for each in taken:
                     await self._uncount(each.key_for(key), each.get_expiry())
                 ends = (await self._limiter.get_window_stats(window, key)).reset_time
-                raise ThrottledError(max(ends - time.time(), 1.0))
+                wait = max(ends - time.time(), 1.0)
+                raise TooEarly(wait, of_source=self._is_source(key))
         failures = 0
         if self._is_account(key):
             failures = await self._storage.incr(_failures_of(key), _FAILURES_KEPT)
@@ -92,6 +92,11 @@ class LimitsThrottle(CountingThrottle):
         for window in self._of(counted.key):
             await self._limiter.clear(window, counted.key)
         await self._storage.clear(_failures_of(counted.key))
+
+    async def _remember_told(self, counted: Counted) -> None:
+        key = _failures_of(counted.key)
+        if self._max_failures <= await self._storage.get(key) < TOLD:
+            await self._storage.incr(key, _FAILURES_KEPT, amount=TOLD)
 
     def _of(self, key: str) -> Sequence[RateLimitItem]:
         return self._source if self._is_source(key) else self._account

@@ -1,0 +1,124 @@
+"""Counters of attempts in the database, which no transaction of the caller takes back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+
+from tortoise.backends.base.client import BaseDBAsyncClient
+from tortoise.expressions import Q
+
+from tortoise_auth.database import connection_for, is_transaction, root_of, run_statement
+from tortoise_auth.models import AttemptCount
+
+MAX_RACES = 100
+"""How often a counter that somebody else was faster with is read again."""
+
+_INSERT = """
+INSERT INTO tortoise_auth_attempts (key, count, failures, last_at)
+VALUES ({key}, {count}, {failures}, {at})
+ON CONFLICT (key) DO NOTHING RETURNING key
+"""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Count:
+    """A counter as it was read; a new one is not in the table yet."""
+
+    key: str
+    last_at: datetime
+    count: int = 0
+    failures: int = 0
+    is_new: bool = False
+
+
+class Counters:
+    """The table of counters, which no transaction of the caller takes back.
+
+    On PostgreSQL it is written through a connection outside of that transaction. SQLite has one
+    connection: there, what is counted within a transaction is kept in memory until it is over.
+    """
+
+    def __init__(self) -> None:
+        self._unsaved: dict[str, Count] = {}
+
+    async def read(self, key: str, now: datetime) -> Count:
+        """Return a counter; a new one begins *now*."""
+        connection = _connection()
+        if not is_transaction(connection):
+            await self.save()
+        elif key in self._unsaved:
+            return self._unsaved[key]
+        return await _read(connection, key, now)
+
+    async def swap(self, row: Count, count: int, failures: int, at: datetime) -> bool:
+        """Write a counter if it is still as it was read."""
+        connection = _connection()
+        if not is_transaction(connection):
+            return await _swap(connection, row, count, failures, at)
+        if self._unsaved.get(row.key, row) is not row:
+            return False
+        self._unsaved[row.key] = Count(row.key, at, count, failures)
+        return True
+
+    async def save(self) -> None:
+        """Write what was counted within a transaction, now that it is over."""
+        if self._unsaved and not is_transaction(_connection()):
+            for key in tuple(self._unsaved):
+                await self._save(key, _connection())
+
+    async def purge(self, quiet: datetime, forgotten: datetime, locked: int) -> int:
+        """Delete the counters that nobody has touched for long.
+
+        Args:
+            quiet: Before it, those without failures in a row.
+            forgotten: Before it, those with fewer than *locked* of them.
+            locked: Failures in a row that are kept for good.
+        """
+        await self.save()
+        counters = AttemptCount.all().using_db(_connection())
+        stale = Q(last_at__lt=quiet, failures=0) | Q(last_at__lt=forgotten, failures__lt=locked)
+        return await counters.filter(stale).delete()
+
+    async def _save(self, key: str, connection: BaseDBAsyncClient) -> None:
+        for _ in range(MAX_RACES):
+            unsaved = self._unsaved.get(key)
+            if unsaved is None:
+                return
+            row = await _read(connection, key, unsaved.last_at)
+            saved = await _swap(connection, row, unsaved.count, unsaved.failures, unsaved.last_at)
+            if saved and self._unsaved.get(key) is unsaved:
+                del self._unsaved[key]
+
+
+def _connection() -> BaseDBAsyncClient:
+    """Return where counts are written: in a transaction of the caller only if there is no other way."""
+    connection = connection_for(AttemptCount)
+    if is_transaction(connection) and connection.capabilities.dialect != "sqlite":
+        return root_of(connection)
+    return connection
+
+
+async def _read(connection: BaseDBAsyncClient, key: str, now: datetime) -> Count:
+    row = await AttemptCount.filter(key=key).using_db(connection).first()
+    if row is None:
+        return Count(key, now, is_new=True)
+    return Count(key, row.last_at, row.count, row.failures)
+
+
+async def _swap(
+    connection: BaseDBAsyncClient, row: Count, count: int, failures: int, at: datetime
+) -> bool:
+    """Write a counter if it is still as it was read: one statement, whether it is new or not.
+
+    The time is compared, too: after a quiet time a counter of 1 becomes 1 again.
+    """
+    if row.is_new:
+        values = {"key": row.key, "count": count, "failures": failures, "at": at}
+        return bool(await run_statement(connection, _INSERT, values))
+    unchanged = AttemptCount.filter(
+        key=row.key, count=row.count, failures=row.failures, last_at=row.last_at
+    )
+    return bool(
+        await unchanged.using_db(connection).update(count=count, failures=failures, last_at=at)
+    )
