@@ -136,7 +136,8 @@ def relay(
         int, typer.Option(min=1, help="Rows claimed at once.")
     ] = _DEFAULTS.batch_size,
     concurrency: Annotated[
-        int, typer.Option(min=1, help="Users whose rows are delivered at the same time.")
+        int,
+        typer.Option(min=1, help="Rows delivered at the same time, one of each handler and user."),
     ] = _DEFAULTS.concurrency,
     max_attempts: Annotated[
         int, typer.Option(min=1, help="Failures after which a row is a dead letter.")
