@@ -39,6 +39,7 @@ from tortoise_auth import (
     PasswordHasher,
     RequestContext,
     TortoiseAuthError,
+    attempts,
     counters,
     credentials,
 )
@@ -57,8 +58,9 @@ from tortoise_auth.exceptions import (
     ThrottledError,
 )
 from tortoise_auth.models import AttemptCount
+from tortoise_auth.passwords import Verification
 from tortoise_auth.testing import Captured, FakeClock, capture
-from tortoise_auth.throttling import DatabaseThrottle, Limit
+from tortoise_auth.throttling import Attempt, DatabaseThrottle, Limit, Reservation
 
 NOBODY = "nobody@example.com"
 WRONG = "a wrong donkey charger"
@@ -68,6 +70,10 @@ LIMIT = 60
 """Seconds after which what does not end is a failure."""
 
 Call: TypeAlias = Callable[[], Awaitable[object]]
+
+
+def _groups(auth: AuthService[User]) -> list[Any]:
+    return [*auth._credentials._open_attempts._groups.values()]
 
 
 @pytest.fixture
@@ -564,6 +570,130 @@ class TestSource:
         assert await AttemptCount.filter(key__startswith="source:").count() == sources
 
 
+class TestOthersUnderWay:
+    """Attempts that are counted and not decided yet are held against nobody."""
+
+    async def test_many_users_behind_one_address(
+        self, db: TortoiseContext, clock: FakeClock
+    ) -> None:
+        """However many log in at the same moment with the right password, all get in."""
+        auth = service(clock, source=BUDGET)
+        names = [f"user{number}@example.com" for number in range(BURST)]
+        for name in names:
+            await User.create_user(email=name, password=PASSWORD)
+        async with asyncio.timeout(LIMIT):
+            outcomes = await asyncio.gather(*(guess(auth, each, PASSWORD, HERE) for each in names))
+        assert outcomes == ["in"] * BURST
+        assert not auth._credentials._open_attempts._groups
+
+    async def test_right_one_among_guesses(self, db: TortoiseContext, clock: FakeClock) -> None:
+        """Wrong ones let nobody in; each right one lets one in, which may be a wrong one."""
+        auth = service(clock, source=BUDGET)
+        await User.create_user(email=EMAIL, password=PASSWORD)
+        passwords = [PASSWORD, *[WRONG] * (BURST - 1)]
+        with argon2_costs() as costs:
+            async with asyncio.timeout(LIMIT):
+                outcomes = await asyncio.gather(
+                    *(
+                        guess(
+                            auth,
+                            EMAIL if password == PASSWORD else f"{number}@example.com",
+                            password,
+                            HERE,
+                        )
+                        for number, password in enumerate(passwords)
+                    )
+                )
+        assert outcomes.count("AuthenticationError") == BUDGET
+        assert len(costs) == BUDGET + outcomes.count("in")
+
+    async def test_flood_does_not_stand_in_the_way(
+        self,
+        ada: User,
+        strict: AuthService[User],
+        hasher: PasswordHasher,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """While hundreds of guesses wait, the user gets in from where he was before (A163)."""
+        await strict.login(EMAIL, PASSWORD, context=HERE)
+        verify, go_on, began = hasher.verify, asyncio.Event(), asyncio.Semaphore(0)
+
+        async def slowly(password: str, hashed: str | None) -> Verification:
+            if password == WRONG:
+                began.release()
+                await go_on.wait()
+            return await verify(password, hashed)
+
+        monkeypatch.setattr(hasher, "verify", slowly)
+        flood = [asyncio.ensure_future(guess(strict, context=ELSEWHERE)) for _ in range(300)]
+        async with asyncio.timeout(LIMIT):
+            for _ in range(BUDGET):
+                await began.acquire()
+            assert await guess(strict, EMAIL, PASSWORD, HERE) == "in"
+            go_on.set()
+            outcomes = await asyncio.gather(*flood)
+        assert outcomes.count("in") == 0
+        assert len(outcomes) == outcomes.count("ThrottledError") + outcomes.count(
+            "AuthenticationError"
+        )
+
+    async def test_wait_ends(
+        self,
+        ada: User,
+        strict: AuthService[User],
+        hasher: PasswordHasher,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """Nobody waits for ever for attempts that do not end."""
+        monkeypatch.setattr(attempts, "_PATIENCE", 0.05)
+        began = asyncio.Semaphore(0)
+
+        async def for_ever(*args: object) -> Verification:
+            began.release()
+            await asyncio.Event().wait()
+            raise AssertionError
+
+        monkeypatch.setattr(hasher, "verify", for_ever)
+        stuck = [asyncio.ensure_future(guess(strict)) for _ in range(BUDGET)]
+        async with asyncio.timeout(LIMIT):
+            for _ in range(BUDGET):
+                await began.acquire()
+            assert await guess(strict) == "ThrottledError"
+        for each in stuck:
+            each.cancel()
+        await asyncio.wait(stuck)
+        assert not strict._credentials._open_attempts._groups
+
+    async def test_fault_lets_somebody_in(
+        self,
+        ada: User,
+        strict: AuthService[User],
+        hasher: PasswordHasher,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """An attempt that could not be checked is given back, to one who waits."""
+        verify, go_on, began = hasher.verify, asyncio.Event(), asyncio.Semaphore(0)
+
+        async def fault(password: str, hashed: str | None) -> Verification:
+            if password == WRONG:
+                began.release()
+                await go_on.wait()
+                raise ServiceUnavailableError("no memory")
+            return await verify(password, hashed)
+
+        monkeypatch.setattr(hasher, "verify", fault)
+        stuck = [asyncio.ensure_future(guess(strict)) for _ in range(BUDGET)]
+        async with asyncio.timeout(LIMIT):
+            for _ in range(BUDGET):
+                await began.acquire()
+            user = asyncio.ensure_future(guess(strict, EMAIL, PASSWORD))
+            while not any(each.waiting for each in _groups(strict)):  # noqa: ASYNC110 - no event tells
+                await asyncio.sleep(0)
+            go_on.set()
+            assert await user == "in"
+            assert await asyncio.gather(*stuck) == ["ServiceUnavailableError"] * BUDGET
+
+
 class TestVictim:
     """What guessing does not do to the one who is guessed at (A163)."""
 
@@ -758,6 +888,67 @@ class TestLocked:
         await emitter.aclose(LIMIT)
         assert events.names.count("account_locked") == 1
         assert await guess(auth, EMAIL, PASSWORD) == "AuthenticationError"
+
+    async def test_by_somebody_who_hangs_up_while_he_is_counted(
+        self,
+        ada: User,
+        clock: FakeClock,
+        emitter: EventEmitter,
+        events: Captured,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """Nor is it lost if the caller is gone before the throttle has answered."""
+        throttle = DatabaseThrottle(max_failures=3, clock=clock)
+        auth = AuthService(User, AuthConfig(secret=SECRET), throttle=throttle, clock=clock)
+        await fail(auth, 2)
+        reserve, counted, go_on = throttle.reserve, asyncio.Event(), asyncio.Event()
+
+        async def slow(attempt: Attempt) -> Reservation:
+            reservation = await reserve(attempt)
+            counted.set()
+            await go_on.wait()
+            return reservation
+
+        with monkeypatch.context() as patch:
+            patch.setattr(throttle, "reserve", slow)
+            call = asyncio.ensure_future(guess(auth))
+            async with asyncio.timeout(LIMIT):
+                await counted.wait()
+                call.cancel()
+                go_on.set()
+                with pytest.raises(asyncio.CancelledError):
+                    await call
+        await emitter.aclose(LIMIT)
+        assert events.names.count("account_locked") == 1
+        assert await guess(auth, EMAIL, PASSWORD) == "AuthenticationError"
+        assert events.names.count("account_locked") == 1
+
+    async def test_that_nobody_could_be_told_of(
+        self, ada: User, clock: FakeClock, emitter: EventEmitter, events: Captured
+    ) -> None:
+        """If a handler refuses the event, the next attempt tells it, and after that none."""
+        auth = service(clock, max_failures=3)
+
+        @emitter.on("account_locked", delivery="transaction")
+        async def refuse() -> None:
+            raise Broken
+
+        await fail(auth, 2)
+        with pytest.raises(EventError):
+            await auth.login(EMAIL, WRONG)
+        assert "account_locked" not in events.names
+        emitter.off("account_locked", refuse)
+        await fail(auth, 1)
+        clock.advance(timedelta(hours=1))
+        assert await guess(auth, EMAIL, PASSWORD) == "AuthenticationError"
+        assert events.names.count("account_locked") == 1
+
+    async def test_by_many_at_once(self, ada: User, clock: FakeClock, events: Captured) -> None:
+        """However many attempts find the account locked before that was told, it is told once."""
+        auth = service(clock, account=1000, max_failures=BUDGET)
+        async with asyncio.timeout(LIMIT):
+            await asyncio.gather(*(guess(auth) for _ in range(BURST)))
+        assert events.names.count("account_locked") == 1
 
     async def test_nobody_is_told_of_who_is_not_there(
         self, db: TortoiseContext, clock: FakeClock, events: Captured
@@ -964,8 +1155,51 @@ class TestStoreIsDown:
             await auth.login(EMAIL, WRONG if method == "failed" else PASSWORD)
         assert "canary" not in str(failure.value)
         assert type(error).__name__ in str(failure.value)
-        assert events.names == []
+        await auth.emitter.aclose(LIMIT)
+        assert events.names == (["user_login_failed"] if method == "failed" else [])
         assert await auth.sessions(ada) == []
+
+    async def test_lock_that_is_not_written_down(
+        self,
+        ada: User,
+        clock: FakeClock,
+        monkeypatch: pytest.MonkeyPatch,
+        events: Captured,
+    ) -> None:
+        """That an account is locked is told even if the throttle fails right then."""
+        throttle = DatabaseThrottle(max_failures=1, clock=clock)
+        auth = AuthService(User, AuthConfig(secret=SECRET), throttle=throttle, clock=clock)
+
+        async def down(_: object) -> None:
+            raise OSError
+
+        monkeypatch.setattr(throttle, "failed", down)
+        with pytest.raises(ServiceUnavailableError):
+            await auth.login(EMAIL, WRONG)
+        await auth.emitter.aclose(LIMIT)
+        assert events.names == ["account_locked", "user_login_failed"]
+
+    @pytest.mark.parametrize("answer", [None, True, 5])
+    async def test_no_reservation(
+        self,
+        ada: User,
+        clock: FakeClock,
+        monkeypatch: pytest.MonkeyPatch,
+        answer: object,
+    ) -> None:
+        """A throttle that forgets to return one is not taken for leave to go on."""
+        throttle = DatabaseThrottle(clock=clock)
+        auth = AuthService(User, AuthConfig(secret=SECRET), throttle=throttle, clock=clock)
+
+        async def forget(_: object) -> object:
+            return answer
+
+        monkeypatch.setattr(throttle, "reserve", forget)
+        with argon2_costs() as costs:
+            with pytest.raises(ConfigurationError, match="must return a Reservation") as error:
+                await log_in(auth)
+        assert type(answer).__name__ in str(error.value)
+        assert costs == []
 
     async def test_never_answers(
         self, ada: User, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
@@ -1238,10 +1472,10 @@ class TestTransactionOfTheCaller:
             pool: Any = connection_of(context)
             take, held = throttle._take, []
 
-            async def take_when_dry(key: str, *, unlimited: bool = False) -> Any:
+            async def take_when_dry(key: str, **options: Any) -> Any:
                 if key.startswith("account:"):
                     held.append(await pool._pool.acquire())
-                return await take(key, unlimited=unlimited)
+                return await take(key, **options)
 
             monkeypatch.setattr(throttle, "_take", take_when_dry)
             async with asyncio.timeout(LIMIT):

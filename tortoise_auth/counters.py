@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 
 from tortoise.backends.base.client import BaseDBAsyncClient
@@ -51,14 +51,14 @@ class Counters:
             return self._unsaved[key]
         return await _read(connection, key, now)
 
-    async def swap(self, row: Count, count: int, failures: int, at: datetime) -> bool:
+    async def swap(self, row: Count, changed: Count) -> bool:
         """Write a counter if it is still as it was read."""
         connection = _connection()
         if not is_transaction(connection):
-            return await _swap(connection, row, count, failures, at)
+            return await _swap(connection, row, changed)
         if self._unsaved.get(row.key, row) is not row:
             return False
-        self._unsaved[row.key] = Count(row.key, at, count, failures)
+        self._unsaved[row.key] = replace(changed, is_new=False)
         return True
 
     async def save(self) -> None:
@@ -86,8 +86,7 @@ class Counters:
             if unsaved is None:
                 return
             row = await _read(connection, key, unsaved.last_at)
-            saved = await _swap(connection, row, unsaved.count, unsaved.failures, unsaved.last_at)
-            if saved and self._unsaved.get(key) is unsaved:
+            if await _swap(connection, row, unsaved) and self._unsaved.get(key) is unsaved:
                 del self._unsaved[key]
 
 
@@ -106,13 +105,12 @@ async def _read(connection: BaseDBAsyncClient, key: str, now: datetime) -> Count
     return Count(key, row.last_at, row.count, row.failures)
 
 
-async def _swap(
-    connection: BaseDBAsyncClient, row: Count, count: int, failures: int, at: datetime
-) -> bool:
+async def _swap(connection: BaseDBAsyncClient, row: Count, changed: Count) -> bool:
     """Write a counter if it is still as it was read: one statement, whether it is new or not.
 
     The time is compared, too: after a quiet time a counter of 1 becomes 1 again.
     """
+    count, failures, at = changed.count, changed.failures, changed.last_at
     if row.is_new:
         values = {"key": row.key, "count": count, "failures": failures, "at": at}
         return bool(await run_statement(connection, _INSERT, values))

@@ -54,6 +54,7 @@ from tortoise_auth.tokens import AccessClaims, AccessTokens, RefreshToken
 from tortoise_auth.users import (
     AbstractUser,
     UserT,
+    follow,
     replace_outdated_hash,
     store_password,
     stored_version,
@@ -440,7 +441,7 @@ class AuthService(Generic[UserT]):
             if changed:
                 version = await stored_version(user, unit)
                 ended = await self._sessions.revoke_all(user, unit.connection)
-                unit.when_committed(lambda: _follow(user, is_active=False, session_version=version))
+                unit.when_committed(lambda: follow(user, is_active=False, session_version=version))
                 self._record(
                     unit, UserDeactivated, user, context, sessions_ended=ended, actor=actor
                 )
@@ -465,7 +466,7 @@ class AuthService(Generic[UserT]):
             )
             if changed:  # the version, because not everybody closes accounts through `deactivate`
                 version = await stored_version(user, unit)
-                unit.when_committed(lambda: _follow(user, is_active=True, session_version=version))
+                unit.when_committed(lambda: follow(user, is_active=True, session_version=version))
                 self._record(unit, UserActivated, user, context, actor=actor)
 
     @guarded
@@ -623,7 +624,7 @@ class AuthService(Generic[UserT]):
         )
         if not await unchanged.using_db(unit.connection).update(last_login=now):
             return False
-        unit.when_committed(lambda: _follow(user, last_login=now))
+        unit.when_committed(lambda: follow(user, last_login=now))
         return True
 
     async def _end_session(
@@ -752,12 +753,6 @@ def _refuse_what_holds_tokens(value: object, method: str) -> None:
 def _require_actor(actor: object) -> None:
     if actor not in get_args(Actor):
         raise ValueError(f"actor={actor!r} is none of {', '.join(get_args(Actor))}")
-
-
-def _follow(user: AbstractUser, **values: object) -> None:
-    """Bring a live object up to date with what was committed."""
-    for name, value in values.items():
-        setattr(user, name, value)
 
 
 def _session_id(session: Session | UUID | str | None) -> UUID | None:

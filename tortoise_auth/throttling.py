@@ -11,10 +11,10 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
+from functools import partial
 from typing import Protocol
 from weakref import WeakValueDictionary
 
@@ -179,7 +179,7 @@ class Counted:
 class CountingThrottle(ABC):
     """The rules that throttles share; where the counts are kept is left to subclasses.
 
-    Source first, then the account. If the account is blocked and the source is one from which the
+    Source first, then the account, but who is refused for the account counts nowhere. If the account is blocked and the source is one from which the
     user has logged in before, a counter of the two together decides instead, while the failures in
     a row still count for the account.
 
@@ -205,11 +205,12 @@ class CountingThrottle(ABC):
         Raises:
             ThrottledError: Too many came before; it was not counted.
         """
+        seen = await self._look(attempt)
         source = None
         if attempt.source is not None:
             source = await self._take(_SOURCE + attempt.source)
         try:
-            counted = await self._take_account(attempt)
+            counted = await self._take_account(attempt, seen)
         except Exception:  # not a cancellation: nobody waits any more, least of all for a store
             if source is not None:
                 await self._give_back(source)
@@ -244,11 +245,20 @@ class CountingThrottle(ABC):
         """
         await self._remember_told(reservation.counted[0])
 
-    async def _take_account(self, attempt: Attempt) -> tuple[Counted, ...]:
+    async def _look(self, attempt: Attempt) -> Count | None:
+        """Look at the account without counting, so that refusing an attempt writes nothing."""
+        try:
+            return await self._peek(_ACCOUNT + attempt.account)
+        except TooEarly:
+            if attempt.source is None or not await attempt.familiar():
+                raise
+        return None
+
+    async def _take_account(self, attempt: Attempt, seen: Count | None) -> tuple[Counted, ...]:
         key = _ACCOUNT + attempt.account
         try:
-            return (await self._take(key),)
-        except ThrottledError:
+            return (await self._take(key, seen=seen),)
+        except TooEarly:
             if attempt.source is None or not await attempt.familiar():
                 raise
         own = await self._take(f"{_FAMILIAR}{attempt.account}:{attempt.source}")
@@ -263,12 +273,22 @@ class CountingThrottle(ABC):
         """Failures in a row are those of an account, and of nothing else."""
         return key.startswith(_ACCOUNT)
 
+    async def _peek(self, key: str) -> Count | None:
+        """Return a counter as it is, for `_take` to go by, if looking is cheaper than counting.
+
+        Raises:
+            TooEarly: It would refuse one more.
+        """
+        return None
+
     @abstractmethod
-    async def _take(self, key: str, *, unlimited: bool = False) -> Counted:
+    async def _take(
+        self, key: str, *, unlimited: bool = False, seen: Count | None = None
+    ) -> Counted:
         """Count one attempt in one atomic step; if *unlimited* only its failure in a row.
 
         Raises:
-            ThrottledError: It is too early.
+            TooEarly: It is.
         """
 
     @abstractmethod
@@ -317,7 +337,7 @@ class DatabaseThrottle(CountingThrottle):
         self._source = source
         self._clock = checked_clock(clock)
         self._counters = Counters()
-        self._turns: WeakValueDictionary[tuple[int, str], asyncio.Lock] = WeakValueDictionary()
+        self._turns: WeakValueDictionary[tuple[int, str], _Turn] = WeakValueDictionary()
 
     async def failed(self, reservation: Reservation) -> None:
         """The password was wrong: what was counted stays, whatever became of the caller's transaction."""
@@ -333,92 +353,134 @@ class DatabaseThrottle(CountingThrottle):
         quiet = now - max(self._account.quiet, self._source.quiet)
         return await self._counters.purge(quiet, now - FAILURES_KEPT, self._max_failures)
 
-    async def _take(self, key: str, *, unlimited: bool = False) -> Counted:
-        row, now = await self._current(key)
-        count, at = self._next(row, now, unlimited=unlimited)  # who is too early waits for nobody
-        async with self._turn(key) as stale:
-            for _ in range(MAX_RACES):
-                if stale:
-                    row, now = await self._current(key)
-                    count, at = self._next(row, now, unlimited=unlimited)
-                failures = row.failures + 1 if self._is_account(key) else 0
-                if await self._counters.swap(row, count, failures, at):
-                    return Counted(key, failures, not unlimited, count, at, before=row.last_at)
-                stale = True
-        raise self._too_many_others(key)
+    async def _peek(self, key: str) -> Count:
+        row = await self._current(key)
+        self._with_one_more(row, unlimited=False)
+        return row
 
-    async def _current(self, key: str) -> tuple[Count, datetime]:
-        """Return a counter and the time."""
-        for _ in range(MAX_RACES):
-            now = self._clock()
-            row = await self._counters.read(key, now)
-            if row.last_at <= now:
-                return row, now
-            # The clock was set back: the pause begins again, lest it lasts until the clock has come
-            # to where it was.
-            await self._counters.swap(row, row.count, row.failures, now)
-        raise self._too_many_others(key)
+    async def _take(
+        self, key: str, *, unlimited: bool = False, seen: Count | None = None
+    ) -> Counted:
+        changed = await self._change(key, partial(self._with_one_more, unlimited=unlimited), seen)
+        if changed is None:
+            raise self._too_many_others(key)
+        before, now = changed
+        return Counted(key, now.failures, not unlimited, now.count, now.last_at, before.last_at)
 
-    def _next(self, row: Count, now: datetime, *, unlimited: bool) -> tuple[int, datetime]:
-        """Return the count with one more attempt, and when that one was."""
+    def _with_one_more(self, row: Count, *, unlimited: bool) -> Count:
+        now, of_source = self._clock(), self._is_source(row.key)
+        failures = row.failures + 1 if self._is_account(row.key) else 0
         if unlimited:
-            return row.count, row.last_at
-        of_source = self._is_source(row.key)
+            return replace(row, failures=failures)
         limit = self._source if of_source else self._account
         elapsed = now - row.last_at
         count = 0 if elapsed >= limit.quiet else row.count
         wait = limit.after(count) - elapsed
         if wait > timedelta(0):
             raise TooEarly(wait.total_seconds(), of_source=of_source)
-        return count + 1, now
+        return replace(row, count=count + 1, failures=failures, last_at=now)
+
+    async def _give_back(self, counted: Counted) -> None:
+        def without_it(row: Count) -> Count:
+            # It must not prolong the pause either, unless somebody else has since.
+            at = counted.before if row.last_at == counted.at else row.last_at
+            return replace(
+                row,
+                count=max(row.count - int(counted.limited), 0),
+                failures=max(row.failures - 1, 0),
+                last_at=at or row.last_at,
+            )
+
+        await self._change(counted.key, without_it)
+
+    async def _forget(self, counted: Counted) -> None:
+        at = counted.at or self._clock()
+        as_counted = Count(counted.key, at, counted.count, counted.failures)
+        await self._change(
+            counted.key, lambda row: replace(row, count=0, failures=0), first=as_counted
+        )
+
+    async def _remember_told(self, counted: Counted) -> None:
+        def with_that(row: Count) -> Count | None:
+            is_untold = self._max_failures <= row.failures < TOLD
+            return replace(row, failures=row.failures + TOLD) if is_untold else None
+
+        await self._change(counted.key, with_that)
+
+    async def _change(
+        self, key: str, change: Callable[[Count], Count | None], first: Count | None = None
+    ) -> tuple[Count, Count] | None:
+        """Change a counter in one atomic step; in this process one after the other.
+
+        Counts are right without that, but of many at once all but one would have to read again, and
+        again. Whoever is refused waits for nobody, and who has waited goes by what the one before
+        has written, so that a queue ends as soon as one of it is too early.
+
+        Args:
+            key: The counter.
+            change: Returns what it is to be; ``None`` to leave it. It may raise.
+            first: The counter as it probably is, to save a look.
+
+        Returns:
+            The counter before and after; ``None`` if it was left, or others were always faster.
+        """
+        turn = self._turn(key)
+        seen = turn.seen
+        row = first or await self._current(key)
+        if change(row) is None:
+            return None
+        waits = turn.lock.locked()
+        async with turn.lock:
+            if waits:
+                row = turn.row if turn.row and turn.seen > seen else await self._current(key)
+            for _ in range(MAX_RACES):
+                changed = change(row)
+                if changed is None:
+                    return None
+                if await self._counters.swap(row, changed):
+                    turn.saw(changed)
+                    return row, changed
+                row = await self._current(key)
+                turn.saw(row)
+        return None
+
+    def _turn(self, key: str) -> _Turn:
+        """Return the turn of those who change a counter.
+
+        Inside a transaction of the caller everybody has one of his own: whoever has the turn may
+        wait for the connection which that transaction holds.
+        """
+        if in_caller_transaction():
+            return _Turn()
+        return self._turns.setdefault((id(asyncio.get_running_loop()), key), _Turn())
+
+    async def _current(self, key: str) -> Count:
+        for _ in range(MAX_RACES):
+            now = self._clock()
+            row = await self._counters.read(key, now)
+            if row.last_at <= now:
+                return row
+            # The clock was set back: the pause begins again, lest it lasts until the clock has come
+            # to where it was.
+            await self._counters.swap(row, replace(row, last_at=now))
+        raise self._too_many_others(key)
 
     def _too_many_others(self, key: str) -> TooEarly:
         return TooEarly(self._account.pause.total_seconds(), of_source=self._is_source(key))
 
-    @asynccontextmanager
-    async def _turn(self, key: str) -> AsyncIterator[bool]:
-        """Write a counter one after the other, as far as this process goes; yield whether one waited.
 
-        Counts are right without it, but of many at once all but one would have to read again, and
-        again. Not inside a transaction of the caller: whoever has the turn may wait for the
-        connection which that holds.
-        """
-        if in_caller_transaction():
-            yield False
-            return
-        which = id(asyncio.get_running_loop()), key
-        turn = self._turns.setdefault(which, asyncio.Lock())
-        waits = turn.locked()
-        async with turn:
-            yield waits
+class _Turn:
+    """Whose turn it is to change a counter, and what those before saw of it."""
 
-    async def _give_back(self, counted: Counted) -> None:
-        async with self._turn(counted.key):
-            for _ in range(MAX_RACES):
-                row = await self._counters.read(counted.key, self._clock())
-                count = max(row.count - int(counted.limited), 0)
-                # It must not prolong the pause either, unless somebody else has since.
-                at = counted.before if row.last_at == counted.at else row.last_at
-                failures = max(row.failures - 1, 0)
-                if await self._counters.swap(row, count, failures, at or row.last_at):
-                    return
+    def __init__(self) -> None:
+        self.lock = asyncio.Lock()
+        self.row: Count | None = None
+        self.seen = 0
 
-    async def _forget(self, counted: Counted) -> None:
-        row = Count(counted.key, counted.at or self._clock(), counted.count, counted.failures)
-        async with self._turn(counted.key):
-            for _ in range(MAX_RACES):
-                if await self._counters.swap(row, 0, 0, row.last_at):
-                    return
-                row = await self._counters.read(counted.key, self._clock())
-
-    async def _remember_told(self, counted: Counted) -> None:
-        async with self._turn(counted.key):
-            for _ in range(MAX_RACES):
-                row = await self._counters.read(counted.key, self._clock())
-                if not self._max_failures <= row.failures < TOLD:
-                    return
-                if await self._counters.swap(row, row.count, row.failures + TOLD, row.last_at):
-                    return
+    def saw(self, row: Count) -> None:
+        """Note the counter as it is in the table now."""
+        self.row = replace(row, is_new=False)
+        self.seen += 1
 
 
 def source_of(ip: str | None) -> str | None:

@@ -10,8 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,15 +31,14 @@ from tortoise_auth import (
     credentials,
 )
 from tortoise_auth.testing import FakeClock, capture, cheap_hasher
-from tortoise_auth.throttling import DatabaseThrottle, Limit
+from tortoise_auth.throttling import DatabaseThrottle, Limit, _Turn
 
 Order = dict[str, Any]
 
 
-@asynccontextmanager
-async def _no_turn(throttle: DatabaseThrottle, key: str) -> AsyncIterator[bool]:
+def _no_turn(self: DatabaseThrottle, key: str) -> _Turn:
     """Let each child play many processes at once."""
-    yield False
+    return _Turn()
 
 
 DatabaseThrottle._turn = _no_turn  # type: ignore[method-assign]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
+from tortoise_auth.counters import Count
 from tortoise_auth.exceptions import ConfigurationError
 from tortoise_auth.throttling import FAILURES_KEPT, TOLD, Counted, CountingThrottle, TooEarly
 
@@ -67,7 +68,9 @@ class LimitsThrottle(CountingThrottle):
         self._account = _windows(account)
         self._source = _windows(source)
 
-    async def _take(self, key: str, *, unlimited: bool = False) -> Counted:
+    async def _take(
+        self, key: str, *, unlimited: bool = False, seen: Count | None = None
+    ) -> Counted:
         taken: list[RateLimitItem] = []
         for window in () if unlimited else self._of(key):
             taken.append(window)

@@ -1,0 +1,131 @@
+"""Who is refused for attempts under way, waits for them, in order, and not for ever."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from tortoise_auth import attempts
+from tortoise_auth.attempts import OpenAttempt, OpenAttempts
+
+LIMIT = 10
+
+
+async def waiting(others: OpenAttempts, *groups: str, on: str) -> asyncio.Task[bool]:
+    """Return somebody who waits."""
+    began = asyncio.Event()
+
+    async def wait() -> bool:
+        with others.attempt(*groups) as place:
+            began.set()
+            let_in = await place.is_let_in(on)
+            place.costs_nothing = let_in
+            return let_in
+
+    task = asyncio.create_task(wait())
+    await began.wait()
+    return task
+
+
+async def answer(task: asyncio.Task[bool]) -> bool:
+    async with asyncio.timeout(LIMIT):
+        return await task
+
+
+class TestLettingIn:
+    async def test_nobody_to_wait_for(self) -> None:
+        """Who is alone is not kept waiting."""
+        others = OpenAttempts()
+        with others.attempt("a", None, "s") as place:
+            assert not await place.is_let_in("a")
+        assert others._groups == {}
+
+    async def test_one_for_each_that_cost_nothing(self) -> None:
+        """And those behind it when it turns out to cost nothing, too: all in order."""
+        others = OpenAttempts()
+        with others.attempt("a") as place:
+            tasks = [await waiting(others, "a", on="a") for _ in range(5)]
+            place.costs_nothing = True
+        assert [await answer(each) for each in tasks] == [True] * 5
+        assert others._groups == {}
+
+    async def test_nobody_for_one_that_was_wrong(self) -> None:
+        """They are refused when the last open one is over, and not before."""
+        others = OpenAttempts()
+        with others.attempt("a", "s"):
+            with others.attempt("a"):
+                task = await waiting(others, "a", "s", on="a")
+            assert not task.done()
+        assert not await answer(task)
+        assert others._groups == {}
+
+    async def test_of_another_group(self) -> None:
+        """What was right elsewhere is no help."""
+        others = OpenAttempts()
+        with others.attempt("a"):
+            task = await waiting(others, "a", "s", on="a")
+            with others.attempt("s") as place:
+                place.costs_nothing = True
+            await asyncio.sleep(0)
+            assert not task.done()
+        assert not await answer(task)
+
+    async def test_is_open_again(self) -> None:
+        """Who was let in counts as open in all of its groups."""
+        others = OpenAttempts()
+        first: OpenAttempt
+        with others.attempt("a") as first, others.attempt("a", "s") as place:
+            await asyncio.sleep(0)
+            letting_in = asyncio.create_task(place.is_let_in("a"))
+            await asyncio.sleep(0)
+            first.costs_nothing = True
+            first.__exit__(None, None, None)
+            assert await answer(letting_in)
+            assert {key[1]: group.open for key, group in others._groups.items()} == {"a": 1, "s": 1}
+        assert others._groups == {}
+
+
+class TestGivingUp:
+    async def test_after_a_while(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """However long the others take."""
+        monkeypatch.setattr(attempts, "_PATIENCE", 0.01)
+        others = OpenAttempts()
+        with others.attempt("a"):
+            assert not await answer(await waiting(others, "a", on="a"))
+        assert others._groups == {}
+
+    async def test_cancelled(self) -> None:
+        """Who is gone is passed over."""
+        others = OpenAttempts()
+        with others.attempt("a") as place:
+            gone, there = [await waiting(others, "a", on="a") for _ in range(2)]
+            gone.cancel()
+            await asyncio.wait([gone])
+            place.costs_nothing = True
+        assert await answer(there)
+        assert others._groups == {}
+
+    async def test_cancelled_at_the_moment_it_is_let_in(self) -> None:
+        """Its place is the next one's."""
+        others = OpenAttempts()
+        with others.attempt("a") as place:
+            gone, there = [await waiting(others, "a", on="a") for _ in range(2)]
+            place.costs_nothing = True
+        gone.cancel()
+        await asyncio.wait([gone])
+        assert gone.cancelled()
+        assert await answer(there)
+        assert others._groups == {}
+
+
+class TestTelling:
+    async def test_one_of_those_that_overlap(self) -> None:
+        """One tells; when all are over, the next one may again."""
+        others = OpenAttempts()
+        with others.attempt("a", "s") as one, others.attempt("a") as other:
+            assert one.is_first_to_tell("a")
+            assert not other.is_first_to_tell("a")
+            assert one.is_first_to_tell("s")
+        with others.attempt("a") as later:
+            assert later.is_first_to_tell("a")
