@@ -975,6 +975,24 @@ class TestAccountOfAnotherModel:
         await assert_goes_on(auth, result)
 
 
+class TestUnsavedAccount:
+    async def test_may_do_nothing(self, db: TortoiseContext, auth: AuthService[User]) -> None:
+        """Without a key it would be the account whose key is the word None."""
+        user = User(email=EMAIL)
+        calls: list[Callable[[], Awaitable[object]]] = [
+            lambda: auth.logout_all(user),
+            lambda: auth.set_password(user, NEW_PASSWORD),
+            lambda: auth.change_password(user, PASSWORD, NEW_PASSWORD),
+            lambda: auth.sessions(user),
+            lambda: auth.revoke_session(str(uuid4()), user=user),
+            lambda: auth.deactivate(user),
+            lambda: auth.activate(user),
+        ]
+        for call in calls:
+            with pytest.raises(ValueError, match="not in the database; save it first"):
+                await call()
+
+
 class TestActor:
     """Who did it: what an audit needs to know when an administrator acts for a user."""
 

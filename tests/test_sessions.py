@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from datetime import date, datetime, timedelta, timezone
 from decimal import Decimal
 from enum import Enum
@@ -16,6 +17,7 @@ from tortoise.context import TortoiseContext
 from tortoise.manager import Manager
 from tortoise.models import Model
 from tortoise.queryset import QuerySet
+from tortoise.transactions import in_transaction
 
 from tests.app import User
 from tests.conftest import DATABASES, MODULES, PASSWORD, SECRET, database
@@ -47,6 +49,7 @@ from tortoise_auth.events import (
     UserLogout,
 )
 from tortoise_auth.exceptions import (
+    EventError,
     TokenError,
     TokenExpiredError,
     TokenInvalidError,
@@ -239,6 +242,57 @@ class TestRefresh:
         await assert_over(auth, second)
         assert events.names == ["user_activated"]
 
+    @pytest.mark.parametrize("around", ["nothing", "transaction"])
+    async def test_alarm_that_is_vetoed(
+        self, auth: AuthService[User], ada: User, emitter: EventEmitter, around: str
+    ) -> None:
+        """A handler may refuse the event of a spent token, and keeps no session alive by that."""
+        first = await log_in(auth)
+        second = await auth.refresh(first.refresh_token)
+
+        @emitter.on("refresh_token_reused", delivery="transaction")
+        async def refuse() -> None:
+            raise RuntimeError
+
+        with pytest.raises(EventError):
+            if around == "nothing":
+                await auth.refresh(first.refresh_token)
+            else:
+                async with in_transaction():
+                    await auth.refresh(first.refresh_token)
+        await emitter.aclose(10)
+        await assert_over(auth, second)
+
+    async def test_whose_answer_nobody_gets(
+        self, auth: AuthService[User], ada: User, emitter: EventEmitter, events: Captured
+    ) -> None:
+        """The session ends without an alarm: the client, which has the old token alone, is no thief."""
+        first = await log_in(auth)
+        events.clear()
+        with _raising(emitter):
+            with pytest.raises(EventError):
+                await auth.refresh(first.refresh_token)
+        await emitter.aclose(10)
+        assert events.names == ["session_refreshed", "session_revoked"]
+        assert events.one(SessionRevoked).actor == "system"
+        with pytest.raises(TokenReusedError):
+            await auth.refresh(first.refresh_token)
+        assert events.names == ["session_refreshed", "session_revoked"]
+
+
+@contextmanager
+def _raising(emitter: EventEmitter) -> Iterator[None]:
+    """Let a handler of ``session_refreshed`` fail, and whoever refreshes be told."""
+
+    async def fail() -> None:
+        raise RuntimeError
+
+    emitter.errors = "raise"
+    emitter.on("session_refreshed", fail)
+    yield
+    emitter.off("session_refreshed", fail)
+    emitter.errors = "log"
+
 
 class TestReuseGrace:
     @pytest.fixture
@@ -285,6 +339,16 @@ class TestReuseGrace:
             await auth.refresh(first.refresh_token)
         await assert_over(auth, third)
         assert events.names[-1] == "refresh_token_reused"
+
+    async def test_answer_that_nobody_gets(
+        self, auth: AuthService[User], ada: User, emitter: EventEmitter
+    ) -> None:
+        """Within the window the client may ask again."""
+        first = await log_in(auth)
+        with _raising(emitter), pytest.raises(EventError):
+            await auth.refresh(first.refresh_token)
+        await emitter.aclose(10)
+        await assert_goes_on(auth, await auth.refresh(first.refresh_token))
 
     async def test_not_after_the_end(self, auth: AuthService[User], ada: User) -> None:
         """The window opens no session that was ended."""
@@ -355,6 +419,18 @@ class TestLogout:
                 assert await auth.logout(token) == Revocation(0, None)
         assert seen == []
         assert events.names == []
+
+    async def test_what_holds_the_token(self, auth: AuthService[User], ada: User) -> None:
+        """Somebody who passes the whole result, or the session, is told, and not "nobody was in"."""
+        result = await log_in(auth)
+        for mistake in (result, result.session):
+            with pytest.raises(TypeError, match=r"^logout\(\) takes result.access_token, not the "):
+                await auth.logout(mistake)  # type: ignore[arg-type]
+        with pytest.raises(
+            TypeError, match=r"^revoke_session\(\) takes result.session, not the Auth"
+        ):
+            await auth.revoke_session(result)  # type: ignore[arg-type]
+        await assert_goes_on(auth, result)
 
     async def test_forged_token(
         self, auth: AuthService[User], ada: User, clock: FakeClock, events: Captured

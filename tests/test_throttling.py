@@ -773,6 +773,19 @@ class TestTransaction:
         assert throttle._counters._unsaved == {}
         assert await AttemptCount.filter(count=1).count() == 2
 
+    async def test_of_others_is_saved_by_whoever_comes_next(
+        self, db: TortoiseContext, throttle: DatabaseThrottle
+    ) -> None:
+        """Addresses that come once, and are refused, are not kept in memory for ever."""
+        await fail(throttle, attempt(), 3)
+        async with in_transaction():
+            for number in range(10):
+                with pytest.raises(ThrottledError):
+                    await throttle.reserve(attempt(source=f"198.51.100.{number}", familiar=yes))
+                    await throttle.reserve(attempt(source=f"198.51.100.{number}"))
+        await fail(throttle, attempt("bob", None))
+        assert throttle._counters._unsaved == {}
+
     async def test_saved_by_two(
         self, sqlite: TortoiseContext, throttle: DatabaseThrottle, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -898,6 +911,20 @@ class TestPurge:
         await fail(mine, attempt(source=None))
         assert await AttemptCount.get().values_list("count", "failures") == (2, 2)
         await refused(mine, attempt(source=None))
+
+    async def test_failures_of_long_ago(self, db: TortoiseContext, clock: FakeClock) -> None:
+        """Failures in a row go 400 days after the last one, but not those of a locked account."""
+        throttle = DatabaseThrottle(max_failures=3, clock=clock)
+        await fail(throttle, attempt("ada", None), 2)
+        (*_, locking) = await fail(throttle, attempt("bob", None), 3)
+        await fail(throttle, attempt("eve", None), 3)
+        await throttle.told(locking)
+        clock.advance(timedelta(days=400))
+        assert await throttle.purge() == 0
+        clock.advance(timedelta(microseconds=1))
+        assert await throttle.purge() == 1
+        left = [row.key for row in await AttemptCount.all().order_by("key")]
+        assert left == ["account:bob", "account:eve"]
 
 
 class TestSourceOf:
