@@ -39,19 +39,18 @@ _PLACEHOLDERS = frozenset(
     "supersecretkey topsecret changeme changethis changeit replaceme password default example "
     "placeholder insecure development django fixme todo yourbitsecret".split()
 )
-# Of those that go on after a placeholder. None has less than eight letters, see `_is_written`.
+# What asks to be replaced, whatever is around it; a secret may say that it is one for tests. None has
+# less than eight letters, see `_is_written`.
 _PHRASES = tuple(
-    "changeme changethis changeit replaceme replacethis secretkey yoursecret mysecret oursecret "
-    "supersecret topsecret devsecret testsecret jwtsecret stringsecret notasecret verysecret "
-    "insecure donotuse placeholder developmentonly foranexample fortesting".split()
+    "changeme changethis changeit replaceme replacethis yoursecret placeholder".split()
 )
 _PUBLISHED = (
     b"django-insecure-",  # what `startproject` writes into the settings that get committed
     b"09d25e094faa6ca2556c818166b7a9563b93f7099f6f0f4caa6cf63b88e8d3e7",  # FastAPI's tutorial
+    b"a-string-secret-at-least-256-bits-long",  # jwt.io
 )
-# Bytes at the end that are those of the beginning: one is chance, and eight are a repetition (by
-# chance once in 2^32 secrets in hexadecimal).
-_REPEATED = 8
+_REPEATED = 12
+"""Bytes that may be repeated without end, at most: a row of keys, the ten digits, a word."""
 MAKE_ONE = 'Make one with: python -c "import secrets; print(secrets.token_urlsafe(48))"'
 
 
@@ -185,8 +184,7 @@ def _check_secret(secret: bytes, algorithm: str) -> None:
             f"The secret has {len(secret)} bytes; {algorithm} needs at least {needed} "
             f"(RFC 7518, 3.2). {MAKE_ONE}"
         )
-    repeats = len(unit) < needed and len(secret) - len(unit) >= _REPEATED
-    if repeats or len(set(secret)) < 6:
+    if len(unit) <= _REPEATED or len(set(secret)) < 6:
         raise ConfigurationError(f"The secret repeats itself and can be guessed. {MAKE_ONE}")
     try:
         jwt.PyJWS().get_algorithm_by_name(algorithm).prepare_key(secret)

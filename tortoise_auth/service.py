@@ -111,8 +111,11 @@ class AuthService(Generic[UserT]):
         await auth.logout(result.access_token)
 
     Every method may raise `ServiceUnavailableError` when the database fails, and
-    `ConfigurationError` when Tortoise or the models are not set up. An account of another model than
-    ``user_model`` is a `TypeError`.
+    `ConfigurationError` when Tortoise or the models are not set up. Every method that emits may raise
+    `EventError`: if a handler in the transaction refuses, nothing has happened; if the emitter
+    propagates the failure of an inline one, it has, and a session whose tokens you do not get is
+    ended. An account of another model than ``user_model`` is a `TypeError`; one that is not saved,
+    an ``actor`` that does not exist and a ``keep`` that is no session are a `ValueError`.
 
     Args:
         user_model: Your subclass of `AbstractUser`.
@@ -273,6 +276,10 @@ class AuthService(Generic[UserT]):
         Once this returns neither token of the session works. Works with expired tokens, twice, and
         with garbage, which ends nothing and raises nothing (RFC 7009, 2.2).
 
+        Args:
+            token: Either token.
+            context: Circumstances of the request.
+
         Returns:
             How many sessions ended: 1 or 0.
 
@@ -302,6 +309,9 @@ class AuthService(Generic[UserT]):
             keep: A session, or its id, that goes on.
             actor: Whom the event names: ``"admin"`` if it was not the user.
             context: Circumstances of the request.
+
+        Returns:
+            How many sessions ended.
         """
         self._require_own(user, actor)
         async with self._unit_of_work() as unit:
@@ -366,6 +376,13 @@ class AuthService(Generic[UserT]):
         A wrong current password counts as a refused login does, and emits
         ``password_change_failed``.
 
+        Args:
+            user: The account.
+            current_password: As typed.
+            new_password: Checked by the policy.
+            keep: A session, or its id, that goes on: the one of this request.
+            context: Circumstances of the request.
+
         Raises:
             AuthenticationError: The current password is wrong, or the account is inactive.
             ThrottledError: Too many attempts; the password was not even looked at.
@@ -406,6 +423,9 @@ class AuthService(Generic[UserT]):
                 from a visitor, who could name somebody else's session.
             actor: Whom the event names: ``"admin"`` if it was not the user.
             context: Circumstances of the request.
+
+        Returns:
+            How many sessions ended: 1 or 0.
         """
         _require_actor(actor)
         if user is not None:
@@ -430,6 +450,9 @@ class AuthService(Generic[UserT]):
             user: The account.
             actor: Whom the event names: ``"user"`` if somebody closed their own account.
             context: Circumstances of the request.
+
+        Returns:
+            How many sessions ended.
         """
         self._require_own(user, actor)
         ended = 0
