@@ -242,6 +242,22 @@ class TestRefresh:
         await assert_over(auth, second)
         assert events.names == ["user_activated"]
 
+    async def test_alarm_that_fails(
+        self, auth: AuthService[User], ada: User, emitter: EventEmitter
+    ) -> None:
+        """A handler that fails after the session has ended changes nothing about that."""
+        first = await log_in(auth)
+        second = await auth.refresh(first.refresh_token)
+
+        @emitter.on("refresh_token_reused")
+        async def fail() -> None:
+            raise RuntimeError
+
+        emitter.errors = "raise"
+        with pytest.raises(EventError):
+            await auth.refresh(first.refresh_token)
+        await assert_over(auth, second)
+
     @pytest.mark.parametrize("around", ["nothing", "transaction"])
     async def test_alarm_that_is_vetoed(
         self, auth: AuthService[User], ada: User, emitter: EventEmitter, around: str
@@ -637,6 +653,12 @@ class TestRevokeSession:
         assert await auth.revoke_session(result.session.id, user=bob) == Revocation(0, None)
         assert events.names == []
         await assert_goes_on(auth, result)
+
+    async def test_by_the_session_itself(self, auth: AuthService[User], ada: User) -> None:
+        """Instead of its id."""
+        result = await log_in(auth)
+        assert (await auth.revoke_session(result.session)).sessions == 1
+        await assert_over(auth, result)
 
     async def test_what_is_no_id(self, db: TortoiseContext, auth: AuthService[User]) -> None:
         """What names no session ends nothing and asks no database."""

@@ -324,6 +324,21 @@ class ThrottleContract:
         granted, _ = await burst(throttle, [attempt(familiar=yes)] * BURST)
         assert len(granted) == BUDGET
 
+    async def test_lock_is_to_be_told_until_it_was(self, make: Make) -> None:
+        """Once told it is told no more, by whomever, until the row begins anew."""
+        throttle = make(max_failures=2)
+        early, locking, later = await fail(throttle, attempt(), 3)
+        assert [each.untold for each in (early, locking, later)] == [False, False, True]
+        await asyncio.gather(throttle.told(locking), throttle.told(later))
+        assert [each.untold for each in await fail(throttle, attempt(), 2)] == [False, False]
+        await succeed(throttle, attempt())
+        (first, second, third) = await fail(throttle, attempt(), 3)
+        assert (first.locked, second.locks, third.untold) == (False, True, True)
+        await succeed(throttle, attempt())
+        await throttle.told(third)  # too late: it is not locked any more
+        (first, second, third) = await fail(throttle, attempt(), 3)
+        assert (first.locked, second.locks, third.untold) == (False, True, True)
+
     async def test_burst_locks_once(self, make: Make) -> None:
         """Of fifty failures at the same moment one is told that it locks."""
         granted, _ = await burst(make(max_failures=BUDGET), [attempt()] * BURST)
@@ -893,6 +908,26 @@ class TestPurge:
         await fail(throttle, attempt(source=None), 2)
         assert deleted == [1]
         await refused(throttle, attempt(source=None))
+
+    @pytest.mark.parametrize("clock_is_set_back", [False, True])
+    async def test_others_are_always_faster(
+        self,
+        db: TortoiseContext,
+        clock: FakeClock,
+        monkeypatch: pytest.MonkeyPatch,
+        clock_is_set_back: bool,
+    ) -> None:
+        """Who cannot write a counter is too early, and nobody tries for ever."""
+        throttle = DatabaseThrottle(account=Limit(free=2), clock=clock)
+        await fail(throttle, attempt(source=None))
+
+        async def too_late(*args: object) -> bool:
+            return False
+
+        monkeypatch.setattr(counters, "_swap", too_late)
+        if clock_is_set_back:
+            clock.advance(timedelta(hours=-1))
+        assert await refused(throttle, attempt(source=None)) == 1
 
     async def test_made_by_somebody_else_meanwhile(
         self, db: TortoiseContext, clock: FakeClock, monkeypatch: pytest.MonkeyPatch

@@ -638,7 +638,8 @@ class TestEnd:
         done: list[str] = []
 
         async def work(name: str) -> None:
-            await asyncio.sleep(0)
+            for _ in range(20):
+                await asyncio.sleep(0)
             done.append(name)
             if name == "task":
                 await emitter.emit("more")
