@@ -432,7 +432,7 @@ def _id(user: UserT | None) -> str | None:
 
 def _is_to_be_told(reservation: Reservation | None, place: OpenAttempt) -> bool:
     return (
-        reservation is not None
+        isinstance(reservation, Reservation)
         and (reservation.locks or reservation.untold)
         and place.is_first_to_tell(reservation.attempt.account)
     )
