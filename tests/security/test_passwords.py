@@ -67,7 +67,8 @@ class TestPolicy:
             pytest.param("e\u0301" * 14, "too_short", id="R2-14-after-normalisation"),
             pytest.param(FIFTEEN * 69, "too_long", id="R3-1035-characters"),
             pytest.param("x" * 10_000_000, "too_long", id="A34-megabytes"),
-            pytest.param("password" * 2, "common", id="R7-common"),
+            pytest.param("bestfriendsforever", "common", id="R7-common"),
+            pytest.param("password" * 2, "common", id="R7-common-twice"),
         ],
     )
     async def test_refused_at_every_door(
@@ -91,7 +92,7 @@ class TestPolicy:
             pytest.param("\U0001f422" * 15, id="R2-15-emoji"),
             pytest.param((FIFTEEN * 5)[:64], id="R3-64-characters"),
             pytest.param((FIFTEEN * 69)[:1024], id="R3-1024-characters"),
-            pytest.param("314159265358979", id="R4-digits"),
+            pytest.param("839201746582910", id="R4-digits"),
             pytest.param("   three   spaces   ", id="R4-spaces"),
             pytest.param("密码" * 8, id="R4-Chinese"),
             pytest.param("my password is long", id="R7-common-word-inside"),
