@@ -114,9 +114,8 @@ class OpenAttempt:
                 let_in = await place
         except (TimeoutError, asyncio.CancelledError) as error:
             if place.done() and not place.cancelled() and place.result():
-                self._others.leave(
-                    key, let_in=True
-                )  # at the same moment: it is the next one's turn
+                # It was let in at the same moment: that is the next one's turn.
+                self._others.leave(key, let_in=True)
             if isinstance(error, TimeoutError):
                 return False
             raise

@@ -179,9 +179,9 @@ class Counted:
 class CountingThrottle(ABC):
     """The rules that throttles share; where the counts are kept is left to subclasses.
 
-    Source first, then the account, but who is refused for the account counts nowhere. If the account is blocked and the source is one from which the
-    user has logged in before, a counter of the two together decides instead, while the failures in
-    a row still count for the account.
+    Source first, then the account, but who is refused for the account counts nowhere. If the
+    account is blocked and the source is one from which the user has logged in before, a counter of
+    the two together decides instead, while the failures in a row still count for the account.
 
     Args:
         max_failures: Failures in a row after which the password is disabled until it is changed
