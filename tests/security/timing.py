@@ -4,8 +4,9 @@
 
 Reasons are measured in turn, in random order, so that whatever slows the machine down slows all of
 them; medians are compared with that of a wrong password. The first login of a process is measured
-in processes of its own. A reason passes if its median is within 10 % of that of a wrong password. That one hash of full cost is computed, whatever the reason, is proven without a
-clock by ``tests/test_service.py``.
+in processes of its own. A reason passes if its median is within 10 % of that of a wrong password.
+That one hash of full cost is computed, whatever the reason, is proven without a clock by
+``tests/test_service.py``.
 """
 
 from __future__ import annotations
