@@ -12,15 +12,24 @@ from tortoise_auth.attempts import OpenAttempt, OpenAttempts
 LIMIT = 10
 
 
-async def waiting(others: OpenAttempts, *groups: str, on: str) -> asyncio.Task[bool]:
-    """Return somebody who waits."""
+async def waiting(
+    others: OpenAttempts,
+    *groups: str,
+    on: str,
+    then: str | None = None,
+    tries: int = 1,
+    right: bool = True,
+) -> asyncio.Task[bool]:
+    """Return somebody who waits: as often as he *tries*, and *then* for another group."""
     began = asyncio.Event()
 
     async def wait() -> bool:
         with others.attempt(*groups) as place:
             began.set()
-            let_in = await place.is_let_in(on)
-            place.costs_nothing = let_in
+            let_in = True
+            for group in [on] * tries + ([] if then is None else [then]):
+                let_in = let_in and await place.is_let_in(group)
+            place.costs_nothing = let_in and right
             return let_in
 
     task = asyncio.create_task(wait())
@@ -71,6 +80,68 @@ class TestLettingIn:
             assert not task.done()
         assert not await answer(task)
 
+    async def test_until_one_is_refused_again(self) -> None:
+        """What one has freed may be room for many: each that ends lets the next one try."""
+        others = OpenAttempts()
+        with others.attempt("a") as place:
+            tasks = [await waiting(others, "a", on="a", right=False) for _ in range(3)]
+            refused_again = await waiting(others, "a", on="a", tries=2)
+            last = await waiting(others, "a", on="a")
+            place.costs_nothing = True
+        assert [await answer(each) for each in tasks] == [True] * 3
+        assert not await answer(refused_again)
+        assert not await answer(last)
+        assert others._groups == {}
+
+    async def test_what_it_did_not_take(self) -> None:
+        """Who is let in for the source and then refused for the account leaves that to the next."""
+        others = OpenAttempts()
+        with others.attempt("a"), others.attempt("s") as place:
+            tasks = [
+                await waiting(others, "a", "s", on="s", then="a"),
+                await waiting(others, "b", "s", on="s"),
+            ]
+            place.costs_nothing = True
+            place.__exit__(None, None, None)
+            assert await answer(tasks[1])
+        assert not await answer(tasks[0])
+        assert others._groups == {}
+
+    async def test_refused_while_one_succeeded(self) -> None:
+        """Its refusal may be older than what was freed: it tries again at once, and once."""
+        others = OpenAttempts()
+        with others.attempt("a") as place:
+            with others.attempt("a") as right:
+                right.costs_nothing = True
+            assert await place.is_let_in("a")
+            assert not await place.is_let_in("a")
+        assert others._groups == {}
+
+    async def test_nobody_waits_for_who_came_later(self) -> None:
+        """In a flood somebody always is: only those before him are waited for."""
+        others = OpenAttempts()
+        with others.attempt("a") as before:
+            task = await waiting(others, "a", on="a")
+            with others.attempt("a"):
+                before.__exit__(None, None, None)
+                assert not await answer(task)
+        assert others._groups == {}
+
+    async def test_company(self) -> None:
+        """Who has stepped back is in nobody's company, and has none."""
+        others = OpenAttempts()
+        with others.attempt("a") as one:
+            assert not one.has_company("a")
+            with others.attempt("a", "s") as other:
+                assert one.has_company("a")
+                assert not other.has_company("s")
+                task = asyncio.create_task(other.is_let_in("a"))
+                await asyncio.sleep(0)
+                assert not one.has_company("a")
+                assert not other.has_company("a")
+                one.__exit__(None, None, None)
+                assert not await answer(task)
+
     async def test_is_open_again(self) -> None:
         """Who was let in counts as open in all of its groups."""
         others = OpenAttempts()
@@ -82,7 +153,8 @@ class TestLettingIn:
             first.costs_nothing = True
             first.__exit__(None, None, None)
             assert await answer(letting_in)
-            assert {key[1]: group.open for key, group in others._groups.items()} == {"a": 1, "s": 1}
+            open_now = {key[1]: len(group.open) for key, group in others._groups.items()}
+            assert open_now == {"a": 1, "s": 1}
         assert others._groups == {}
 
 
@@ -93,6 +165,7 @@ class TestGivingUp:
         others = OpenAttempts()
         with others.attempt("a"):
             assert not await answer(await waiting(others, "a", on="a"))
+            assert [len(group.waiting) for group in others._groups.values()] == [0]
         assert others._groups == {}
 
     async def test_cancelled(self) -> None:
@@ -117,15 +190,3 @@ class TestGivingUp:
         assert gone.cancelled()
         assert await answer(there)
         assert others._groups == {}
-
-
-class TestTelling:
-    async def test_one_of_those_that_overlap(self) -> None:
-        """One tells; when all are over, the next one may again."""
-        others = OpenAttempts()
-        with others.attempt("a", "s") as one, others.attempt("a") as other:
-            assert one.is_first_to_tell("a")
-            assert not other.is_first_to_tell("a")
-            assert one.is_first_to_tell("s")
-        with others.attempt("a") as later:
-            assert later.is_first_to_tell("a")

@@ -637,6 +637,21 @@ class TestOthersUnderWay:
             "AuthenticationError"
         )
 
+    @pytest.mark.parametrize(
+        "passwords",
+        [[PASSWORD] * 3, [PASSWORD, WRONG, PASSWORD], [PASSWORD, WRONG, WRONG, WRONG, PASSWORD]],
+    )
+    async def test_success_frees_the_account_for_all(
+        self, ada: User, strict: AuthService[User], clock: FakeClock, passwords: list[str]
+    ) -> None:
+        """Who waited for a right one is heard, whatever became of those before him."""
+        await fail(strict, BUDGET)
+        clock.advance(timedelta(seconds=1))
+        async with asyncio.timeout(LIMIT):
+            outcomes = await asyncio.gather(*(guess(strict, EMAIL, each) for each in passwords))
+        expected = {PASSWORD: "in", WRONG: "AuthenticationError"}
+        assert outcomes == [expected[each] for each in passwords]
+
     async def test_wait_ends(
         self,
         ada: User,
@@ -943,6 +958,134 @@ class TestLocked:
         assert await guess(auth, EMAIL, PASSWORD) == "AuthenticationError"
         assert events.names.count("account_locked") == 1
 
+    async def test_right_ones_at_once(self, ada: User, clock: FakeClock, events: Captured) -> None:
+        """What would lock is being checked: whoever comes meanwhile waits for what it turns out to be."""
+        auth = service(clock, max_failures=BUDGET)
+        await fail(auth, BUDGET - 1)
+        async with asyncio.timeout(LIMIT):
+            outcomes = await asyncio.gather(*(guess(auth, EMAIL, PASSWORD) for _ in range(4)))
+        assert outcomes == ["in"] * 4
+        assert "account_locked" not in events.names
+        assert {event.reason for event in events.of(UserLoginFailed)} == {"bad_password"}
+
+    async def test_wrong_ones_at_once(self, ada: User, clock: FakeClock, events: Captured) -> None:
+        """If it was wrong, those who waited for it are refused for the lock, however right."""
+        auth = service(clock, account=1000, max_failures=BUDGET)
+        await fail(auth, BUDGET - 1)
+        passwords = [WRONG, *[PASSWORD] * 4]
+        with argon2_costs() as costs:
+            async with asyncio.timeout(LIMIT):
+                outcomes = await asyncio.gather(*(guess(auth, EMAIL, each) for each in passwords))
+        assert outcomes == ["AuthenticationError"] * 5
+        assert len(costs) == 5
+        assert events.names.count("account_locked") == 1
+        reasons = [event.reason for event in events.of(UserLoginFailed)]
+        assert reasons[-4:] == ["locked"] * 4
+
+    @pytest.mark.parametrize("services", [1, 3])
+    async def test_handler_is_slow(
+        self, ada: User, clock: FakeClock, emitter: EventEmitter, services: int
+    ) -> None:
+        """While it is told, nobody else tells it: not this process, and not another."""
+        told, go_on = asyncio.Semaphore(0), asyncio.Event()
+        calls = 0
+
+        @emitter.on("account_locked")
+        async def mail() -> None:
+            nonlocal calls
+            calls += 1
+            told.release()
+            await go_on.wait()
+
+        auths = [service(clock, account=1000, max_failures=3) for _ in range(services)]
+        await fail(auths[0], 2)
+        locking = asyncio.ensure_future(guess(auths[0]))
+        async with asyncio.timeout(LIMIT):
+            await told.acquire()
+            for auth in auths * 2:
+                assert await guess(auth) == "AuthenticationError"
+            go_on.set()
+            assert await locking == "AuthenticationError"
+            assert await guess(auths[-1]) == "AuthenticationError"
+        assert calls == 1
+
+    async def test_caller_hangs_up_while_it_is_told(
+        self, ada: User, clock: FakeClock, emitter: EventEmitter, events: Captured
+    ) -> None:
+        """Whenever he does, it is told once."""
+        auth = service(clock, account=1000, max_failures=3)
+        await fail(auth, 2)
+        told, go_on = asyncio.Event(), asyncio.Event()
+
+        @emitter.on("account_locked")
+        async def mail() -> None:
+            told.set()
+            await go_on.wait()
+
+        call = asyncio.ensure_future(guess(auth))
+        async with asyncio.timeout(LIMIT):
+            await told.wait()
+            call.cancel()
+            await asyncio.wait([call])
+            assert await guess(auth) == "AuthenticationError"
+            go_on.set()
+            await emitter.aclose(LIMIT)
+        clock.advance(timedelta(hours=1))
+        assert await guess(auth) == "AuthenticationError"
+        assert events.names.count("account_locked") == 1
+
+    async def test_caller_hangs_up_while_it_is_locked(
+        self,
+        ada: User,
+        clock: FakeClock,
+        emitter: EventEmitter,
+        events: Captured,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """It is told though nobody waits for the answer."""
+        throttle = DatabaseThrottle(max_failures=3, clock=clock)
+        auth = AuthService(User, AuthConfig(secret=SECRET), throttle=throttle, clock=clock)
+        await fail(auth, 2)
+        lock_it, locked, go_on = throttle.lock, asyncio.Event(), asyncio.Event()
+
+        async def slow(reservation: Reservation) -> bool:
+            answer = await lock_it(reservation)
+            locked.set()
+            await go_on.wait()
+            return answer
+
+        with monkeypatch.context() as patch:
+            patch.setattr(throttle, "lock", slow)
+            call = asyncio.ensure_future(guess(auth))
+            async with asyncio.timeout(LIMIT):
+                await locked.wait()
+                call.cancel()
+                go_on.set()
+                await asyncio.wait([call])
+        await emitter.aclose(LIMIT)
+        assert call.cancelled()
+        clock.advance(timedelta(hours=1))
+        assert await guess(auth) == "AuthenticationError"
+        assert events.names.count("account_locked") == 1
+
+    async def test_store_fails_right_then(
+        self, ada: User, clock: FakeClock, events: Captured, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """What cannot be locked is not told to be; a later attempt locks it."""
+        throttle = DatabaseThrottle(max_failures=3, clock=clock)
+        auth = AuthService(User, AuthConfig(secret=SECRET), throttle=throttle, clock=clock)
+        await fail(auth, 2)
+
+        async def down(_: object) -> bool:
+            raise OSError
+
+        with monkeypatch.context() as patch:
+            patch.setattr(throttle, "lock", down)
+            assert await guess(auth) == "ServiceUnavailableError"
+        assert events.names == ["user_login_failed"] * 3
+        assert await guess(auth, EMAIL, PASSWORD) == "AuthenticationError"
+        assert events.names.count("account_locked") == 1
+
     async def test_by_many_at_once(self, ada: User, clock: FakeClock, events: Captured) -> None:
         """However many attempts find the account locked before that was told, it is told once."""
         auth = service(clock, account=1000, max_failures=BUDGET)
@@ -1236,6 +1379,17 @@ class Undo(Exception):
 
 
 class TestTransactionOfTheCaller:
+    async def test_lock_within_one(
+        self, ada: User, clock: FakeClock, emitter: EventEmitter, events: Captured
+    ) -> None:
+        """However many guesses one transaction holds, the lock is told once."""
+        auth = service(clock, account=1000, max_failures=3)
+        async with in_transaction():
+            await fail(auth, 9)
+        await emitter.aclose()
+        assert await guess(auth, EMAIL, PASSWORD) == "AuthenticationError"
+        assert events.names.count("account_locked") == 1
+
     @staticmethod
     async def guess_and_undo(auth: AuthService[User], password: str = WRONG) -> str:
         """Try to log in, in a transaction that is rolled back."""

@@ -324,20 +324,60 @@ class ThrottleContract:
         granted, _ = await burst(throttle, [attempt(familiar=yes)] * BURST)
         assert len(granted) == BUDGET
 
-    async def test_lock_is_to_be_told_until_it_was(self, make: Make) -> None:
-        """Once told it is told no more, by whomever, until the row begins anew."""
+    async def test_lock_is_told_by_one(self, make: Make) -> None:
+        """Of all who find it one is to tell it; once told it is told no more."""
         throttle = make(max_failures=2)
         early, locking, later = await fail(throttle, attempt(), 3)
         assert [each.untold for each in (early, locking, later)] == [False, False, True]
-        await asyncio.gather(throttle.told(locking), throttle.told(later))
-        assert [each.untold for each in await fail(throttle, attempt(), 2)] == [False, False]
-        await succeed(throttle, attempt())
-        (first, second, third) = await fail(throttle, attempt(), 3)
+        assert not await throttle.lock((await fail(throttle, attempt("bob")))[0])
+        answers = await asyncio.gather(*(throttle.lock(each) for each in (locking, later) * 5))
+        assert sum(answers) == 1
+        (untold,) = await fail(throttle, attempt())
+        assert (untold.locked, untold.untold) == (True, True)
+        await asyncio.gather(*(throttle.told(each) for each in (locking, later) * 5))
+        (told,) = await fail(throttle, attempt())
+        assert (told.locked, told.untold) == (True, False)
+        assert not await throttle.lock(told)
+
+    async def test_lock_is_for_good(self, make: Make) -> None:
+        """Not even who was being checked when it was locked opens it, or gives it back."""
+        throttle = make(max_failures=2)
+        right, faulty, _ = [await throttle.reserve(attempt()) for _ in range(3)]
+        assert await throttle.lock(faulty)
+        await throttle.succeeded(right)
+        await throttle.released(faulty)
+        (later,) = await fail(throttle, attempt())
+        assert (later.locked, later.untold) == (True, True)
+        await throttle.told(faulty)
+        (later,) = await fail(throttle, attempt())
+        assert (later.locked, later.untold) == (True, False)
+
+    async def test_lock_comes_too_late(self, make: Make) -> None:
+        """After a success the row has begun anew: nothing is locked by who failed before."""
+        throttle = make(max_failures=2)
+        right, *wrong = [await throttle.reserve(attempt()) for _ in range(4)]
+        await throttle.succeeded(right)
+        assert [await throttle.lock(each) for each in wrong] == [False] * 3
+        await throttle.told(wrong[0])
+        first, second, third = await fail(throttle, attempt(), 3)
         assert (first.locked, second.locks, third.untold) == (False, True, True)
-        await succeed(throttle, attempt())
-        await throttle.told(third)  # too late: it is not locked any more
-        (first, second, third) = await fail(throttle, attempt(), 3)
-        assert (first.locked, second.locks, third.untold) == (False, True, True)
+
+    @pytest.mark.parametrize("turns", range(20))
+    async def test_lock_and_success_at_once(self, make: Make, turns: int) -> None:
+        """Whoever is first: it is locked if that is to be told, and open if it is not (A175)."""
+        throttle = make(max_failures=2)
+        right, wrong = [await throttle.reserve(attempt()) for _ in range(2)]
+
+        async def succeed_a_little_later() -> None:
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            await throttle.succeeded(right)
+
+        locked, _ = await asyncio.gather(throttle.lock(wrong), succeed_a_little_later())
+        if locked:
+            await throttle.told(wrong)
+        (first,) = await fail(throttle, attempt())
+        assert (first.locked, first.untold) == (locked, False)
 
     async def test_burst_locks_once(self, make: Make) -> None:
         """Of fifty failures at the same moment one is told that it locks."""
@@ -453,6 +493,34 @@ class TestRaces:
         async with asyncio.timeout(LIMIT):
             await getattr(throttle, outcome)(reservation)
         assert await AttemptCount.filter(count=1).count() == 2
+
+
+class TestTelling:
+    async def test_by_somebody_else_after_a_minute(
+        self, db: TortoiseContext, clock: FakeClock
+    ) -> None:
+        """Whoever was to tell that an account is locked may be dead by then."""
+        throttle = DatabaseThrottle(max_failures=1, clock=clock)
+        locking, later = await fail(throttle, attempt(), 2)
+        assert await throttle.lock(locking)
+        clock.advance(timedelta(seconds=59))
+        assert not await throttle.lock(later)
+        clock.advance(timedelta(seconds=1))
+        assert await throttle.lock(later)
+        assert not await throttle.lock(later)
+        await throttle.told(later)
+        clock.advance(timedelta(hours=1))
+        assert not await throttle.lock(later)
+
+    async def test_leaves_nothing(self, db: TortoiseContext, clock: FakeClock) -> None:
+        """Who tells it is not remembered for ever; that it is locked is."""
+        throttle = DatabaseThrottle(max_failures=1, clock=clock)
+        (locking,) = await fail(throttle, attempt(source=None))
+        await throttle.lock(locking)
+        await throttle.told(locking)
+        clock.advance(timedelta(days=500))
+        assert await throttle.purge() == 1
+        assert (await throttle.reserve(attempt())).locked
 
 
 class TestPauses:
@@ -579,7 +647,7 @@ class TestPauses:
 
 class TestClock:
     @pytest.mark.parametrize(
-        "back", [timedelta(seconds=1), timedelta(days=3), timedelta(days=3650)]
+        "back", [timedelta(seconds=6), timedelta(days=3), timedelta(days=3650)]
     )
     async def test_set_back(self, db: TortoiseContext, clock: FakeClock, back: timedelta) -> None:
         """Nobody is freed by it, and nobody waits longer than the longest pause (A172)."""
@@ -616,6 +684,58 @@ class TestClock:
         third, fourth = await fail(throttle, attempt(), 2)
         assert (third.locks, fourth.locks) == (False, True)
         assert await refused(throttle, attempt()) == 1
+
+    async def test_ahead_elsewhere(self, db: TortoiseContext, clock: FakeClock) -> None:
+        """The clocks of two machines differ a little, and neither begins the pause of a source anew."""
+        limit = Limit(free=1, longest=timedelta(minutes=1))
+        ahead = FakeClock(clock() + timedelta(seconds=2))
+        here, there = (DatabaseThrottle(source=limit, clock=each) for each in (clock, ahead))
+        for number in range(12):
+            pause = await self.pause(here, f"account {number}")
+            for each in (clock, ahead):
+                each.advance(pause)
+            await fail(here, attempt(f"account {number}"))
+        for each in (clock, ahead):
+            each.advance(timedelta(minutes=2))
+        right = await there.reserve(attempt("bob"))
+        assert await refused(here, attempt("eve")) == 60
+        await there.succeeded(right)
+        await fail(here, attempt("eve"))
+
+    @staticmethod
+    async def pause(throttle: DatabaseThrottle, account: str) -> timedelta:
+        """Return how long an attempt has to wait."""
+        try:
+            await throttle.released(await throttle.reserve(attempt(account)))
+        except ThrottledError as error:
+            return timedelta(seconds=error.retry_after)
+        return timedelta(0)
+
+    async def test_goes_on_while_a_counter_is_read(
+        self, db: TortoiseContext, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """What others count meanwhile is no clock set back, and does not begin the pause anew."""
+        limit = Limit(free=1, longest=timedelta(minutes=1))
+        throttle = DatabaseThrottle(source=limit, clock=clock)
+        for number in range(12):
+            clock.advance(await self.pause(throttle, f"account {number}"))
+            await fail(throttle, attempt(f"account {number}"))
+        clock.advance(timedelta(minutes=2))
+        read = throttle._counters.read
+
+        async def slow(key: str, now: datetime) -> Count:
+            if not key.startswith("source:"):
+                return await read(key, now)
+            monkeypatch.setattr(throttle._counters, "read", read)
+            clock.advance(timedelta(minutes=1))
+            others.append(await throttle.reserve(attempt("bob")))
+            return await read(key, now)
+
+        others: list[Reservation] = []
+        monkeypatch.setattr(throttle._counters, "read", slow)
+        await refused(throttle, attempt("eve"))
+        await throttle.succeeded(others[0])
+        await fail(throttle, attempt("eve"))
 
     @pytest.mark.parametrize("counter", ["account", "source"])
     async def test_forward_and_back(
@@ -812,6 +932,56 @@ class TestTransaction:
         assert throttle._counters._unsaved == {}
         assert await AttemptCount.filter(count=1).count() == 2
 
+    @pytest.mark.parametrize("meanwhile", [0, 1, 2])
+    async def test_another_process_counts_meanwhile(
+        self,
+        sqlite: TortoiseContext,
+        throttle: DatabaseThrottle,
+        clock: FakeClock,
+        meanwhile: int,
+    ) -> None:
+        """What is written down late is added to what others have counted, and overwrites nothing."""
+        await fail(throttle, attempt(source=None))
+        async with in_transaction():
+            await throttle.reserve(attempt(source=None))
+        other = DatabaseThrottle(account=Limit(free=100), clock=clock)
+        await fail(other, attempt(source=None), meanwhile)
+        await throttle.failed(Reservation(attempt=attempt()))
+        assert await AttemptCount.all().values("count", "failures") == [
+            {"count": 2 + meanwhile, "failures": 2 + meanwhile}
+        ]
+
+    async def test_another_process_counts_what_was_forgotten(
+        self, sqlite: TortoiseContext, throttle: DatabaseThrottle, clock: FakeClock
+    ) -> None:
+        """A success takes back what it knew of, and not what others have counted since."""
+        await fail(throttle, attempt(source=None), 2)
+        async with in_transaction():
+            await succeed(throttle, attempt(source=None))
+        await fail(DatabaseThrottle(clock=clock), attempt(source=None))
+        await throttle.failed(Reservation(attempt=attempt()))
+        assert await AttemptCount.all().values("count", "failures") == [{"count": 1, "failures": 1}]
+
+    async def test_more_is_counted_while_it_is_saved(
+        self, sqlite: TortoiseContext, throttle: DatabaseThrottle, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """What a later transaction counts meanwhile is neither lost nor written twice."""
+        async with in_transaction():
+            reservation = await throttle.reserve(attempt(source=None))
+        swap = counters._swap
+
+        async def meanwhile(*args: Any) -> bool:
+            monkeypatch.setattr(counters, "_swap", swap)
+            async with in_transaction():
+                await throttle.reserve(attempt(source=None))
+            return await swap(*args)
+
+        monkeypatch.setattr(counters, "_swap", meanwhile)
+        await throttle.failed(reservation)
+        await throttle.failed(reservation)
+        assert throttle._counters._unsaved == {}
+        assert await AttemptCount.all().values("count", "failures") == [{"count": 2, "failures": 2}]
+
     async def test_cannot_be_saved(
         self, sqlite: TortoiseContext, throttle: DatabaseThrottle, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -851,6 +1021,27 @@ class TestFailure:
                 await throttle.reserve(attempt(familiar=broken))
         await fail(throttle, attempt("bob"))
         await fail(throttle, attempt("eve"))
+
+    async def test_gives_a_familiar_source_its_attempt_back(
+        self, db: TortoiseContext, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """What failed for the account is not held against the two together, either."""
+        throttle = DatabaseThrottle(account=Limit(free=2), clock=clock)
+        await fail(throttle, attempt(source=ELSEWHERE), 2)
+        take = throttle._take
+
+        async def broken(key: str, **options: Any) -> Any:
+            if options.get("unlimited"):
+                raise OperationalError("canary")
+            return await take(key, **options)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(throttle, "_take", broken)
+            for _ in range(5):
+                with pytest.raises(OperationalError):
+                    await throttle.reserve(attempt(familiar=yes))
+        await fail(throttle, attempt(familiar=yes), 2)
+        await refused(throttle, attempt(familiar=yes))
 
     async def test_cancelled(self, db: TortoiseContext, clock: FakeClock) -> None:
         """Who is cancelled between source and account leaves at once, without giving back."""

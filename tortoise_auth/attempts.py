@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections import deque
+from collections import OrderedDict
 from dataclasses import dataclass, field
+from itertools import count
 from types import TracebackType
 from typing import Self, TypeAlias
 
@@ -19,52 +20,91 @@ class OpenAttempts:
 
     An attempt is counted before it is known to be right. Many who log in at the same moment behind
     one address, or a program that logs its user in many times at once, would be refused because of
-    attempts that are about to succeed. So who is refused waits as long as an attempt of the group
-    is open, and each that turns out to cost nothing lets one in again. Wrong ones let nobody in:
-    a burst of guesses waits for the hashes of those that were counted, and no longer.
+    attempts that are about to succeed. So who is refused waits for those who came before him, and
+    for nobody else: under a flood somebody always is. Once one of them has turned out to cost
+    nothing, each that ends lets one in, until one of these is refused again.
     """
 
     def __init__(self) -> None:
         self._groups: dict[_Key, _Group] = {}
+        self._numbers = count(1)
 
     def attempt(self, *groups: str | None) -> OpenAttempt:
         """Return an attempt in some groups, to be entered with ``with``."""
         return OpenAttempt(self, [group for group in groups if group is not None])
 
-    def enter(self, key: _Key) -> None:
-        """Count an attempt as open."""
-        self._groups.setdefault(key, _Group()).open += 1
+    def enter(self, key: _Key) -> _Place:
+        """Take a place among the open attempts of a group."""
+        number = next(self._numbers)
+        self._groups.setdefault(key, _Group()).open[number] = None
+        return _Place(number)
 
-    def leave(self, key: _Key, *, let_in: bool) -> None:
-        """Count it no more; if it cost nothing, let the first one in that waits."""
+    def leave(self, key: _Key, place: _Place, *, cost_nothing: bool) -> None:
+        """Give the place up: to somebody who waits, if there is something to hope for."""
         group = self._groups[key]
-        group.open -= 1
-        while let_in and group.waiting:
-            first = group.waiting.popleft()
-            if not first.done():
-                first.set_result(True)
-                group.open += 1  # from now on, lest somebody believes that all is over
-                break
-        if not group.open:
-            del self._groups[key]
-            for each in group.waiting:
-                if not each.done():
-                    each.set_result(False)
+        if cost_nothing:
+            group.hope = next(self._numbers)
+        if group.hope and group.waiting:
+            first = next(iter(group.waiting))
+            del group.waiting[first]
+            first.decided.set_result(_Place(place.number, group.hope))
+            return
+        self._close(key, place)
 
-    def is_first_to_tell(self, key: _Key) -> bool:
-        """Tell whether none of the open attempts has asked this before."""
-        group = self._groups[key]
-        first, group.told = not group.told, True
-        return first
+    def step_back(self, key: _Key, place: _Place, *, refused: bool) -> None:
+        """Give the place up without having been counted.
 
-    def wait(self, key: _Key) -> asyncio.Future[bool] | None:
-        """Return what tells whether one is let in; ``None`` if there is nobody to wait for."""
+        Args:
+            key: The group.
+            place: The place.
+            refused: By this group, and not by another.
+        """
+        if refused:
+            self._groups[key].hope = 0
+        if place.hope:
+            self.leave(key, place, cost_nothing=False)  # the next may have what it did not take
+        else:
+            self._close(key, place)
+
+    def try_again(self, key: _Key, place: _Place) -> _Place | None:
+        """Return the place for another try at once, if one has cost nothing since it was taken."""
+        hope = self._groups[key].hope
+        return _Place(place.number, hope) if hope > max(place.number, place.hope) else None
+
+    def wait(self, key: _Key) -> _Waiting | None:
+        """Begin to wait for those who have a place; ``None`` if nobody has."""
         group = self._groups.get(key)
         if group is None:
             return None
-        place: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
-        group.waiting.append(place)
-        return place
+        waiting = _Waiting(next(self._numbers))
+        group.waiting[waiting] = None
+        return waiting
+
+    def give_up(self, key: _Key, waiting: _Waiting) -> None:
+        """Wait no more; who was let in at the same moment leaves that to the next one."""
+        if not waiting.decided.done():
+            waiting.decided.cancel()
+            del self._groups[key].waiting[waiting]
+        elif (place := waiting.decided.result()) is not None:
+            self.leave(key, place, cost_nothing=False)
+
+    def have_company(self, key: _Key) -> bool:
+        """Tell whether more than one has a place."""
+        return len(self._groups[key].open) > 1
+
+    def _close(self, key: _Key, place: _Place) -> None:
+        """Take a place away, and dismiss those for whom it was the last one to wait for."""
+        group = self._groups[key]
+        del group.open[place.number]
+        oldest = next(iter(group.open), None)
+        while group.waiting:
+            first = next(iter(group.waiting))
+            if oldest is not None and oldest < first.since:
+                break
+            del group.waiting[first]
+            first.decided.set_result(None)
+        if oldest is None:
+            del self._groups[key]
 
 
 class OpenAttempt:
@@ -78,15 +118,13 @@ class OpenAttempt:
         loop = asyncio.get_running_loop()
         self.costs_nothing = False
         self._others = others
-        self._keys = [(id(loop), group) for group in groups]
-        self._entered: list[_Key] = []
+        self._keys = {group: (id(loop), group) for group in groups}
+        self._places: dict[str, _Place] = {}
         self._now = loop.time
         self._gives_up = loop.time() + _PATIENCE
 
     def __enter__(self) -> Self:
-        for key in self._keys:
-            self._others.enter(key)
-        self._entered = list(self._keys)
+        self._enter()
         return self
 
     def __exit__(
@@ -95,50 +133,80 @@ class OpenAttempt:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._step_back(let_in=self.costs_nothing)
+        places, self._places = self._places, {}
+        for group, place in places.items():
+            self._others.leave(self._keys[group], place, cost_nothing=self.costs_nothing)
+
+    def has_company(self, group: str) -> bool:
+        """Tell whether another attempt of *group* is open, besides this one."""
+        return group in self._places and self._others.have_company(self._keys[group])
 
     async def is_let_in(self, group: str) -> bool:
-        """Step back, and wait until an attempt of *group* has cost nothing.
+        """Step back because *group* has refused it, and wait for those who came before.
 
         Returns:
             Whether it is open again and may be tried once more; false if none is left that could
             let it in, or it has waited for too long.
         """
-        self._step_back(let_in=False)
-        (key,) = (each for each in self._keys if each[1] == group)
-        place = self._others.wait(key)
-        if place is None:
+        key = self._keys[group]
+        if renewed := self._others.try_again(key, self._places[group]):
+            self._places[group] = renewed
+            return True
+        places, self._places = self._places, {}
+        for each, place in places.items():
+            self._others.step_back(self._keys[each], place, refused=each == group)
+        waiting = self._others.wait(key)
+        if waiting is None:
             return False
         try:
             async with asyncio.timeout(self._gives_up - self._now()):
-                let_in = await place
-        except (TimeoutError, asyncio.CancelledError) as error:
-            if place.done() and not place.cancelled() and place.result():
-                # It was let in at the same moment: that is the next one's turn.
-                self._others.leave(key, let_in=True)
-            if isinstance(error, TimeoutError):
-                return False
+                place_now = await asyncio.shield(waiting.decided)
+        except TimeoutError:
+            self._others.give_up(key, waiting)
+            return False
+        except asyncio.CancelledError:
+            self._others.give_up(key, waiting)
             raise
-        if let_in:
-            for other in self._keys:
-                if other != key:
-                    self._others.enter(other)
-            self._entered = list(self._keys)
-        return let_in
+        if place_now is None:
+            return False
+        self._places[group] = place_now
+        self._enter()
+        return True
 
-    def is_first_to_tell(self, group: str) -> bool:
-        """Tell whether none of the open attempts of *group* has asked this before."""
-        (key,) = (each for each in self._keys if each[1] == group)
-        return self._others.is_first_to_tell(key)
+    def _enter(self) -> None:
+        for group, key in self._keys.items():
+            if group not in self._places:
+                self._places[group] = self._others.enter(key)
 
-    def _step_back(self, *, let_in: bool) -> None:
-        entered, self._entered = self._entered, []
-        for key in entered:
-            self._others.leave(key, let_in=let_in)
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """A place among the open attempts; *hope* tells what let it in, 0 if it came by itself."""
+
+    number: int
+    hope: int = 0
+
+
+@dataclass(eq=False, slots=True)
+class _Waiting:
+    """Somebody who waits for the places with lower numbers."""
+
+    since: int
+    decided: asyncio.Future[_Place | None] = field(
+        default_factory=lambda: asyncio.get_running_loop().create_future()
+    )
 
 
 @dataclass(eq=False, slots=True)
 class _Group:
-    open: int = 0
-    told: bool = False
-    waiting: deque[asyncio.Future[bool]] = field(default_factory=deque)
+    """Attempts of one account or source.
+
+    Attributes:
+        open: The numbers of the places, in ascending order.
+        waiting: Who waits, in the order of coming.
+        hope: Not 0 if one has cost nothing, and nobody has been refused since.
+    """
+
+    open: OrderedDict[int, None] = field(default_factory=OrderedDict)
+    waiting: OrderedDict[_Waiting, None] = field(default_factory=OrderedDict)
+    hope: int = 0

@@ -40,7 +40,7 @@ class Counters:
     """
 
     def __init__(self) -> None:
-        self._unsaved: dict[str, Count] = {}
+        self._unsaved: dict[str, _Unsaved] = {}
 
     async def read(self, key: str, now: datetime) -> Count:
         """Return a counter; a new one begins *now*."""
@@ -48,7 +48,7 @@ class Counters:
         if not is_transaction(connection):
             await self.save()
         elif key in self._unsaved:
-            return self._unsaved[key]
+            return self._unsaved[key].now
         return await _read(connection, key, now)
 
     async def swap(self, row: Count, changed: Count) -> bool:
@@ -56,9 +56,10 @@ class Counters:
         connection = _connection()
         if not is_transaction(connection):
             return await _swap(connection, row, changed)
-        if self._unsaved.get(row.key, row) is not row:
+        unsaved = self._unsaved.get(row.key, _Unsaved(row, row))
+        if unsaved.now is not row:
             return False
-        self._unsaved[row.key] = replace(changed, is_new=False)
+        self._unsaved[row.key] = _Unsaved(unsaved.then, replace(changed, is_new=False))
         return True
 
     async def save(self) -> None:
@@ -81,13 +82,34 @@ class Counters:
         return await counters.filter(stale).delete()
 
     async def _save(self, key: str, connection: BaseDBAsyncClient) -> None:
+        """Add what was counted to what the counter is by now: another process may have counted, too."""
         for _ in range(MAX_RACES):
+            if key not in self._unsaved:
+                return
+            row = await _read(connection, key, self._unsaved[key].now.last_at)
             unsaved = self._unsaved.get(key)
             if unsaved is None:
                 return
-            row = await _read(connection, key, unsaved.last_at)
-            if await _swap(connection, row, unsaved) and self._unsaved.get(key) is unsaved:
-                del self._unsaved[key]
+            if await _swap(connection, row, unsaved.added_to(row)):
+                later = self._unsaved.pop(key).now
+                if later is not unsaved.now:
+                    self._unsaved[key] = _Unsaved(unsaved.now, later)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Unsaved:
+    """A counter as it was before a transaction, and as it is within."""
+
+    then: Count
+    now: Count
+
+    def added_to(self, row: Count) -> Count:
+        return replace(
+            row,
+            count=max(row.count + self.now.count - self.then.count, 0),
+            failures=max(row.failures + self.now.failures - self.then.failures, 0),
+            last_at=max(row.last_at, self.now.last_at),
+        )
 
 
 def _connection() -> BaseDBAsyncClient:

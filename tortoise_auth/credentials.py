@@ -83,7 +83,15 @@ class _Refused:
 
     error: AuthenticationError | ThrottledError
     events: Sequence[Event]
-    locking: Reservation | None = None
+    lock: _Lock | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Lock:
+    """An account that is to be locked, or that it is was not told; no event if there is no account."""
+
+    reservation: Reservation
+    event: AccountLocked[Any] | None
 
 
 class Credentials(Generic[UserT]):
@@ -176,7 +184,7 @@ class Credentials(Generic[UserT]):
 
     async def refuse(self, event: Event) -> AuthenticationError:
         """Tell that a password was refused, and return the error to raise: always the same."""
-        await self._tell(_Refused(AuthenticationError(), [event]))
+        await self._report([event])
         return AuthenticationError()
 
     async def _check(self, case: _Case[UserT], password: str) -> Verified[UserT]:
@@ -190,10 +198,7 @@ class Credentials(Generic[UserT]):
                 outcome = await self._answer(case, password, reservation, place)
             if isinstance(outcome, Verified):
                 return outcome
-            if outcome.locking is not None:  # before another attempt could believe it is not told
-                await self._tell(outcome)
-        if outcome.locking is None:  # slow handlers are in nobody's way here
-            await self._tell(outcome)
+        await self._tell(outcome)  # slow handlers are in nobody's way here
         raise outcome.error
 
     async def _answer(
@@ -209,7 +214,7 @@ class Credentials(Generic[UserT]):
         try:
             valid, replacement = await self._verify(case, password, stored, reservation)
         except asyncio.CancelledError:  # the attempt counts all the same, and so it locks
-            self._tell_later(self._refused(case, reservation, place, only_lock=True))
+            self._tell_later(self._refused(case, reservation, only_lock=True))
             raise
         except Exception:
             place.costs_nothing = True
@@ -218,7 +223,7 @@ class Credentials(Generic[UserT]):
             await self._succeeded(reservation)
             place.costs_nothing = True
             return Verified(user, stored, replacement)
-        refused = self._refused(case, reservation, place)
+        refused = self._refused(case, reservation)
         try:
             await self._failed(reservation)
         except BaseException:  # the password was wrong, whatever is wrong with the throttle
@@ -239,42 +244,68 @@ class Credentials(Generic[UserT]):
         return _Refused(ThrottledError(retry_after), [refusal, told])
 
     def _refused(
-        self,
-        case: _Case[UserT],
-        reservation: Reservation | None,
-        place: OpenAttempt,
-        *,
-        only_lock: bool = False,
+        self, case: _Case[UserT], reservation: Reservation | None, *, only_lock: bool = False
     ) -> _Refused:
-        locking = reservation if _is_to_be_told(reservation, place) else None
-        events: list[Event] = []
-        if locking is not None and case.user is not None:  # nobody's lock is told to nobody
-            events.append(
-                AccountLocked(
-                    user=case.user,
-                    subject_id=_id(case.user),
-                    context=case.context,
-                    occurred_at=self._clock(),
-                )
+        locked = reservation is not None and reservation.locked
+        events = [] if only_lock else [case.failed(_reason(case.user, locked=locked))]
+        if reservation is None or not (reservation.locks or reservation.untold):
+            return _Refused(AuthenticationError(), events)
+        lock = None
+        if case.user is not None:  # nobody's lock is told to nobody
+            lock = AccountLocked(
+                user=case.user,
+                subject_id=_id(case.user),
+                context=case.context,
+                occurred_at=self._clock(),
             )
-        if not only_lock:
-            locked = reservation is not None and reservation.locked
-            events.append(case.failed(_reason(case.user, locked=locked)))
-        return _Refused(AuthenticationError(), events, locking)
+        return _Refused(AuthenticationError(), events, _Lock(reservation, lock))
 
-    async def _tell(self, refused: _Refused) -> None:
-        """Tell of a refusal, and the throttle if somebody knows now that the account is locked."""
+    async def _tell(self, refused: _Refused, patience: float | None = _PATIENCE) -> None:
+        """Tell of a refusal; and of a lock, if it is one by now and nobody else tells it."""
+        if refused.lock is None:
+            await self._report(refused.events)
+            return
+        locking = asyncio.ensure_future(self._locked(refused.lock, patience))
+        try:
+            await to_the_end(locking)
+        except asyncio.CancelledError:
+            telling = self._tell_locked(refused, refused.lock, locking)
+            self._emitter.detach(telling, "report of a lock")
+            raise
+        await self._tell_locked(refused, refused.lock, locking)
+
+    async def _tell_locked(
+        self, refused: _Refused, lock: _Lock, locking: asyncio.Future[bool]
+    ) -> None:
+        locked = not locking.exception() and locking.result()
+        told = [lock.event] if locked and lock.event is not None else []
+        try:
+            await self._report([*told, *refused.events])
+        except asyncio.CancelledError:  # but the report goes on
+            if locked:
+                self._emitter.detach(self._told(lock), "count of a login")
+            raise
+        locking.result()  # it raises what was wrong with the throttle
+        if locked:
+            await self._settle(self._told(lock))
+
+    async def _locked(self, lock: _Lock, patience: float | None) -> bool:
+        if self._throttle is None:
+            return False
+        return await _available(self._throttle.lock(lock.reservation), patience)
+
+    async def _told(self, lock: _Lock) -> None:
+        if self._throttle is not None:
+            await self._throttle.told(lock.reservation)
+
+    async def _report(self, events: Sequence[Event]) -> None:
         connection = self._sessions.connection()
-        await report(
-            *refused.events, connection=connection, emitter=self._emitter, clock=self._clock
-        )
-        if self._throttle is not None and refused.locking is not None:
-            await self._settle(self._throttle.told(refused.locking))
+        await report(*events, connection=connection, emitter=self._emitter, clock=self._clock)
 
     def _tell_later(self, refused: _Refused) -> None:
         """Do that for a caller who is gone, or has other news."""
-        if refused.events:
-            self._emitter.detach(self._tell(refused), f"report of {refused.events[-1].name}")
+        if refused.events or refused.lock:
+            self._emitter.detach(self._tell(refused, patience=None), "report of a refused password")
 
     async def _find_user(self, identifier: str) -> UserT | None:
         connection = self._sessions.connection()
@@ -337,18 +368,24 @@ class Credentials(Generic[UserT]):
         """
         if self._throttle is None:
             return None
+        outside = not is_transaction(self._sessions.connection())
         while True:
             try:
-                return await self._counted(self._throttle, case, attempt, place)
+                reservation = await self._counted(self._throttle, case, attempt)
             except TooEarly as refusal:
                 group = attempt.source if refusal.of_source else attempt.account
-                if is_transaction(self._sessions.connection()) or group is None:
+                if not outside or group is None or not await place.is_let_in(group):
                     raise
-                if not await place.is_let_in(group):
-                    raise
+                continue
+            if not (reservation.untold and outside and place.has_company(attempt.account)):
+                return reservation
+            # Those who are being checked decide whether it is locked.
+            await self._settle(self._throttle.released(reservation))
+            if not await place.is_let_in(attempt.account):
+                return await self._counted(self._throttle, case, attempt)
 
     async def _counted(
-        self, throttle: Throttle, case: _Case[UserT], attempt: Attempt, place: OpenAttempt
+        self, throttle: Throttle, case: _Case[UserT], attempt: Attempt
     ) -> Reservation:
         """Count an attempt to the end, even if the caller hangs up: it may be the one that locks."""
         reserving = asyncio.ensure_future(_available(throttle.reserve(attempt), _PATIENCE))
@@ -356,7 +393,7 @@ class Credentials(Generic[UserT]):
             await to_the_end(reserving)
         except asyncio.CancelledError:
             if not reserving.cancelled() and reserving.exception() is None:
-                self._tell_later(self._refused(case, reserving.result(), place, only_lock=True))
+                self._tell_later(self._refused(case, reserving.result(), only_lock=True))
             raise
         reservation = reserving.result()
         if not isinstance(reservation, Reservation):
@@ -428,14 +465,6 @@ def _shown(identifier: object) -> str:
 
 def _id(user: UserT | None) -> str | None:
     return None if user is None or user.pk is None else str(user.pk)
-
-
-def _is_to_be_told(reservation: Reservation | None, place: OpenAttempt) -> bool:
-    return (
-        isinstance(reservation, Reservation)
-        and (reservation.locks or reservation.untold)
-        and place.is_first_to_tell(reservation.attempt.account)
-    )
 
 
 def _reason(user: AbstractUser | None, *, locked: bool) -> FailureReason:

@@ -24,13 +24,22 @@ from tortoise_auth.counters import MAX_RACES, Count, Counters
 from tortoise_auth.database import in_caller_transaction
 from tortoise_auth.exceptions import ConfigurationError, ThrottledError
 
-_ACCOUNT, _FAMILIAR, _SOURCE = "account:", "familiar:", "source:"
+_ACCOUNT, _FAMILIAR, _SOURCE, _TOLD_BY = "account:", "familiar:", "source:", "telling:"
 
 FAILURES_KEPT = timedelta(days=400)
 """How long failures in a row are remembered after the last one."""
 
-TOLD = 1 << 20
-"""Added to the failures in a row of a locked account when that was told: it needs no column."""
+LOCKED = 1 << 20
+"""Added to the failures in a row of an account when it is locked for good: it needs no column."""
+
+TOLD = 1 << 24
+"""Added when that has been told."""
+
+TELLING = timedelta(minutes=1)
+"""How long whoever has undertaken to tell it may take: after that he is believed to be dead."""
+
+_SKEW = timedelta(seconds=5)
+"""How much the clocks of machines that share a database may differ."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,9 +65,9 @@ class Reservation:
         attempt: The attempt.
         locked: The account has had so many failures in a row that no password is right any more,
             until it is changed. The caller must refuse, as if the password were wrong.
-        locks: If this attempt fails, the account becomes locked: tell it, and then the throttle
-            that it was `told`.
-        untold: It is locked, but that was not told: do so.
+        locks: If this attempt fails, the account is to be locked: `Throttle.lock` it.
+        untold: It had so many failures before, but nobody has been told that it is locked. Either
+            the last of them is still being checked, or whoever was to tell it failed: then `lock` it.
         counted: What was counted, for the throttle alone.
     """
 
@@ -93,6 +102,14 @@ class Throttle(Protocol):
 
     async def released(self, reservation: Reservation) -> None:
         """It could not be checked, and that was our fault: give the attempt back."""
+        ...
+
+    async def lock(self, reservation: Reservation) -> bool:
+        """Lock the account for good, unless its failures have been forgotten meanwhile.
+
+        Returns:
+            Whether the caller is to tell that it is locked: nobody has, and nobody else is about to.
+        """
         ...
 
     async def told(self, reservation: Reservation) -> None:
@@ -228,7 +245,10 @@ class CountingThrottle(ABC):
         """The password was wrong: what was counted stays."""
 
     async def succeeded(self, reservation: Reservation) -> None:
-        """Forget the failures of the account; give the source its attempt back, and no more."""
+        """Forget the failures of the account; give the source its attempt back, and no more.
+
+        An account that was locked while this attempt was checked stays so.
+        """
         for counted in reservation.counted:
             await (self._give_back(counted) if counted.of_source else self._forget(counted))
 
@@ -237,12 +257,18 @@ class CountingThrottle(ABC):
         for counted in reservation.counted:
             await self._give_back(counted)
 
-    async def told(self, reservation: Reservation) -> None:
-        """Remember that somebody knows of the lock.
+    async def lock(self, reservation: Reservation) -> bool:
+        """Lock the account for good, unless its failures have been forgotten meanwhile.
 
-        Whoever was to tell it may have been killed, or the database may have refused the row of a
-        handler; then the next attempt tells it.
+        Returns:
+            Whether the caller is to tell it. He has a minute: he may be killed, or the database may
+            refuse the row of a handler, and then an attempt after that minute tells it.
         """
+        account = reservation.counted[0]
+        return await self._lock(account) and await self._undertake_to_tell(account)
+
+    async def told(self, reservation: Reservation) -> None:
+        """Remember that somebody knows of the lock."""
         await self._remember_told(reservation.counted[0])
 
     async def _look(self, attempt: Attempt) -> Count | None:
@@ -262,7 +288,11 @@ class CountingThrottle(ABC):
             if attempt.source is None or not await attempt.familiar():
                 raise
         own = await self._take(f"{_FAMILIAR}{attempt.account}:{attempt.source}")
-        return await self._take(key, unlimited=True), own
+        try:
+            return await self._take(key, unlimited=True), own
+        except Exception:
+            await self._give_back(own)
+            raise
 
     @staticmethod
     def _is_source(key: str) -> bool:
@@ -297,11 +327,23 @@ class CountingThrottle(ABC):
 
     @abstractmethod
     async def _forget(self, counted: Counted) -> None:
-        """Set a counter to zero."""
+        """Set a counter to zero, unless it is that of a locked account."""
+
+    @abstractmethod
+    async def _lock(self, counted: Counted) -> bool:
+        """Add `LOCKED` to the failures in a row once, if they are so many.
+
+        Returns:
+            Whether it is added, by whomever, and `TOLD` is not.
+        """
+
+    @abstractmethod
+    async def _undertake_to_tell(self, counted: Counted) -> bool:
+        """Tell whether nobody has called this within the last minute."""
 
     @abstractmethod
     async def _remember_told(self, counted: Counted) -> None:
-        """Add `TOLD` to the failures in a row, if they are so many and it has not been added."""
+        """Add `TOLD` to the failures in a row of a locked account, if it has not been added."""
 
 
 class DatabaseThrottle(CountingThrottle):
@@ -368,7 +410,8 @@ class DatabaseThrottle(CountingThrottle):
         return Counted(key, now.failures, not unlimited, now.count, now.last_at, before.last_at)
 
     def _with_one_more(self, row: Count, *, unlimited: bool) -> Count:
-        now, of_source = self._clock(), self._is_source(row.key)
+        of_source = self._is_source(row.key)
+        now = max(self._clock(), row.last_at)  # the clock of another machine may be ahead
         failures = row.failures + 1 if self._is_account(row.key) else 0
         if unlimited:
             return replace(row, failures=failures)
@@ -394,15 +437,32 @@ class DatabaseThrottle(CountingThrottle):
         await self._change(counted.key, without_it)
 
     async def _forget(self, counted: Counted) -> None:
+        def without_failures(row: Count) -> Count | None:
+            return replace(row, count=0, failures=0) if row.failures < LOCKED else None
+
         at = counted.at or self._clock()
         as_counted = Count(counted.key, at, counted.count, counted.failures)
-        await self._change(
-            counted.key, lambda row: replace(row, count=0, failures=0), first=as_counted
-        )
+        await self._change(counted.key, without_failures, first=as_counted)
+
+    async def _lock(self, counted: Counted) -> bool:
+        def with_lock(row: Count) -> Count | None:
+            is_due = self._max_failures <= row.failures < LOCKED
+            return replace(row, failures=row.failures + LOCKED) if is_due else None
+
+        await self._change(counted.key, with_lock)
+        return LOCKED <= (await self._current(counted.key)).failures < TOLD
+
+    async def _undertake_to_tell(self, counted: Counted) -> bool:
+        def undertaken(row: Count) -> Count | None:
+            now = self._clock()
+            is_free = not row.count or now - row.last_at >= TELLING
+            return replace(row, count=1, last_at=now) if is_free else None
+
+        return await self._change(_TOLD_BY + counted.key, undertaken) is not None
 
     async def _remember_told(self, counted: Counted) -> None:
         def with_that(row: Count) -> Count | None:
-            is_untold = self._max_failures <= row.failures < TOLD
+            is_untold = LOCKED <= row.failures < TOLD
             return replace(row, failures=row.failures + TOLD) if is_untold else None
 
         await self._change(counted.key, with_that)
@@ -456,9 +516,9 @@ class DatabaseThrottle(CountingThrottle):
 
     async def _current(self, key: str) -> Count:
         for _ in range(MAX_RACES):
-            now = self._clock()
-            row = await self._counters.read(key, now)
-            if row.last_at <= now:
+            row = await self._counters.read(key, self._clock())
+            now = self._clock()  # not the time before: others have counted since
+            if row.last_at - now <= _SKEW:
                 return row
             # The clock was set back: the pause begins again, lest it lasts until the clock has come
             # to where it was.

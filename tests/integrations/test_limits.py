@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from tests.test_throttling import (
     Make,
     ThrottleContract,
     attempt,
+    burst,
     fail,
     granted_to_processes,
     race,
@@ -37,7 +39,8 @@ from tests.test_throttling import (
 from tortoise_auth import AuthConfig, AuthenticationError, AuthService, RequestContext, credentials
 from tortoise_auth.exceptions import ConfigurationError, ServiceUnavailableError, ThrottledError
 from tortoise_auth.integrations.limits import LimitsThrottle
-from tortoise_auth.testing import Captured, capture
+from tortoise_auth.testing import Captured, FakeClock, capture
+from tortoise_auth.throttling import Counted, Reservation
 
 REDIS_URL = os.environ.get("TORTOISE_AUTH_TEST_REDIS", "redis://127.0.0.1:6379")
 PAGE = Path(__file__).parent.parent.parent / "docs" / "throttling.md"
@@ -124,50 +127,109 @@ class TestInRedis(ThrottleContract):
             assert len(keys) > 5
             lifetimes = [await client.ttl(key) for key in keys]
             assert min(lifetimes) > 0
-            assert max(lifetimes) <= 400 * DAY
+            assert max(lifetimes) <= 4000 * DAY
 
 
 class TestWindows:
-    async def test_each_is_waited_for(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test_each_is_waited_for(self, clock: FakeClock) -> None:
         """Who has used up several windows waits for the longer one, and no window is used up unheard."""
-        now = 1_800_000_000.0
-        monkeypatch.setattr("time.time", lambda: now)
-        throttle = LimitsThrottle("async+memory://", account="2 per minute; 5 per hour; 6 per day")
+        throttle = LimitsThrottle(
+            "async+memory://", account="2 per minute; 5 per hour; 6 per day", clock=clock
+        )
+        clock.advance(datetime(2027, 1, 1, tzinfo=UTC) - clock())
         await fail(throttle, attempt(), 2)
         for _ in range(10):
-            assert 0 < await refused(throttle, attempt()) <= 60
-        now += 61
+            assert await refused(throttle, attempt()) == 60
+        clock.advance(timedelta(seconds=60))
         await fail(throttle, attempt(), 2)
-        now += 61
+        clock.advance(timedelta(seconds=61))
         await fail(throttle, attempt(), 1)
-        assert 60 < await refused(throttle, attempt()) <= 3600
-        now += 3601
+        assert await refused(throttle, attempt()) == 3600 - 121
+        clock.advance(timedelta(seconds=3600))
         await fail(throttle, attempt(), 1)
-        assert 3600 < await refused(throttle, attempt()) <= DAY
+        assert await refused(throttle, attempt()) == DAY - 3721
 
-    async def test_gives_nothing_back_to_the_next(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    @pytest.mark.parametrize("counted", [0, 1, 2])
+    async def test_gives_nothing_back_to_the_next(self, clock: FakeClock, counted: int) -> None:
         """What was taken from a window that is over by now adds nothing to the one that follows."""
-        now = 1_800_000_000.0
-        monkeypatch.setattr("time.time", lambda: now)
-        throttle = LimitsThrottle("async+memory://", source="2 per minute")
+        throttle = LimitsThrottle("async+memory://", source="2 per minute", clock=clock)
         reservations = [await throttle.reserve(attempt(name)) for name in ("own", "also own")]
-        now += 61
+        clock.advance(timedelta(seconds=60))
+        await fail(throttle, attempt(), counted)
         await throttle.succeeded(reservations[0])
         await throttle.released(reservations[1])
+        await fail(throttle, attempt(), 2 - counted)
+        await refused(throttle, attempt())
+
+    async def test_refusals_of_the_last_one_add_nothing(
+        self, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Who is refused just before it ends, and is taken off it just after that, buys no guess."""
+        throttle = LimitsThrottle("async+memory://", account="2 per minute", clock=clock)
+        uncount = throttle._uncount
+
+        async def late(windows: Any) -> None:
+            await go_on.wait()
+            await uncount(windows)
+
+        go_on = asyncio.Event()
+        monkeypatch.setattr(throttle, "_uncount", late)
+        tried = [attempt(source=None)] * 90
+        first = [asyncio.ensure_future(throttle.reserve(each)) for each in tried]
+        for _ in range(100):
+            await asyncio.sleep(0)
+        clock.advance(timedelta(seconds=60))
+        await throttle.reserve(tried[0])
+        go_on.set()
+        outcomes = await asyncio.gather(*first, return_exceptions=True)
+        assert sum(isinstance(each, Reservation) for each in outcomes) == 2
+        granted, _ = await burst(throttle, tried)
+        assert len(granted) == 1
+
+    async def test_refusals_before_a_success_add_nothing(
+        self, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Nor does it help to be refused while the user logs in."""
+        throttle = LimitsThrottle("async+memory://", account="2 per minute", clock=clock)
+        uncount = throttle._uncount
+
+        async def late(windows: Any) -> None:
+            await go_on.wait()
+            await uncount(windows)
+
+        right = await throttle.reserve(attempt(source=None))
+        go_on = asyncio.Event()
+        monkeypatch.setattr(throttle, "_uncount", late)
+        tried = [attempt(source=None)] * 90
+        first = [asyncio.ensure_future(throttle.reserve(each)) for each in tried]
+        for _ in range(100):
+            await asyncio.sleep(0)
+        await throttle.succeeded(right)
+        go_on.set()
+        outcomes = await asyncio.gather(*first, return_exceptions=True)
+        assert sum(isinstance(each, Reservation) for each in outcomes) == 1
+        granted, _ = await burst(throttle, tried)
+        assert len(granted) == 2
+
+    async def test_that_ends_at_this_moment(self, clock: FakeClock) -> None:
+        """Nobody is told to wait for less than a second."""
+        throttle = LimitsThrottle("async+memory://", account="1 per minute", clock=clock)
+        clock.advance(datetime(2027, 1, 1, 0, 0, 59, 900_000, tzinfo=UTC) - clock())
+        await fail(throttle, attempt())
+        assert await refused(throttle, attempt()) == 1
+
+    async def test_of_equal_length(self, clock: FakeClock) -> None:
+        """Two that last equally long are counted apart."""
+        throttle = LimitsThrottle("async+memory://", account="3/minute; 2/minute", clock=clock)
         await fail(throttle, attempt(), 2)
         await refused(throttle, attempt())
 
-    async def test_that_ends_at_this_moment(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Nobody is told to wait for less than no time."""
-        throttle = LimitsThrottle("async+memory://", account="1 per second")
-        await fail(throttle, attempt())
-        stats = throttle._limiter.get_window_stats
-
-        async def over(*args: Any) -> Any:
-            return (await stats(*args))._replace(reset_time=0.0)
-
-        monkeypatch.setattr(throttle._limiter, "get_window_stats", over)
-        assert await refused(throttle, attempt()) == 1
+    async def test_reservation_of_another_throttle(self, clock: FakeClock) -> None:
+        """Attempts are taken back from where they were counted, or not at all."""
+        throttle = LimitsThrottle("async+memory://", clock=clock)
+        strange = Reservation(attempt=attempt(), counted=(Counted("account:ada", 1),))
+        with pytest.raises(TypeError, match="another throttle"):
+            await throttle.released(strange)
 
     async def test_defaults(self) -> None:
         """Ten are free for an account."""

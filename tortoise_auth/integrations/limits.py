@@ -5,17 +5,26 @@ Needs the extra ``limits``: ``pip install "tortoise-auth[limits]"``.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 
+from tortoise_auth.clock import Clock, utc_now
+from tortoise_auth.config import checked_clock
 from tortoise_auth.counters import Count
 from tortoise_auth.exceptions import ConfigurationError
-from tortoise_auth.throttling import FAILURES_KEPT, TOLD, Counted, CountingThrottle, TooEarly
+from tortoise_auth.throttling import (
+    FAILURES_KEPT,
+    LOCKED,
+    TELLING,
+    TOLD,
+    Counted,
+    CountingThrottle,
+    TooEarly,
+)
 
 try:
     from limits import RateLimitItem, parse_many
     from limits.aio.storage import Storage
-    from limits.aio.strategies import FixedWindowRateLimiter
     from limits.errors import ConfigurationError as UnknownStorageError
     from limits.storage import storage_from_string
 except ImportError as missing:
@@ -25,6 +34,8 @@ except ImportError as missing:
     ) from missing
 
 _FAILURES_KEPT = int(FAILURES_KEPT.total_seconds())
+_ROUND_KEPT = 10 * _FAILURES_KEPT  # far longer, lest a lock ends with its round
+_TELLING = int(TELLING.total_seconds())
 
 
 class LimitsThrottle(CountingThrottle):
@@ -43,6 +54,7 @@ class LimitsThrottle(CountingThrottle):
         account: The windows for one account, in the notation of `limits`.
         source: The windows for one source. Successes do not count.
         max_failures: See `CountingThrottle`.
+        clock: The time, by which windows begin: at each full minute, hour or day of UTC.
 
     Raises:
         ConfigurationError: The storage is not asynchronous, or a window cannot be read.
@@ -55,6 +67,7 @@ class LimitsThrottle(CountingThrottle):
         account: str = "10 per minute; 20 per hour",
         source: str = "50 per minute; 300 per hour; 1000 per day",
         max_failures: int = 100,
+        clock: Clock = utc_now,
     ) -> None:
         super().__init__(max_failures)
         made = _storage(storage) if isinstance(storage, str) else storage
@@ -64,53 +77,125 @@ class LimitsThrottle(CountingThrottle):
                 "example async+redis://localhost:6379"
             )
         self._storage = made
-        self._limiter = FixedWindowRateLimiter(made)
         self._account = _windows(account)
         self._source = _windows(source)
+        self._clock = checked_clock(clock)
 
     async def _take(
         self, key: str, *, unlimited: bool = False, seen: Count | None = None
     ) -> Counted:
-        taken: list[RateLimitItem] = []
-        for window in () if unlimited else self._of(key):
-            taken.append(window)
-            if not await self._limiter.hit(window, key):
-                for each in taken:
-                    await self._uncount(each.key_for(key), each.get_expiry())
-                ends = (await self._limiter.get_window_stats(window, key)).reset_time
-                wait = max(ends - time.time(), 1.0)
+        round_ = 0 if self._is_source(key) else await self._storage.get(_round_of(key))
+        windows = () if unlimited else self._windows_of(key, round_)
+        for number, window in enumerate(windows, 1):
+            if await self._storage.incr(window.key, window.seconds) > window.amount:
+                await self._uncount(windows[:number])
+                wait = max(window.ends - self._clock().timestamp(), 1.0)
                 raise TooEarly(wait, of_source=self._is_source(key))
         failures = 0
         if self._is_account(key):
-            failures = await self._storage.incr(_failures_of(key), _FAILURES_KEPT)
-        return Counted(key, failures, limited=not unlimited)
+            failures = await self._storage.incr(_failures_of(key, round_), _FAILURES_KEPT)
+        return _CountedInWindows(key, failures, windows=windows, round=round_)
 
     async def _give_back(self, counted: Counted) -> None:
-        for window in self._of(counted.key) if counted.limited else ():
-            await self._uncount(window.key_for(counted.key), window.get_expiry())
+        counted = _here(counted)
+        await self._uncount(counted.windows)
         if self._is_account(counted.key):
-            await self._uncount(_failures_of(counted.key), _FAILURES_KEPT)
+            await self._storage.incr(_failures_of_attempt(counted), _FAILURES_KEPT, amount=-1)
 
     async def _forget(self, counted: Counted) -> None:
-        for window in self._of(counted.key):
-            await self._limiter.clear(window, counted.key)
-        await self._storage.clear(_failures_of(counted.key))
+        """Begin a new round, in which nothing has been counted, not even by who is late."""
+        failures = _failures_of_attempt(counted)
+        if await self._storage.get(failures) >= LOCKED:
+            return
+        now = await self._storage.incr(_round_of(counted.key), _ROUND_KEPT)
+        locked = await self._storage.get(failures)
+        if locked < LOCKED:
+            await self._storage.clear(failures)
+        else:  # at this very moment, and somebody may have been told
+            await self._storage.incr(_failures_of(counted.key, now), _FAILURES_KEPT, amount=locked)
+
+    async def _lock(self, counted: Counted) -> bool:
+        failures = _failures_of_attempt(counted)
+        before = await self._storage.get(failures)
+        if self._max_failures <= before < LOCKED:
+            before = await self._storage.incr(failures, _FAILURES_KEPT, amount=LOCKED) - LOCKED
+            if not self._max_failures <= before < LOCKED:  # others were faster
+                await self._storage.incr(failures, _FAILURES_KEPT, amount=-LOCKED)
+        if not self._max_failures <= before < TOLD:
+            return False
+        return await self._storage.get(_round_of(counted.key)) == _here(counted).round
+
+    async def _undertake_to_tell(self, counted: Counted) -> bool:
+        telling = f"{_failures_of_attempt(counted)}:telling"
+        return await self._storage.incr(telling, _TELLING) == 1
 
     async def _remember_told(self, counted: Counted) -> None:
-        key = _failures_of(counted.key)
-        if self._max_failures <= await self._storage.get(key) < TOLD:
-            await self._storage.incr(key, _FAILURES_KEPT, amount=TOLD)
+        failures = _failures_of_attempt(counted)
+        if (
+            LOCKED <= await self._storage.get(failures) < TOLD
+            and await self._storage.incr(failures, _FAILURES_KEPT, amount=TOLD) >= 2 * TOLD
+        ):
+            await self._storage.incr(failures, _FAILURES_KEPT, amount=-TOLD)
 
-    def _of(self, key: str) -> Sequence[RateLimitItem]:
-        return self._source if self._is_source(key) else self._account
+    def _windows_of(self, key: str, round_: int) -> Sequence[_Window]:
+        now = int(self._clock().timestamp())
+        return [
+            _Window(
+                key=f"tortoise_auth:{key}:{round_}:{number}:{now // item.get_expiry()}",
+                amount=item.amount,
+                seconds=item.get_expiry(),
+                ends=(now // item.get_expiry() + 1) * item.get_expiry(),
+            )
+            for number, item in enumerate(self._source if self._is_source(key) else self._account)
+        ]
 
-    async def _uncount(self, key: str, expiry: int) -> None:
-        if await self._storage.get(key) > 0:  # the window in which it was counted may be over
-            await self._storage.incr(key, expiry, amount=-1)
+    async def _uncount(self, windows: Sequence[_Window]) -> None:
+        for window in windows:
+            await self._storage.incr(window.key, window.seconds, amount=-1)
 
 
-def _failures_of(key: str) -> str:
-    return f"tortoise_auth:failures:{key}"
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Window:
+    """One window of time: attempts of another one have another key.
+
+    Attributes:
+        key: Of its counter.
+        amount: Attempts that it has room for.
+        seconds: How long it lasts.
+        ends: When it does, in seconds since 1970.
+    """
+
+    key: str
+    amount: int
+    seconds: int
+    ends: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _CountedInWindows(Counted):
+    """One attempt, with all that is needed to take it back from where it was counted."""
+
+    windows: Sequence[_Window]
+    round: int
+
+
+def _here(counted: Counted) -> _CountedInWindows:
+    if not isinstance(counted, _CountedInWindows):
+        raise TypeError("This reservation is from another throttle")
+    return counted
+
+
+def _failures_of_attempt(counted: Counted) -> str:
+    return _failures_of(counted.key, _here(counted).round)
+
+
+def _failures_of(key: str, round_: int) -> str:
+    return f"tortoise_auth:failures:{key}:{round_}"
+
+
+def _round_of(key: str) -> str:
+    """Return the counter of successes: each begins a round, and what is counted is of one round."""
+    return f"tortoise_auth:round:{key}"
 
 
 def _storage(uri: str) -> object:
