@@ -127,6 +127,23 @@ class TestLettingIn:
                 assert not await answer(task)
         assert others._groups == {}
 
+    async def test_newcomer_was_faster(self) -> None:
+        """Who has taken what one was let in for is waited for by all, though he came after them."""
+        others = OpenAttempts()
+        with others.attempt("a") as before:
+            first = await waiting(others, "a", on="a", tries=2)
+            second = await waiting(others, "a", on="a")
+            with others.attempt("a") as newcomer:
+                before.costs_nothing = True
+                before.__exit__(None, None, None)
+                for _ in range(10):
+                    await asyncio.sleep(0)
+                assert not second.done()
+                newcomer.costs_nothing = True
+        assert await answer(first)
+        assert await answer(second)
+        assert others._groups == {}
+
     async def test_company(self) -> None:
         """Who has stepped back is in nobody's company, and has none."""
         others = OpenAttempts()

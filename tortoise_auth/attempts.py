@@ -59,8 +59,11 @@ class OpenAttempts:
             place: The place.
             refused: By this group, and not by another.
         """
+        group = self._groups[key]
+        if refused and place.hope:  # a newcomer was faster: all wait for him, too
+            group.taken = next(self._numbers)
         if refused:
-            self._groups[key].hope = 0
+            group.hope = 0
         if place.hope:
             self.leave(key, place, cost_nothing=False)  # the next may have what it did not take
         else:
@@ -99,7 +102,7 @@ class OpenAttempts:
         oldest = next(iter(group.open), None)
         while group.waiting:
             first = next(iter(group.waiting))
-            if oldest is not None and oldest < first.since:
+            if oldest is not None and oldest < max(first.since, group.taken):
                 break
             del group.waiting[first]
             first.decided.set_result(None)
@@ -204,9 +207,11 @@ class _Group:
     Attributes:
         open: The numbers of the places, in ascending order.
         waiting: Who waits, in the order of coming.
-        hope: Not 0 if one has cost nothing, and nobody has been refused since.
+        hope: When one has cost nothing, if nobody has been refused since; or 0.
+        taken: When somebody last got what one who waited had been let in for.
     """
 
     open: OrderedDict[int, None] = field(default_factory=OrderedDict)
     waiting: OrderedDict[_Waiting, None] = field(default_factory=OrderedDict)
     hope: int = 0
+    taken: int = 0

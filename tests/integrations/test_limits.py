@@ -8,6 +8,7 @@ import secrets
 import socket
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from datetime import UTC, datetime, timedelta
@@ -26,6 +27,8 @@ from tests.test_docs import run, snippets
 from tests.test_throttling import (
     ABROAD,
     BUDGET,
+    BURST,
+    LIMIT,
     Make,
     ThrottleContract,
     attempt,
@@ -38,7 +41,7 @@ from tests.test_throttling import (
 )
 from tortoise_auth import AuthConfig, AuthenticationError, AuthService, RequestContext, credentials
 from tortoise_auth.exceptions import ConfigurationError, ServiceUnavailableError, ThrottledError
-from tortoise_auth.integrations.limits import LimitsThrottle
+from tortoise_auth.integrations.limits import LimitsThrottle, _CountedInWindows
 from tortoise_auth.testing import Captured, FakeClock, capture
 from tortoise_auth.throttling import Counted, Reservation
 
@@ -128,6 +131,39 @@ class TestInRedis(ThrottleContract):
             lifetimes = [await client.ttl(key) for key in keys]
             assert min(lifetimes) > 0
             assert max(lifetimes) <= 4000 * DAY
+
+    async def test_window_ends_during_a_burst(self, clock: FakeClock) -> None:
+        """However many guesses are under way when a window ends, each has its budget and no more."""
+        async with redis() as storage:
+            throttle = LimitsThrottle(storage, account=f"{BUDGET} per minute", clock=clock)
+            granted: Counter[str] = Counter()
+            over, full = False, asyncio.Event()
+
+            async def guess_on() -> None:
+                while not over:
+                    try:
+                        reservation = await throttle.reserve(attempt(source=None))
+                    except ThrottledError:
+                        continue
+                    (account,) = reservation.counted
+                    assert isinstance(account, _CountedInWindows)
+                    granted[account.windows[0].key] += 1
+                    if granted[account.windows[0].key] == BUDGET:
+                        full.set()
+
+            async with asyncio.timeout(LIMIT):
+                guessing = [asyncio.ensure_future(guess_on()) for _ in range(BURST)]
+                for _ in range(10):
+                    await full.wait()
+                    full.clear()
+                    clock.advance(timedelta(seconds=60))
+                await full.wait()
+                over = True
+                await asyncio.gather(*guessing)
+            assert len(granted) == 11
+            assert set(granted.values()) == {BUDGET}
+            client = client_of(storage)
+            assert await client.ttl(f"{storage.bridge.key_prefix}:{[*granted][-1]}") > 60
 
 
 class TestWindows:

@@ -35,6 +35,7 @@ except ImportError as missing:
 
 _FAILURES_KEPT = int(FAILURES_KEPT.total_seconds())
 _ROUND_KEPT = 10 * _FAILURES_KEPT  # far longer, lest a lock ends with its round
+_LATE = 60
 _TELLING = int(TELLING.total_seconds())
 
 
@@ -87,7 +88,7 @@ class LimitsThrottle(CountingThrottle):
         round_ = 0 if self._is_source(key) else await self._storage.get(_round_of(key))
         windows = () if unlimited else self._windows_of(key, round_)
         for number, window in enumerate(windows, 1):
-            if await self._storage.incr(window.key, window.seconds) > window.amount:
+            if await self._storage.incr(window.key, window.kept) > window.amount:
                 await self._uncount(windows[:number])
                 wait = max(window.ends - self._clock().timestamp(), 1.0)
                 raise TooEarly(wait, of_source=self._is_source(key))
@@ -143,7 +144,7 @@ class LimitsThrottle(CountingThrottle):
             _Window(
                 key=f"tortoise_auth:{key}:{round_}:{number}:{now // item.get_expiry()}",
                 amount=item.amount,
-                seconds=item.get_expiry(),
+                kept=item.get_expiry() + _LATE,
                 ends=(now // item.get_expiry() + 1) * item.get_expiry(),
             )
             for number, item in enumerate(self._source if self._is_source(key) else self._account)
@@ -151,7 +152,7 @@ class LimitsThrottle(CountingThrottle):
 
     async def _uncount(self, windows: Sequence[_Window]) -> None:
         for window in windows:
-            await self._storage.incr(window.key, window.seconds, amount=-1)
+            await self._storage.incr(window.key, window.kept, amount=-1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,13 +162,14 @@ class _Window:
     Attributes:
         key: Of its counter.
         amount: Attempts that it has room for.
-        seconds: How long it lasts.
+        kept: How long its counter is kept, in seconds: longer than it lasts, lest an attempt that
+            comes late begins it anew.
         ends: When it does, in seconds since 1970.
     """
 
     key: str
     amount: int
-    seconds: int
+    kept: int
     ends: int
 
 
