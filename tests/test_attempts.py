@@ -196,6 +196,16 @@ class TestGivingUp:
         assert await answer(there)
         assert others._groups == {}
 
+    async def test_cancelled_at_the_moment_it_is_refused(self) -> None:
+        """There is nothing to leave to anybody."""
+        others = OpenAttempts()
+        with others.attempt("a"):
+            gone = await waiting(others, "a", on="a")
+        gone.cancel()
+        await asyncio.wait([gone])
+        assert gone.cancelled()
+        assert others._groups == {}
+
     async def test_cancelled_at_the_moment_it_is_let_in(self) -> None:
         """Its place is the next one's."""
         others = OpenAttempts()

@@ -958,9 +958,12 @@ class TestLocked:
         assert await guess(auth, EMAIL, PASSWORD) == "AuthenticationError"
         assert events.names.count("account_locked") == 1
 
-    async def test_right_ones_at_once(self, ada: User, clock: FakeClock, events: Captured) -> None:
+    @pytest.mark.parametrize("account", [BUDGET, 1000])
+    async def test_right_ones_at_once(
+        self, ada: User, clock: FakeClock, events: Captured, account: int
+    ) -> None:
         """What would lock is being checked: whoever comes meanwhile waits for what it turns out to be."""
-        auth = service(clock, max_failures=BUDGET)
+        auth = service(clock, account=account, max_failures=BUDGET)
         await fail(auth, BUDGET - 1)
         async with asyncio.timeout(LIMIT):
             outcomes = await asyncio.gather(*(guess(auth, EMAIL, PASSWORD) for _ in range(4)))
@@ -1008,6 +1011,38 @@ class TestLocked:
             assert await locking == "AuthenticationError"
             assert await guess(auths[-1]) == "AuthenticationError"
         assert calls == 1
+
+    async def test_caller_hangs_up_while_another_tells_it(
+        self, ada: User, clock: FakeClock, emitter: EventEmitter, events: Captured
+    ) -> None:
+        """His refusal is reported like any other, and the lock is not told again."""
+        auth, other = (service(clock, account=1000, max_failures=3) for _ in range(2))
+        await fail(auth, 2)
+        told, reported, go_on = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+        @emitter.on("account_locked")
+        async def mail() -> None:
+            told.set()
+            await go_on.wait()
+
+        @emitter.on("user_login_failed")
+        async def note(event: UserLoginFailed) -> None:
+            if event.reason == "locked":
+                reported.set()
+                await go_on.wait()
+
+        locking = asyncio.ensure_future(guess(auth))
+        async with asyncio.timeout(LIMIT):
+            await told.wait()
+            call = asyncio.ensure_future(guess(other))
+            await reported.wait()
+            call.cancel()
+            await asyncio.wait([call])
+            go_on.set()
+            assert await locking == "AuthenticationError"
+            await emitter.aclose(LIMIT)
+        assert events.names.count("account_locked") == 1
+        assert [event.reason for event in events.of(UserLoginFailed)].count("locked") == 1
 
     async def test_caller_hangs_up_while_it_is_told(
         self, ada: User, clock: FakeClock, emitter: EventEmitter, events: Captured

@@ -90,6 +90,7 @@ class _Refused:
 class _Lock:
     """An account that is to be locked, or that it is was not told; no event if there is no account."""
 
+    throttle: Throttle
     reservation: Reservation
     event: AccountLocked[Any] | None
 
@@ -248,24 +249,30 @@ class Credentials(Generic[UserT]):
     ) -> _Refused:
         locked = reservation is not None and reservation.locked
         events = [] if only_lock else [case.failed(_reason(case.user, locked=locked))]
-        if reservation is None or not (reservation.locks or reservation.untold):
-            return _Refused(AuthenticationError(), events)
         lock = None
-        if case.user is not None:  # nobody's lock is told to nobody
-            lock = AccountLocked(
-                user=case.user,
-                subject_id=_id(case.user),
-                context=case.context,
-                occurred_at=self._clock(),
-            )
-        return _Refused(AuthenticationError(), events, _Lock(reservation, lock))
+        if self._throttle is not None and reservation is not None:
+            if reservation.locks or reservation.untold:
+                lock = _Lock(self._throttle, reservation, self._lock_of(case))
+        return _Refused(AuthenticationError(), events, lock)
+
+    def _lock_of(self, case: _Case[UserT]) -> AccountLocked[UserT] | None:
+        if case.user is None:  # nobody's lock is told to nobody
+            return None
+        return AccountLocked(
+            user=case.user,
+            subject_id=_id(case.user),
+            context=case.context,
+            occurred_at=self._clock(),
+        )
 
     async def _tell(self, refused: _Refused, patience: float | None = _PATIENCE) -> None:
         """Tell of a refusal; and of a lock, if it is one by now and nobody else tells it."""
         if refused.lock is None:
             await self._report(refused.events)
             return
-        locking = asyncio.ensure_future(self._locked(refused.lock, patience))
+        locking = asyncio.ensure_future(
+            _available(refused.lock.throttle.lock(refused.lock.reservation), patience)
+        )
         try:
             await to_the_end(locking)
         except asyncio.CancelledError:
@@ -283,20 +290,11 @@ class Credentials(Generic[UserT]):
             await self._report([*told, *refused.events])
         except asyncio.CancelledError:  # but the report goes on
             if locked:
-                self._emitter.detach(self._told(lock), "count of a login")
+                told_late = _available(lock.throttle.told(lock.reservation))
+                self._emitter.detach(told_late, "count of a login")
             raise
-        locking.result()  # it raises what was wrong with the throttle
-        if locked:
-            await self._settle(self._told(lock))
-
-    async def _locked(self, lock: _Lock, patience: float | None) -> bool:
-        if self._throttle is None:
-            return False
-        return await _available(self._throttle.lock(lock.reservation), patience)
-
-    async def _told(self, lock: _Lock) -> None:
-        if self._throttle is not None:
-            await self._throttle.told(lock.reservation)
+        if locking.result():  # it raises what was wrong with the throttle
+            await self._settle(lock.throttle.told(lock.reservation))
 
     async def _report(self, events: Sequence[Event]) -> None:
         connection = self._sessions.connection()

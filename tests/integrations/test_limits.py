@@ -43,7 +43,7 @@ from tortoise_auth import AuthConfig, AuthenticationError, AuthService, RequestC
 from tortoise_auth.exceptions import ConfigurationError, ServiceUnavailableError, ThrottledError
 from tortoise_auth.integrations.limits import LimitsThrottle, _CountedInWindows
 from tortoise_auth.testing import Captured, FakeClock, capture
-from tortoise_auth.throttling import Counted, Reservation
+from tortoise_auth.throttling import LOCKED, TOLD, Counted, Reservation
 
 REDIS_URL = os.environ.get("TORTOISE_AUTH_TEST_REDIS", "redis://127.0.0.1:6379")
 PAGE = Path(__file__).parent.parent.parent / "docs" / "throttling.md"
@@ -164,6 +164,71 @@ class TestInRedis(ThrottleContract):
             assert set(granted.values()) == {BUDGET}
             client = client_of(storage)
             assert await client.ttl(f"{storage.bridge.key_prefix}:{[*granted][-1]}") > 60
+
+
+class TestLock:
+    """A lock and a success at the same moment, step by step."""
+
+    @staticmethod
+    async def reserved() -> tuple[LimitsThrottle, Reservation, Reservation]:
+        """Return two attempts of which the second would lock."""
+        throttle = LimitsThrottle("async+memory://", max_failures=2)
+        right, wrong = [await throttle.reserve(attempt()) for _ in range(2)]
+        return throttle, right, wrong
+
+    async def test_success_looks_before_and_forgets_after(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """What was locked between the two is locked in the new round, too."""
+        throttle, right, wrong = await self.reserved()
+        incr = throttle._storage.incr
+
+        async def lock_before(key: str, expiry: int, amount: int = 1) -> int:
+            if "round" in key:
+                assert await throttle.lock(wrong)
+            return await incr(key, expiry, amount)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(throttle._storage, "incr", lock_before)
+            await throttle.succeeded(right)
+        (later,) = await fail(throttle, attempt())
+        assert later.locked
+
+    async def test_success_after_its_look(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Failures that are forgotten before they are locked are not locked."""
+        throttle, right, wrong = await self.reserved()
+        incr = throttle._storage.incr
+
+        async def succeed_before(key: str, expiry: int, amount: int = 1) -> int:
+            if amount == LOCKED:
+                await throttle.succeeded(right)
+            return await incr(key, expiry, amount)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(throttle._storage, "incr", succeed_before)
+            assert not await throttle.lock(wrong)
+        (later,) = await fail(throttle, attempt())
+        assert not later.locked
+
+    async def test_another_locks_after_its_look(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """It is locked once, and told by one."""
+        throttle, _, wrong = await self.reserved()
+        incr, answers = throttle._storage.incr, list[bool]()
+
+        async def lock_before(key: str, expiry: int, amount: int = 1) -> int:
+            if amount == LOCKED and not answers:
+                answers.append(True)
+                answers.append(await throttle.lock(wrong))
+            return await incr(key, expiry, amount)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(throttle._storage, "incr", lock_before)
+            assert not await throttle.lock(wrong)
+        assert answers == [True, True]
+        await throttle.told(wrong)
+        (later,) = await fail(throttle, attempt())
+        assert (later.locked, later.untold) == (True, False)
+        assert later.counted[0].failures == LOCKED + TOLD + 3
 
 
 class TestWindows:
