@@ -1379,6 +1379,27 @@ class TestStoreIsDown:
         assert type(answer).__name__ in str(error.value)
         assert costs == []
 
+    async def test_no_reservation_for_who_hangs_up(
+        self, ada: User, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Who is gone hears of nothing else than that."""
+        throttle = DatabaseThrottle(clock=clock)
+        auth = AuthService(User, AuthConfig(secret=SECRET), throttle=throttle, clock=clock)
+        asked, go_on = asyncio.Event(), asyncio.Event()
+
+        async def forget(_: object) -> None:
+            asked.set()
+            await go_on.wait()
+
+        monkeypatch.setattr(throttle, "reserve", forget)
+        call = asyncio.ensure_future(log_in(auth))
+        async with asyncio.timeout(LIMIT):
+            await asked.wait()
+            call.cancel()
+            go_on.set()
+            await asyncio.wait([call])
+        assert call.cancelled()
+
     async def test_never_answers(
         self, ada: User, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
     ) -> None:

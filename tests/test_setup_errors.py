@@ -28,7 +28,7 @@ from tortoise_auth import (
     PasswordPolicy,
 )
 from tortoise_auth.clock import utc_now
-from tortoise_auth.throttling import DatabaseThrottle
+from tortoise_auth.throttling import Attempt, DatabaseThrottle, Reservation
 
 CONFIG = AuthConfig(secret=SECRET)
 
@@ -48,6 +48,17 @@ class Nameless(AbstractUser):
     class Meta(AbstractUser.Meta):
         table = "app_nameless"
         abstract = False
+
+
+class Unlocking:
+    """A throttle that has nothing to lock an account with."""
+
+    async def reserve(self, attempt: Attempt) -> Reservation:
+        return Reservation(attempt=attempt)
+
+    async def failed(self, reservation: Reservation) -> None: ...
+
+    succeeded = released = told = failed
 
 
 class Ambiguous(AbstractUser):
@@ -160,6 +171,7 @@ class TestParts:
             ({"throttle": True}, "throttle= takes DatabaseThrottle"),
             ({"throttle": False}, "throttle= takes DatabaseThrottle"),
             ({"throttle": DatabaseThrottle}, "throttle= takes DatabaseThrottle"),
+            ({"throttle": Unlocking()}, "throttle= takes DatabaseThrottle"),
             ({"clock": datetime.now}, "aware datetime"),
             ({"clock": utc_now()}, "aware datetime"),
             ({"emitter": "x"}, "emitter= takes an instance of EventEmitter"),

@@ -391,7 +391,9 @@ class Credentials(Generic[UserT]):
             await to_the_end(reserving)
         except asyncio.CancelledError:
             if not reserving.cancelled() and reserving.exception() is None:
-                self._tell_later(self._refused(case, reserving.result(), only_lock=True))
+                reservation = reserving.result()
+                if isinstance(reservation, Reservation):
+                    self._tell_later(self._refused(case, reservation, only_lock=True))
             raise
         reservation = reserving.result()
         if not isinstance(reservation, Reservation):
