@@ -54,9 +54,11 @@ class Unlocking:
     """A throttle that has nothing to lock an account with."""
 
     async def reserve(self, attempt: Attempt) -> Reservation:
+        """Let everybody try."""
         return Reservation(attempt=attempt)
 
-    async def failed(self, reservation: Reservation) -> None: ...
+    async def failed(self, reservation: Reservation) -> None:
+        """Nothing is counted."""
 
     succeeded = released = told = failed
 
