@@ -107,6 +107,17 @@ class TestLettingIn:
         assert not await answer(tasks[0])
         assert others._groups == {}
 
+    async def test_what_it_gave_back(self) -> None:
+        """Who is refused for the account has held a place of the source for a moment, and no longer."""
+        others = OpenAttempts()
+        with others.attempt("a"), others.attempt("a", "s") as place:
+            task = await waiting(others, "b", "s", on="s")
+            refused = asyncio.create_task(place.is_let_in("a"))
+            assert await answer(task)
+            refused.cancel()
+            await asyncio.wait([refused])
+        assert others._groups == {}
+
     async def test_refused_while_one_succeeded(self) -> None:
         """Its refusal may be older than what was freed: it tries again at once, and once."""
         others = OpenAttempts()
@@ -184,6 +195,15 @@ class TestGivingUp:
             assert not await answer(await waiting(others, "a", on="a"))
             assert [len(group.waiting) for group in others._groups.values()] == [0]
         assert others._groups == {}
+
+    async def test_tries_again_only_so_long(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """However often others succeed meanwhile."""
+        monkeypatch.setattr(attempts, "_PATIENCE", -1)
+        others = OpenAttempts()
+        with others.attempt("a") as place:
+            with others.attempt("a") as right:
+                right.costs_nothing = True
+            assert not await place.is_let_in("a")
 
     async def test_cancelled(self) -> None:
         """Who is gone is passed over."""

@@ -607,6 +607,17 @@ class TestOthersUnderWay:
         assert outcomes.count("AuthenticationError") == BUDGET
         assert len(costs) == BUDGET + outcomes.count("in")
 
+    async def test_guesses_at_another_account(self, ada: User, clock: FakeClock) -> None:
+        """Who is refused for his account holds nothing of the budget of the address."""
+        auth = service(clock, source=2 * BUDGET)
+        await User.create_user(email="bob@example.com", password=PASSWORD)
+        async with asyncio.timeout(LIMIT):
+            guesses = [asyncio.ensure_future(guess(auth, context=HERE)) for _ in range(BURST)]
+            bob = asyncio.ensure_future(guess(auth, "bob@example.com", PASSWORD, HERE))
+            outcomes = await asyncio.gather(*guesses)
+            assert await bob == "in"
+        assert outcomes.count("AuthenticationError") == BUDGET
+
     async def test_flood_does_not_stand_in_the_way(
         self,
         ada: User,
@@ -642,13 +653,34 @@ class TestOthersUnderWay:
         [[PASSWORD] * 3, [PASSWORD, WRONG, PASSWORD], [PASSWORD, WRONG, WRONG, WRONG, PASSWORD]],
     )
     async def test_success_frees_the_account_for_all(
-        self, ada: User, strict: AuthService[User], clock: FakeClock, passwords: list[str]
+        self,
+        ada: User,
+        strict: AuthService[User],
+        clock: FakeClock,
+        hasher: PasswordHasher,
+        monkeypatch: pytest.MonkeyPatch,
+        passwords: list[str],
     ) -> None:
         """Who waited for a right one is heard, whatever became of those before him."""
         await fail(strict, BUDGET)
         clock.advance(timedelta(seconds=1))
+        verify, first, go_on = hasher.verify, asyncio.Event(), asyncio.Event()
+
+        async def slowly(password: str, hashed: str | None) -> Verification:
+            first.set()
+            await go_on.wait()
+            return await verify(password, hashed)
+
+        monkeypatch.setattr(hasher, "verify", slowly)
         async with asyncio.timeout(LIMIT):
-            outcomes = await asyncio.gather(*(guess(strict, EMAIL, each) for each in passwords))
+            calls = [asyncio.ensure_future(guess(strict, EMAIL, passwords[0]))]
+            await first.wait()
+            for number, each in enumerate(passwords[1:], 1):
+                calls.append(asyncio.ensure_future(guess(strict, EMAIL, each)))
+                while sum(len(group.waiting) for group in _groups(strict)) < number:  # noqa: ASYNC110 - no event tells
+                    await asyncio.sleep(0)
+            go_on.set()
+            outcomes = await asyncio.gather(*calls)
         expected = {PASSWORD: "in", WRONG: "AuthenticationError"}
         assert outcomes == [expected[each] for each in passwords]
 

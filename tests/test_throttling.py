@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from datetime import UTC, datetime, timedelta
@@ -132,6 +133,35 @@ async def race(throttle: Throttle) -> None:
     await asyncio.to_thread(sys.stdin.readline)
     granted, _ = await burst(throttle, [attempt()] * BURST)
     print(len(granted), flush=True)
+
+
+async def storm(throttle: Throttle, chance: random.Random, max_failures: int) -> int:
+    """Let right and wrong attempts end in any order; return how often somebody told of a lock."""
+
+    async def hesitate() -> None:
+        for _ in range(chance.randrange(12)):
+            await asyncio.sleep(0)
+
+    async def one() -> bool:
+        await hesitate()
+        reservation = await throttle.reserve(attempt(source=None))
+        await hesitate()
+        if chance.random() < 0.3 and not reservation.locked:
+            await throttle.succeeded(reservation)
+            return False
+        if chance.random() < 0.1:
+            await throttle.released(reservation)
+            return False
+        await throttle.failed(reservation)
+        if not (reservation.locks or reservation.untold) or not await throttle.lock(reservation):
+            return False
+        await hesitate()
+        await throttle.told(reservation)
+        return True
+
+    count = chance.randint(max_failures, max_failures + 6)
+    async with asyncio.timeout(LIMIT):
+        return sum(await asyncio.gather(*(one() for _ in range(count))))
 
 
 class ThrottleContract:
@@ -378,6 +408,15 @@ class ThrottleContract:
             await throttle.told(wrong)
         (first,) = await fail(throttle, attempt())
         assert (first.locked, first.untold) == (locked, False)
+
+    @pytest.mark.parametrize("seed", range(20))
+    async def test_lock_in_a_storm(self, make: Make, seed: int) -> None:
+        """However attempts end, it is locked if that was told, which was once, and open if not."""
+        chance = random.Random(seed)
+        throttle = make(max_failures=(most := chance.randint(2, 5)))
+        told = await storm(throttle, chance, most)
+        later = await throttle.reserve(attempt(source=None))
+        assert (told, later.untold) == (int(later.locked), False)
 
     async def test_burst_locks_once(self, make: Make) -> None:
         """Of fifty failures at the same moment one is told that it locks."""
@@ -927,10 +966,47 @@ class TestTransaction:
         """Two who write down the same count at the same moment write it once."""
         async with in_transaction():
             reservation = await throttle.reserve(attempt())
-        all_read_before_any_writes(monkeypatch, 2)
-        await asyncio.gather(throttle.failed(reservation), throttle.failed(reservation))
+            await throttle.released(await throttle.reserve(attempt("bob", ELSEWHERE)))
+        swap, written = counters._swap, list[str]()
+
+        async def note(connection: Any, row: Count, changed: Count) -> bool:
+            written.append(row.key)
+            return await swap(connection, row, changed)
+
+        monkeypatch.setattr(counters, "_swap", note)
+        await asyncio.gather(*(throttle.failed(reservation) for _ in range(5)))
         assert throttle._counters._unsaved == {}
+        assert throttle._counters._saving == {}
+        assert sorted(written) == sorted({*written})
+        assert len(written) == 4
         assert await AttemptCount.filter(count=1).count() == 2
+
+    async def test_saved_by_who_hangs_up(
+        self, sqlite: TortoiseContext, throttle: DatabaseThrottle, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """What he has begun to write is written, and not once more by the next."""
+        async with in_transaction():
+            reservation = await throttle.reserve(attempt(source=None))
+        swap, written, go_on = counters._swap, asyncio.Event(), asyncio.Event()
+
+        async def slow(connection: Any, row: Count, changed: Count) -> bool:
+            answer = await swap(connection, row, changed)
+            written.set()
+            await go_on.wait()
+            return answer
+
+        monkeypatch.setattr(counters, "_swap", slow)
+        call = asyncio.ensure_future(throttle.failed(reservation))
+        async with asyncio.timeout(LIMIT):
+            await written.wait()
+            call.cancel()
+            go_on.set()
+            await asyncio.wait([call])
+        assert call.cancelled()
+        await throttle.failed(reservation)
+        assert throttle._counters._unsaved == {}
+        assert throttle._counters._saving == {}
+        assert await AttemptCount.all().values("count", "failures") == [{"count": 1, "failures": 1}]
 
     @pytest.mark.parametrize("meanwhile", [0, 1, 2])
     async def test_another_process_counts_meanwhile(

@@ -57,17 +57,16 @@ class OpenAttempts:
         Args:
             key: The group.
             place: The place.
-            refused: By this group, and not by another.
+            refused: By this group; or by another, and then this one may have counted it meanwhile.
         """
+        if not refused:
+            self.leave(key, place, cost_nothing=True)
+            return
         group = self._groups[key]
-        if refused and place.hope:  # a newcomer was faster: all wait for him, too
+        if place.hope:  # a newcomer was faster: all wait for him, too
             group.taken = next(self._numbers)
-        if refused:
-            group.hope = 0
-        if place.hope:
-            self.leave(key, place, cost_nothing=False)  # the next may have what it did not take
-        else:
-            self._close(key, place)
+        group.hope = 0
+        self._close(key, place)
 
     def try_again(self, key: _Key, place: _Place) -> _Place | None:
         """Return the place for another try at once, if one has cost nothing since it was taken."""
@@ -152,7 +151,8 @@ class OpenAttempt:
             let it in, or it has waited for too long.
         """
         key = self._keys[group]
-        if renewed := self._others.try_again(key, self._places[group]):
+        renewed = self._others.try_again(key, self._places[group])
+        if renewed and self._now() < self._gives_up:
             self._places[group] = renewed
             return True
         places, self._places = self._places, {}

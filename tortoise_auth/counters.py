@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass, replace
 from datetime import datetime
 
 from tortoise.backends.base.client import BaseDBAsyncClient
 from tortoise.expressions import Q
 
-from tortoise_auth.database import connection_for, is_transaction, root_of, run_statement
+from tortoise_auth.database import (
+    connection_for,
+    is_transaction,
+    root_of,
+    run_statement,
+    to_the_end,
+)
 from tortoise_auth.models import AttemptCount
 
 MAX_RACES = 100
@@ -41,6 +48,7 @@ class Counters:
 
     def __init__(self) -> None:
         self._unsaved: dict[str, _Unsaved] = {}
+        self._saving: dict[str, asyncio.Task[None]] = {}
 
     async def read(self, key: str, now: datetime) -> Count:
         """Return a counter; a new one begins *now*."""
@@ -66,7 +74,7 @@ class Counters:
         """Write what was counted within a transaction, now that it is over."""
         if self._unsaved and not is_transaction(_connection()):
             for key in tuple(self._unsaved):
-                await self._save(key, _connection())
+                await self._save(key)
 
     async def purge(self, quiet: datetime, forgotten: datetime, locked: int) -> int:
         """Delete the counters that nobody has touched for long.
@@ -81,19 +89,27 @@ class Counters:
         stale = Q(last_at__lt=quiet, failures=0) | Q(last_at__lt=forgotten, failures__lt=locked)
         return await counters.filter(stale).delete()
 
-    async def _save(self, key: str, connection: BaseDBAsyncClient) -> None:
+    async def _save(self, key: str) -> None:
+        """Write one of them, once, however many ask for it and whoever of them hangs up."""
+        task = self._saving.get(key)
+        if task is None:
+            task = asyncio.create_task(self._add_unsaved(key, _connection()))
+            self._saving[key] = task
+            task.add_done_callback(lambda _: self._saving.pop(key, None))
+        await to_the_end(task)
+        task.result()
+
+    async def _add_unsaved(self, key: str, connection: BaseDBAsyncClient) -> None:
         """Add what was counted to what the counter is by now: another process may have counted, too."""
         for _ in range(MAX_RACES):
-            if key not in self._unsaved:
-                return
-            row = await _read(connection, key, self._unsaved[key].now.last_at)
-            unsaved = self._unsaved.get(key)
-            if unsaved is None:
-                return
+            unsaved = self._unsaved[key]
+            row = await _read(connection, key, unsaved.now.last_at)
+            unsaved = self._unsaved[key]
             if await _swap(connection, row, unsaved.added_to(row)):
                 later = self._unsaved.pop(key).now
                 if later is not unsaved.now:
                     self._unsaved[key] = _Unsaved(unsaved.now, later)
+                return
 
 
 @dataclass(frozen=True, slots=True, eq=False)

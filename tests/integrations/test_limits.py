@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 import secrets
 import socket
 import subprocess
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from limits.aio.storage import RedisStorage, Storage
+from limits.aio.storage import MemoryStorage, RedisStorage, Storage
 from limits.storage import storage_from_string
 from tortoise.context import TortoiseContext
 
@@ -37,11 +38,12 @@ from tests.test_throttling import (
     granted_to_processes,
     race,
     refused,
+    storm,
     yes,
 )
 from tortoise_auth import AuthConfig, AuthenticationError, AuthService, RequestContext, credentials
 from tortoise_auth.exceptions import ConfigurationError, ServiceUnavailableError, ThrottledError
-from tortoise_auth.integrations.limits import LimitsThrottle, _CountedInWindows
+from tortoise_auth.integrations.limits import _FORGOTTEN, LimitsThrottle, _CountedInWindows
 from tortoise_auth.testing import Captured, FakeClock, capture
 from tortoise_auth.throttling import LOCKED, TOLD, Counted, Reservation
 
@@ -166,6 +168,34 @@ class TestInRedis(ThrottleContract):
             assert await client.ttl(f"{storage.bridge.key_prefix}:{[*granted][-1]}") > 60
 
 
+class SlowStorage(MemoryStorage):
+    """One in which everybody else may do something between two steps."""
+
+    chance = random.Random()
+
+    async def incr(self, key: str, expiry: float, amount: int = 1) -> int:
+        """Add, some time."""
+        await self._hesitate()
+        value = await super().incr(key, expiry, amount)
+        await self._hesitate()
+        return value
+
+    async def get(self, key: str) -> int:
+        """Look, some time."""
+        value = await super().get(key)
+        await self._hesitate()
+        return value
+
+    async def clear(self, key: str) -> None:
+        """Forget, some time."""
+        await self._hesitate()
+        await super().clear(key)
+
+    async def _hesitate(self) -> None:
+        for _ in range(self.chance.randrange(3)):
+            await asyncio.sleep(0)
+
+
 class TestLock:
     """A lock and a success at the same moment, step by step."""
 
@@ -176,23 +206,117 @@ class TestLock:
         right, wrong = [await throttle.reserve(attempt()) for _ in range(2)]
         return throttle, right, wrong
 
-    async def test_success_looks_before_and_forgets_after(
-        self, monkeypatch: pytest.MonkeyPatch
+    @pytest.mark.parametrize("rivals", [1, 2])
+    async def test_between_the_look_and_the_step_of_a_success(
+        self, monkeypatch: pytest.MonkeyPatch, rivals: int
     ) -> None:
-        """What was locked between the two is locked in the new round, too."""
+        """The lock was first: no success takes it back, and it is told once."""
         throttle, right, wrong = await self.reserved()
-        incr = throttle._storage.incr
+        get, looked = throttle._storage.get, asyncio.Barrier(rivals + 1)
+
+        async def look_together(key: str) -> int:
+            value = await get(key)
+            if key.endswith(":0"):
+                await looked.wait()
+                await locked.wait()
+            return value
+
+        locked = asyncio.Event()
+        with monkeypatch.context() as patch:
+            patch.setattr(throttle._storage, "get", look_together)
+            successes = [asyncio.ensure_future(throttle.succeeded(right)) for _ in range(rivals)]
+            await looked.wait()
+            patch.setattr(throttle._storage, "get", get)
+            assert await throttle.lock(wrong)
+            locked.set()
+            await asyncio.gather(*successes)
+        await throttle.told(wrong)
+        (later,) = await fail(throttle, attempt())
+        assert (later.locked, later.untold) == (True, False)
+
+    async def test_while_a_success_takes_its_step(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """It is locked for who comes then, too, and told by who was to tell it."""
+        throttle, right, wrong = await self.reserved()
+        incr, later = throttle._storage.incr, list[Reservation]()
 
         async def lock_before(key: str, expiry: int, amount: int = 1) -> int:
-            if "round" in key:
+            if amount == -_FORGOTTEN:
                 assert await throttle.lock(wrong)
+            if amount == _FORGOTTEN:
+                later.extend(await fail(throttle, attempt()))
+                assert not await throttle.lock(later[0])  # somebody is about to tell it
+                await throttle.told(wrong)
+                later.extend(await fail(throttle, attempt()))
             return await incr(key, expiry, amount)
 
         with monkeypatch.context() as patch:
             patch.setattr(throttle._storage, "incr", lock_before)
             await throttle.succeeded(right)
+        later.extend(await fail(throttle, attempt()))
+        assert [each.locked for each in later] == [True] * 3
+        assert [each.untold for each in later] == [True, False, False]
+
+    @pytest.mark.parametrize("seed", range(0, 1000, 100))
+    async def test_in_a_storm(self, seed: int) -> None:
+        """In whatever order the steps are taken, it is locked if that was told, once, and else open."""
+        for each in range(seed, seed + 100):
+            storage = SlowStorage()
+            storage.chance = random.Random(each)
+            most = storage.chance.randint(2, 5)
+            throttle = LimitsThrottle(storage, account="1000 per day", max_failures=most)
+            told = await storm(throttle, storage.chance, most)
+            later = await throttle.reserve(attempt(source=None))
+            assert (told, later.untold) == (int(later.locked), False), each
+
+    async def test_after_a_success_in_a_later_round(self) -> None:
+        """Whoever was being checked for long does not open what others have locked since."""
+        throttle, slow, quick = await self.reserved()
+        await throttle.succeeded(quick)
+        *_, locking = await fail(throttle, attempt(), 2)
+        assert await throttle.lock(locking)
+        await throttle.told(locking)
+        await throttle.succeeded(slow)
         (later,) = await fail(throttle, attempt())
-        assert later.locked
+        assert (later.locked, later.untold) == (True, False)
+
+    async def test_two_successes_at_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Both begin the same round: what is counted in it stays."""
+        throttle, right, also_right = await self.reserved()
+        clear = throttle._storage.clear
+        later = list[Reservation]()
+
+        async def fail_before(key: str) -> None:
+            patch.undo()
+            await fail(throttle, attempt())
+            await throttle.succeeded(also_right)
+            later.extend(await fail(throttle, attempt()))
+            await clear(key)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(throttle._storage, "clear", fail_before)
+            await throttle.succeeded(right)
+        assert later[0].counted[0].failures == 1
+
+    async def test_another_success_was_faster(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Who is late begins no further round, and opens nothing that was locked in the new one."""
+        throttle, right, also_right = await self.reserved()
+        incr, late = throttle._storage.incr, True
+
+        async def overtaken(key: str, expiry: int, amount: int = 1) -> int:
+            nonlocal late
+            if amount == -_FORGOTTEN and late:
+                late = False
+                await throttle.succeeded(also_right)
+                *_, locking = await fail(throttle, attempt(), 2)
+                assert await throttle.lock(locking)
+                await throttle.told(locking)
+            return await incr(key, expiry, amount)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(throttle._storage, "incr", overtaken)
+            await throttle.succeeded(right)
+        (later,) = await fail(throttle, attempt())
+        assert (later.locked, later.untold) == (True, False)
 
     async def test_success_after_its_look(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Failures that are forgotten before they are locked are not locked."""

@@ -36,7 +36,8 @@ except ImportError as missing:
 _FAILURES_KEPT = int(FAILURES_KEPT.total_seconds())
 _ROUND_KEPT = 10 * _FAILURES_KEPT  # far longer, lest a lock ends with its round
 _LATE = 60
-_TELLING = int(TELLING.total_seconds())
+_FORGOTTEN = 1 << 40
+_A_MINUTE = int(TELLING.total_seconds())
 
 
 class LimitsThrottle(CountingThrottle):
@@ -94,49 +95,57 @@ class LimitsThrottle(CountingThrottle):
                 raise TooEarly(wait, of_source=self._is_source(key))
         failures = 0
         if self._is_account(key):
-            failures = await self._storage.incr(_failures_of(key, round_), _FAILURES_KEPT)
+            failures = _in_a_row(await self._add(_failures_of(key, round_), 1))
         return _CountedInWindows(key, failures, windows=windows, round=round_)
 
     async def _give_back(self, counted: Counted) -> None:
         counted = _here(counted)
         await self._uncount(counted.windows)
         if self._is_account(counted.key):
-            await self._storage.incr(_failures_of_attempt(counted), _FAILURES_KEPT, amount=-1)
+            await self._add(_failures_of(counted.key, counted.round), -1)
 
     async def _forget(self, counted: Counted) -> None:
         """Begin a new round, in which nothing has been counted, not even by who is late."""
-        failures = _failures_of_attempt(counted)
-        if await self._storage.get(failures) >= LOCKED:
+        round_ = await self._storage.get(_round_of(counted.key))
+        failures = _failures_of(counted.key, round_)
+        if _in_a_row(await self._storage.get(failures)) >= LOCKED:
             return
-        now = await self._storage.incr(_round_of(counted.key), _ROUND_KEPT)
-        locked = await self._storage.get(failures)
-        if locked < LOCKED:
+        if _in_a_row(await self._add(failures, -_FORGOTTEN)) >= LOCKED:  # at this very moment
+            await self._add(failures, _FORGOTTEN)
+            return
+        if await self._is_first(f"{failures}:over"):
+            await self._storage.incr(_round_of(counted.key), _ROUND_KEPT)
             await self._storage.clear(failures)
-        else:  # at this very moment, and somebody may have been told
-            await self._storage.incr(_failures_of(counted.key, now), _FAILURES_KEPT, amount=locked)
 
     async def _lock(self, counted: Counted) -> bool:
-        failures = _failures_of_attempt(counted)
+        round_ = _here(counted).round
+        failures = _failures_of(counted.key, round_)
         before = await self._storage.get(failures)
         if self._max_failures <= before < LOCKED:
-            before = await self._storage.incr(failures, _FAILURES_KEPT, amount=LOCKED) - LOCKED
-            if not self._max_failures <= before < LOCKED:  # others were faster
-                await self._storage.incr(failures, _FAILURES_KEPT, amount=-LOCKED)
-        if not self._max_failures <= before < TOLD:
-            return False
-        return await self._storage.get(_round_of(counted.key)) == _here(counted).round
+            before = await self._add(failures, LOCKED) - LOCKED
+            is_first = self._max_failures <= before < LOCKED
+            if not is_first or await self._storage.get(_round_of(counted.key)) != round_:
+                await self._add(failures, -LOCKED)  # forgotten, or locked by somebody else
+                return False
+            return True
+        is_locked = LOCKED <= before < TOLD
+        return is_locked and await self._storage.get(_round_of(counted.key)) == round_
 
     async def _undertake_to_tell(self, counted: Counted) -> bool:
-        telling = f"{_failures_of_attempt(counted)}:telling"
-        return await self._storage.incr(telling, _TELLING) == 1
+        return await self._is_first(f"{_failures_of(counted.key, _here(counted).round)}:telling")
+
+    async def _is_first(self, step: str) -> bool:
+        """Tell whether nobody has begun this step within the last minute: he may have been killed."""
+        return await self._storage.incr(step, _A_MINUTE) == 1
 
     async def _remember_told(self, counted: Counted) -> None:
-        failures = _failures_of_attempt(counted)
-        if (
-            LOCKED <= await self._storage.get(failures) < TOLD
-            and await self._storage.incr(failures, _FAILURES_KEPT, amount=TOLD) >= 2 * TOLD
-        ):
-            await self._storage.incr(failures, _FAILURES_KEPT, amount=-TOLD)
+        failures = _failures_of(counted.key, _here(counted).round)
+        before = await self._add(failures, TOLD) - TOLD
+        if not LOCKED <= _in_a_row(before) < TOLD:
+            await self._add(failures, -TOLD)
+
+    async def _add(self, failures: str, amount: int) -> int:
+        return await self._storage.incr(failures, _FAILURES_KEPT, amount=amount)
 
     def _windows_of(self, key: str, round_: int) -> Sequence[_Window]:
         now = int(self._clock().timestamp())
@@ -187,8 +196,16 @@ def _here(counted: Counted) -> _CountedInWindows:
     return counted
 
 
-def _failures_of_attempt(counted: Counted) -> str:
-    return _failures_of(counted.key, _here(counted).round)
+def _in_a_row(value: int) -> int:
+    """Return the failures in a row, locked or not, that a counter stands for.
+
+    A success takes `_FORGOTTEN` off it, and what is then there says who was first: if it is locked
+    under that, the lock was. If it is not, the failures are forgotten.
+    """
+    if value < -_FORGOTTEN // 2:
+        value %= _FORGOTTEN
+        return value if LOCKED <= value < _FORGOTTEN // 2 else 0
+    return max(value, 0)
 
 
 def _failures_of(key: str, round_: int) -> str:
