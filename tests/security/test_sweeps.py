@@ -52,6 +52,7 @@ from tortoise_auth.exceptions import (
 from tortoise_auth.models import AttemptCount, OutboxEntry, Session
 from tortoise_auth.passwords import PasswordHasher
 from tortoise_auth.testing import FakeClock
+from tortoise_auth.throttling import LOCKED
 
 Row: TypeAlias = dict[str, Any]
 Work: TypeAlias = Callable[[], Coroutine[Any, Any, object]]
@@ -84,6 +85,11 @@ class Snapshot:
                 for user in self.users.values()
             )
         }
+
+    @property
+    def locked(self) -> set[object]:
+        """The counters of accounts that are locked."""
+        return {key for key, row in self.attempts.items() if row["failures"] >= LOCKED}
 
     @property
     def failures(self) -> int:
@@ -199,6 +205,7 @@ class Stage:
             happened["changed"] += event.name == "password_changed"
             happened["closed"] += event.name == "user_deactivated"
             happened["reopened"] += event.name == "user_activated"
+            happened["locked"] += event.name == "account_locked"
             ends_one = event.name in ("session_revoked", "refresh_token_reused")
             happened["ended"] += getattr(event, "sessions_ended", int(ends_one))
         return +happened
@@ -221,6 +228,7 @@ def changes(before: Snapshot, after: Snapshot) -> Counter[str]:
         happened["reopened"] += is_active and not was_active
         happened["changed"] += raised - (was_active != is_active)
         happened["rehashed"] += user["password"] != old["password"] and not raised
+    happened["locked"] += len(after.locked - before.locked)
     return +happened
 
 
@@ -289,6 +297,19 @@ async def attacked(stage: Stage) -> None:
     await AttemptCount.all().update(count=30, failures=30)
 
 
+async def nearly_locked(stage: Stage) -> None:
+    """So many have failed that one more locks the account, and none of them today."""
+    with pytest.raises(AuthenticationError):
+        await stage.backstage.login(EMAIL, "wrong")
+    await AttemptCount.filter(key__startswith="account:").update(count=0, failures=99)
+
+
+LOCKING = Scenario(
+    lambda stage: stage.auth.login(EMAIL, "wrong", context=HOME),
+    AuthenticationError,
+    ("account_locked", "user_login_failed"),
+    nearly_locked,
+)
 SCENARIOS: dict[str, Scenario] = {
     "login": Scenario(
         lambda stage: stage.auth.login(EMAIL, PASSWORD, context=HOME), AuthResult, ("user_login",)
@@ -483,7 +504,9 @@ async def when_the_answer_is_there(work: Work, step: int) -> bool:
 
 
 class TestCancellation:
-    @every_method
+    @pytest.mark.parametrize(
+        "scenario", [*SCENARIOS.values(), LOCKING], ids=[*SCENARIOS.keys(), "login_locking"]
+    )
     @pytest.mark.parametrize(
         "cut", [at_each_step, when_the_answer_is_there], ids=lambda cut: cut.__name__
     )
@@ -585,5 +608,30 @@ class TestDatabaseFailure:
             await again.check()
             assert isinstance(again.outcome, scenario.outcome)
             assert tuple(event.name for event in stage.heard[heard:]) == scenario.told
+        trial.assert_complete()
+        assert number > 1
+
+    @pytest.mark.parametrize("times", ["once", "from then on"])
+    async def test_while_an_account_is_locked(
+        self, stage: Stage, hasher: PasswordHasher, clock: FakeClock, times: str
+    ) -> None:
+        """It is told of none that is not; and if it could not be told, a later attempt tells it."""
+        for number in count(1):
+            trial = await Trial.prepared(stage, LOCKING, hasher)
+            fails = number.__eq__ if times == "once" else number.__le__
+            with failing(stage.context, fails) as calls:
+                await finished(trial.work())
+            at_once = changes(trial.before, await stage.settled())["locked"]
+            assert stage.told()["locked"] <= at_once
+            if len(calls) < number:
+                break
+            assert type(trial.outcome) is ServiceUnavailableError
+            clock.advance(timedelta(hours=1))
+            for password in ("wrong", PASSWORD):
+                with pytest.raises(AuthenticationError):
+                    await stage.auth.login(EMAIL, password)
+                clock.advance(timedelta(hours=1))
+            assert (await stage.settled()).locked
+            assert 1 <= stage.told()["locked"] <= 1 + at_once
         trial.assert_complete()
         assert number > 1
