@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -55,6 +56,27 @@ def connection_of(context: TortoiseContext) -> BaseDBAsyncClient:
     """Return the only connection of a test's database."""
     (connection,) = context.connections.all()
     return connection
+
+
+async def hang_up_at(owner: Any, step: str, call: Coroutine[Any, Any, object]) -> None:
+    """Cancel a call while it waits for a step of *owner* that has done its work already."""
+    take, taken, go_on = getattr(owner, step), asyncio.Event(), asyncio.Event()
+
+    async def take_and_wait(*args: Any) -> Any:
+        answer = await take(*args)
+        taken.set()
+        await go_on.wait()
+        return answer
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, step, take_and_wait)
+        task = asyncio.ensure_future(call)
+        async with asyncio.timeout(60):
+            await taken.wait()
+            task.cancel()
+            go_on.set()
+            await asyncio.wait([task])
+    assert task.cancelled()
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from tortoise.exceptions import OperationalError
 from tortoise.transactions import in_transaction
 
 from tests.conftest import POSTGRES_URL, SECRET, needs_postgres
-from tests.probes import connection_of, statements
+from tests.probes import connection_of, hang_up_at, statements
 from tests.test_docs import run, snippets
 from tortoise_auth import AuthConfig, AuthService, counters
 from tortoise_auth.counters import Count
@@ -982,27 +982,12 @@ class TestTransaction:
         assert await AttemptCount.filter(count=1).count() == 2
 
     async def test_saved_by_who_hangs_up(
-        self, sqlite: TortoiseContext, throttle: DatabaseThrottle, monkeypatch: pytest.MonkeyPatch
+        self, sqlite: TortoiseContext, throttle: DatabaseThrottle
     ) -> None:
         """What he has begun to write is written, and not once more by the next."""
         async with in_transaction():
             reservation = await throttle.reserve(attempt(source=None))
-        swap, written, go_on = counters._swap, asyncio.Event(), asyncio.Event()
-
-        async def slow(connection: Any, row: Count, changed: Count) -> bool:
-            answer = await swap(connection, row, changed)
-            written.set()
-            await go_on.wait()
-            return answer
-
-        monkeypatch.setattr(counters, "_swap", slow)
-        call = asyncio.ensure_future(throttle.failed(reservation))
-        async with asyncio.timeout(LIMIT):
-            await written.wait()
-            call.cancel()
-            go_on.set()
-            await asyncio.wait([call])
-        assert call.cancelled()
+        await hang_up_at(counters, "_swap", throttle.failed(reservation))
         await throttle.failed(reservation)
         assert throttle._counters._unsaved == {}
         assert throttle._counters._saving == {}

@@ -51,17 +51,8 @@ class OpenAttempts:
             return
         self._close(key, place)
 
-    def step_back(self, key: _Key, place: _Place, *, refused: bool) -> None:
-        """Give the place up without having been counted.
-
-        Args:
-            key: The group.
-            place: The place.
-            refused: By this group; or by another, and then this one may have counted it meanwhile.
-        """
-        if not refused:
-            self.leave(key, place, cost_nothing=True)
-            return
+    def leave_refused(self, key: _Key, place: _Place) -> None:
+        """Give the place up because there was no room in the group: there is nothing to hope for."""
         group = self._groups[key]
         if place.hope:  # a newcomer was faster: all wait for him, too
             group.taken = next(self._numbers)
@@ -156,8 +147,9 @@ class OpenAttempt:
             self._places[group] = renewed
             return True
         places, self._places = self._places, {}
-        for each, place in places.items():
-            self._others.step_back(self._keys[each], place, refused=each == group)
+        self._others.leave_refused(key, places.pop(group))
+        for each, place in places.items():  # which may have counted it meanwhile, and not for long
+            self._others.leave(self._keys[each], place, cost_nothing=True)
         waiting = self._others.wait(key)
         if waiting is None:
             return False

@@ -88,7 +88,13 @@ class _Refused:
 
 @dataclass(frozen=True, slots=True)
 class _Lock:
-    """An account that is to be locked, or that it is was not told; no event if there is no account."""
+    """A lock that is due, or that nobody was told of.
+
+    Attributes:
+        throttle: Locks the account.
+        reservation: The attempt that found it.
+        event: What to tell; nothing if there is no such account.
+    """
 
     throttle: Throttle
     reservation: Reservation

@@ -355,6 +355,29 @@ class TestLock:
         assert later.counted[0].failures == LOCKED + TOLD + 3
 
 
+@asynccontextmanager
+async def refused_late(
+    throttle: LimitsThrottle, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[list[Reservation]]:
+    """Let many guess at once; those who are refused are taken off again only after the block."""
+    uncount, go_on = throttle._uncount, asyncio.Event()
+
+    async def late(windows: Any) -> None:
+        await go_on.wait()
+        await uncount(windows)
+
+    monkeypatch.setattr(throttle, "_uncount", late)
+    tried = [attempt(source=None)] * 90
+    guesses = [asyncio.ensure_future(throttle.reserve(each)) for each in tried]
+    for _ in range(100):
+        await asyncio.sleep(0)
+    granted: list[Reservation] = []
+    yield granted
+    go_on.set()
+    outcomes = await asyncio.gather(*guesses, return_exceptions=True)
+    granted += [each for each in outcomes if isinstance(each, Reservation)]
+
+
 class TestWindows:
     async def test_each_is_waited_for(self, clock: FakeClock) -> None:
         """Who has used up several windows waits for the longer one, and no window is used up unheard."""
@@ -391,24 +414,11 @@ class TestWindows:
     ) -> None:
         """Who is refused just before it ends, and is taken off it just after that, buys no guess."""
         throttle = LimitsThrottle("async+memory://", account="2 per minute", clock=clock)
-        uncount = throttle._uncount
-
-        async def late(windows: Any) -> None:
-            await go_on.wait()
-            await uncount(windows)
-
-        go_on = asyncio.Event()
-        monkeypatch.setattr(throttle, "_uncount", late)
-        tried = [attempt(source=None)] * 90
-        first = [asyncio.ensure_future(throttle.reserve(each)) for each in tried]
-        for _ in range(100):
-            await asyncio.sleep(0)
-        clock.advance(timedelta(seconds=60))
-        await throttle.reserve(tried[0])
-        go_on.set()
-        outcomes = await asyncio.gather(*first, return_exceptions=True)
-        assert sum(isinstance(each, Reservation) for each in outcomes) == 2
-        granted, _ = await burst(throttle, tried)
+        async with refused_late(throttle, monkeypatch) as granted_before:
+            clock.advance(timedelta(seconds=60))
+            await throttle.reserve(attempt(source=None))
+        assert len(granted_before) == 2
+        granted, _ = await burst(throttle, [attempt(source=None)] * 90)
         assert len(granted) == 1
 
     async def test_refusals_before_a_success_add_nothing(
@@ -416,24 +426,11 @@ class TestWindows:
     ) -> None:
         """Nor does it help to be refused while the user logs in."""
         throttle = LimitsThrottle("async+memory://", account="2 per minute", clock=clock)
-        uncount = throttle._uncount
-
-        async def late(windows: Any) -> None:
-            await go_on.wait()
-            await uncount(windows)
-
         right = await throttle.reserve(attempt(source=None))
-        go_on = asyncio.Event()
-        monkeypatch.setattr(throttle, "_uncount", late)
-        tried = [attempt(source=None)] * 90
-        first = [asyncio.ensure_future(throttle.reserve(each)) for each in tried]
-        for _ in range(100):
-            await asyncio.sleep(0)
-        await throttle.succeeded(right)
-        go_on.set()
-        outcomes = await asyncio.gather(*first, return_exceptions=True)
-        assert sum(isinstance(each, Reservation) for each in outcomes) == 1
-        granted, _ = await burst(throttle, tried)
+        async with refused_late(throttle, monkeypatch) as granted_before:
+            await throttle.succeeded(right)
+        assert len(granted_before) == 1
+        granted, _ = await burst(throttle, [attempt(source=None)] * 90)
         assert len(granted) == 2
 
     async def test_that_ends_at_this_moment(self, clock: FakeClock) -> None:
