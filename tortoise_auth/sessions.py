@@ -26,7 +26,8 @@ from tortoise_auth.exceptions import TokenExpiredError, TokenRevokedError
 from tortoise_auth.models import Session, primary_key, user_table
 from tortoise_auth.throttling import source_of
 from tortoise_auth.tokens import RefreshToken
-from tortoise_auth.users import UserT, shared_connection
+from tortoise_auth.users.changes import shared_connection
+from tortoise_auth.users.model import UserT
 
 logger = logging.getLogger("tortoise_auth.sessions")
 
