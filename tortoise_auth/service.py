@@ -47,9 +47,8 @@ from tortoise_auth.exceptions import (
 )
 from tortoise_auth.models import Session
 from tortoise_auth.passwords import PasswordHasher, PasswordPolicy
-from tortoise_auth.sessions import Found, Sessions
+from tortoise_auth.sessions import AccessClaims, AccessTokens, Found, RefreshToken, Sessions
 from tortoise_auth.throttling import DatabaseThrottle, Throttle
-from tortoise_auth.tokens import AccessClaims, AccessTokens, RefreshToken
 from tortoise_auth.users.changes import (
     replace_outdated_hash,
     store_login,

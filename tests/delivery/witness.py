@@ -17,7 +17,8 @@ from tortoise.context import TortoiseContext
 from tests.app import AuditRow
 from tests.conftest import POSTGRES_URL
 from tests.probes import connection_of, statements
-from tortoise_auth import EventEmitter, database
+from tortoise_auth import EventEmitter
+from tortoise_auth.database import transactions
 from tortoise_auth.events import Event
 from tortoise_auth.events.relay import Relay
 
@@ -101,8 +102,8 @@ def inline_alone(*names: str) -> Outcome:
 
 async def quiet(emitter: EventEmitter) -> None:
     """Wait until nothing is under way: neither handlers nor transactions that are being undone."""
-    while database._background:
-        await asyncio.wait(list(database._background))
+    while transactions._background:
+        await asyncio.wait(list(transactions._background))
     await emitter.aclose()
 
 
