@@ -18,7 +18,7 @@ from tests.app import AuditRow
 from tests.conftest import POSTGRES_URL
 from tests.probes import connection_of, statements
 from tortoise_auth import EventEmitter
-from tortoise_auth.database import transactions
+from tortoise_auth.database import root_of, transactions
 from tortoise_auth.events import Event
 from tortoise_auth.events.relay import Relay
 
@@ -156,7 +156,7 @@ def every_statement(context: TortoiseContext) -> Iterator[list[str]]:
 
 def root(context: TortoiseContext) -> BaseDBAsyncClient:
     """Return the database itself, whatever transaction the test is in."""
-    return database.root_of(connection_of(context))
+    return root_of(connection_of(context))
 
 
 class Cancelled(Generic[ReturnT]):
