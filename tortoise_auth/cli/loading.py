@@ -1,4 +1,4 @@
-"""Finding what the host has: its `AuthService`, its settings, by the names that were typed."""
+"""Load what the host has, its `AuthService` and its settings, by the names that were typed."""
 
 from __future__ import annotations
 
@@ -37,6 +37,11 @@ def load_service(path: str) -> Service:
     found = _load(path, AuthService, "an AuthService, as in myapp.main:auth")
     assert isinstance(found, AuthService)  # noqa: S101 - for the type checker; `_load` has looked
     return found
+
+
+def durable_subscriptions(auth: Service) -> set[str]:
+    """Return the names of the durable subscriptions of a service."""
+    return {each.name for each in auth.emitter.describe() if each.delivery == "durable"}
 
 
 def load_lifespan(path: str) -> Lifespan:
