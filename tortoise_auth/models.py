@@ -39,6 +39,9 @@ class Session(Model):
         previous_refresh_hash: SHA-256 of the one spent last.
         generation: How often the session has been refreshed.
         created_at, last_used_at: When it was opened and refreshed last.
+        authenticated_at: When its owner proved who they are; ``None`` in rows that are older than
+            this column.
+        authentication_methods: How, as RFC 8176 names it, separated by spaces: ``pwd``, ``pwd otp``.
         refresh_expires_at: When the unspent refresh token expires (idle lifetime).
         expires_at: When the session ends whatever happens (absolute lifetime).
         revoked_at: When it was ended before that.
@@ -55,6 +58,8 @@ class Session(Model):
     generation = fields.IntField(default=0)
     created_at: UtcDatetimeField[datetime] = UtcDatetimeField()
     last_used_at: UtcDatetimeField[datetime] = UtcDatetimeField()
+    authenticated_at: UtcDatetimeField[datetime | None] = UtcDatetimeField(null=True)
+    authentication_methods = fields.CharField(max_length=128, default="", db_default="")
     refresh_expires_at: UtcDatetimeField[datetime] = UtcDatetimeField()
     expires_at: UtcDatetimeField[datetime] = UtcDatetimeField(db_index=True)
     revoked_at: UtcDatetimeField[datetime | None] = UtcDatetimeField(null=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Sequence
+from datetime import datetime
 from typing import Generic
 from uuid import UUID
 
@@ -43,9 +45,18 @@ class Sessions(Generic[UserT]):
         return shared_connection(self._user_model)
 
     async def open(
-        self, user: UserT, context: RequestContext, connection: BaseDBAsyncClient
+        self,
+        user: UserT,
+        context: RequestContext,
+        connection: BaseDBAsyncClient,
+        *,
+        authenticated_at: datetime,
+        methods: Sequence[str],
     ) -> tuple[Session, RefreshToken]:
-        """Insert a new session and return it with its first refresh token."""
+        """Insert a new session and return it with its first refresh token.
+
+        Warning: whoever calls this vouches for the user. Only the gate does, `flows.signin`.
+        """
         now = self._clock()
         token = RefreshToken.new()
         ends = now + self._config.session_lifetime
@@ -57,6 +68,8 @@ class Sessions(Generic[UserT]):
             refresh_hash=token.hash,
             created_at=now,
             last_used_at=now,
+            authenticated_at=authenticated_at,
+            authentication_methods=" ".join(methods),
             refresh_expires_at=min(now + self._config.refresh_token_lifetime, ends),
             expires_at=ends,
             ip=context.ip,
