@@ -21,6 +21,7 @@ from tortoise_auth.flows import (
     password_change,
     password_login,
     refresh,
+    session_upkeep,
 )
 from tortoise_auth.flows.core import Core
 from tortoise_auth.flows.logout import Revocation
@@ -29,7 +30,7 @@ from tortoise_auth.flows.signin import AuthResult
 from tortoise_auth.models import Session
 from tortoise_auth.passwords import PasswordHasher, PasswordPolicy
 from tortoise_auth.sessions import AccessClaims
-from tortoise_auth.throttling import DatabaseThrottle, Throttle
+from tortoise_auth.throttling import Throttle
 from tortoise_auth.users.model import UserT
 
 __all__ = ["AuthResult", "AuthService", "Revocation"]
@@ -292,8 +293,7 @@ class AuthService(Generic[UserT]):
     @guarded
     async def sessions(self, user: UserT) -> list[Session]:
         """Return the live sessions of *user*, the one used last first."""
-        self._core.require_own(user)
-        return await self._core.sessions.list(user)
+        return await session_upkeep.list_sessions(self._core, user)
 
     @guarded
     async def revoke_session(
@@ -355,10 +355,7 @@ class AuthService(Generic[UserT]):
 
         Old counters of the database throttle go, too.
         """
-        purged = await self._core.sessions.purge()
-        if isinstance(self._core.throttle, DatabaseThrottle):
-            await self._core.throttle.purge()
-        return purged
+        return await session_upkeep.purge_expired(self._core)
 
     def relay(
         self,
