@@ -21,7 +21,7 @@ from tortoise_auth.events.catalog import (
     UserLogout,
     UserRegistered,
 )
-from tortoise_auth.events.emitting import (
+from tortoise_auth.events.event_emitter import (
     EventEmitter,
     add_listener,
     emit,

@@ -28,7 +28,7 @@ from tortoise_auth.database import (
 )
 from tortoise_auth.events import outbox
 from tortoise_auth.events.catalog import Event, UserEvent, UserT
-from tortoise_auth.events.emitting import EventEmitter
+from tortoise_auth.events.event_emitter import EventEmitter
 from tortoise_auth.events.outbox import Claimed
 from tortoise_auth.events.subscription import Subscription
 from tortoise_auth.exceptions import EventError, describe

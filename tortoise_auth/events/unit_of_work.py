@@ -15,7 +15,7 @@ from tortoise_auth.clock import Clock, utc_now
 from tortoise_auth.database import is_transaction, root_of, transaction, when_committed
 from tortoise_auth.events import outbox
 from tortoise_auth.events.catalog import Event
-from tortoise_auth.events.emitting import EventEmitter
+from tortoise_auth.events.event_emitter import EventEmitter
 
 
 class UnitOfWork:

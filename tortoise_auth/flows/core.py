@@ -13,7 +13,7 @@ from tortoise_auth.config import AuthConfig, checked_clock
 from tortoise_auth.context import RequestContext, current_context
 from tortoise_auth.database import when_committed
 from tortoise_auth.events.catalog import Actor, Event, SessionRevoked
-from tortoise_auth.events.emitting import EventEmitter
+from tortoise_auth.events.event_emitter import EventEmitter
 from tortoise_auth.events.unit_of_work import UnitOfWork
 from tortoise_auth.exceptions import ConfigurationError
 from tortoise_auth.models import Session

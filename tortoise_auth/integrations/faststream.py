@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from uuid import UUID, uuid5
 
 from tortoise_auth.events.catalog import Event
-from tortoise_auth.events.emitting import EventEmitter
+from tortoise_auth.events.event_emitter import EventEmitter
 from tortoise_auth.events.formats import (
     CloudEventError,
     cloudevent,

@@ -16,7 +16,7 @@ from tortoise_auth.clock import utc_now
 from tortoise_auth.context import current_context, storable
 from tortoise_auth.database import connection_for, guarded, is_unique_violation, violated_columns
 from tortoise_auth.events.catalog import PasswordChanged, UserRegistered
-from tortoise_auth.events.emitting import EventEmitter, emitter
+from tortoise_auth.events.event_emitter import EventEmitter, emitter
 from tortoise_auth.events.unit_of_work import UnitOfWork
 from tortoise_auth.exceptions import (
     ConfigurationError,

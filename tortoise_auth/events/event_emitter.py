@@ -10,8 +10,8 @@ from typing import Any, Self
 
 from tortoise_auth.events.background import BackgroundQueue
 from tortoise_auth.events.catalog import Event
-from tortoise_auth.events.dispatch import Dispatcher
-from tortoise_auth.events.emission import Emission
+from tortoise_auth.events.delivery import Dispatcher
+from tortoise_auth.events.invocation import Emission
 
 logger = logging.getLogger("tortoise_auth.events")
 

@@ -29,7 +29,7 @@ from tortoise_auth.events import (
     UserLogin,
     UserLogout,
 )
-from tortoise_auth.events.emission import MAX_NESTED
+from tortoise_auth.events.invocation import MAX_NESTED
 
 Handler = Callable[..., Any]
 Modes = dict[str, Any]

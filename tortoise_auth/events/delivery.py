@@ -23,7 +23,7 @@ from tortoise_auth.database import (
 from tortoise_auth.events import outbox
 from tortoise_auth.events.background import Backend, BackgroundQueue
 from tortoise_auth.events.catalog import Event
-from tortoise_auth.events.emission import Emission, Nested, invoke, is_handler_failure
+from tortoise_auth.events.invocation import Emission, Nested, invoke, is_handler_failure
 from tortoise_auth.events.registry import Registry, Table
 from tortoise_auth.events.subscription import Handler, Subscription, describe_handler
 from tortoise_auth.exceptions import ConfigurationError, EventError, describe
