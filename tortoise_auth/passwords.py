@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import importlib.util
 import os
@@ -249,7 +250,7 @@ class PasswordHasher:
 
     async def _on_a_thread(self, work: Callable[[], ResultT]) -> ResultT:
         try:
-            return await self._pool.submit(work)
+            return await asyncio.wrap_future(self._pool.submit(work))
         except (ValueError, MemoryError, RuntimeError) as error:
             kind = type(error).__name__  # the text of what passlib raises holds the stored hash
         raise ServiceUnavailableError(f"This machine could not compute a hash ({kind})")

@@ -8,6 +8,7 @@ from datetime import UTC, datetime, timedelta
 from typing import ClassVar, TypeVar, get_origin, overload
 
 from tortoise_auth.events import Event, EventEmitter
+from tortoise_auth.events.event_emitter import deliverer_of
 from tortoise_auth.passwords import PasswordHasher
 
 EventT = TypeVar("EventT", bound=Event)
@@ -134,8 +135,9 @@ def capture(emitter: EventEmitter, *, mute: bool = False) -> Iterator[Captured]:
 @contextmanager
 def isolated(emitter: EventEmitter) -> Iterator[EventEmitter]:
     """Restore the listeners of *emitter* at the end, whatever was registered or removed."""
-    before = emitter.snapshot()
+    registry = deliverer_of(emitter).registry
+    before = registry.snapshot()
     try:
         yield emitter
     finally:
-        emitter.restore(before)
+        registry.restore(before)

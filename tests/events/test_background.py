@@ -27,6 +27,7 @@ from tortoise_auth.events import (
     Job,
 )
 from tortoise_auth.events.background import MAX_HOPS
+from tortoise_auth.events.event_emitter import deliverer_of
 
 PATIENCE = 10.0
 SHORT = 0.02
@@ -645,7 +646,7 @@ class TestEnd:
                 await emitter.emit("more")
 
         async def begin() -> None:
-            emitter.detach(work("task"), "task")
+            deliverer_of(emitter).spawn(work("task"), "task")
 
         emitter.on("evt", begin, delivery="background")
         emitter.on("more", lambda: done.append("more"), delivery="background")

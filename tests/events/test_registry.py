@@ -27,6 +27,7 @@ from tortoise_auth.events import (
     UserLogin,
     UserLogout,
 )
+from tortoise_auth.events.event_emitter import deliverer_of
 from tortoise_auth.events.registry import _MAX_SHAPES
 
 Handler = Callable[..., Any]
@@ -284,7 +285,7 @@ class TestRefused:
             lambda handler: emitter.remove_listener("evt", handler),
             lambda handler: emitter.clear("evt"),
             lambda handler: emitter.clear(),
-            lambda handler: emitter.restore({}),
+            lambda handler: deliverer_of(emitter).registry.restore({}),
         ]
         for free in ways:
             handler = noting([], 1)
@@ -293,9 +294,9 @@ class TestRefused:
         emitter.once("evt", noting([], 2), name="shop.audit")
         await emitter.emit("evt")
         emitter.on("evt", noting([], 3), name="shop.audit")
-        before = emitter.snapshot()
+        before = deliverer_of(emitter).registry.snapshot()
         emitter.clear()
-        emitter.restore(before)
+        deliverer_of(emitter).registry.restore(before)
         with pytest.raises(SubscriptionError, match="taken"):
             emitter.on("evt", noting([], 4), name="shop.audit")
 

@@ -21,6 +21,7 @@ from tortoise_auth.events.catalog import (
     UserLogout,
     UserRegistered,
 )
+from tortoise_auth.events.delivery import Delivered
 from tortoise_auth.events.event_emitter import (
     EventEmitter,
     add_listener,
@@ -43,6 +44,7 @@ __all__ = [
     "Backend",
     "BackgroundQueue",
     "BackgroundQueueFull",
+    "Delivered",
     "Delivery",
     "Event",
     "EventEmitter",

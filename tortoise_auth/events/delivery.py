@@ -1,13 +1,20 @@
-"""Calling handlers: in order or at once, awaited or not, and what happens when one fails."""
+"""Delivering: handlers called in order or at once, and what happens when one fails.
+
+`Deliverer` is the inside of an `EventEmitter`. The unit of work, the relay and the flows, which
+deliver events in other ways than `emit`, reach it by ``deliverer_of(emitter)``; applications do not
+need it.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import inspect
 import logging
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
-from operator import length_hint
-from typing import Any, Literal, TypeAlias, TypeVar
+import time
+from collections.abc import Callable, Coroutine, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
+from uuid import UUID
 
 from tortoise_auth.clock import utc_now
 from tortoise_auth.database import (
@@ -21,146 +28,135 @@ from tortoise_auth.database import (
     when_committed,
 )
 from tortoise_auth.events import outbox
-from tortoise_auth.events.background import Backend, BackgroundQueue
-from tortoise_auth.events.catalog import Event
-from tortoise_auth.events.invocation import Emission, Nested, invoke, is_handler_failure
-from tortoise_auth.events.registry import Registry, Table
-from tortoise_auth.events.subscription import Handler, Subscription, describe_handler
+from tortoise_auth.events.background import Backend, BackgroundJob, BackgroundQueue
+from tortoise_auth.events.catalog import Event, NamedEvent
+from tortoise_auth.events.invocation import (
+    Emitted,
+    Nested,
+    invoke,
+    is_handler_failure,
+    lane_of,
+)
+from tortoise_auth.events.registry import Registry
+from tortoise_auth.events.subscription import Delivery, Handler, Subscription, describe_handler
 from tortoise_auth.exceptions import ConfigurationError, EventError, describe
 from tortoise_auth.models import OutboxEntry
+from tortoise_auth.threads import ThreadsStuckError
 
 logger = logging.getLogger("tortoise_auth.events")
 
 ReturnT = TypeVar("ReturnT")
 
 ErrorPolicy: TypeAlias = Literal["log", "raise", "group"]
+Outcome: TypeAlias = Literal["succeeded", "failed", "timed_out", "cancelled"]
 
 _CONTROL_CHARACTERS = {code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0))} | {
     0x2028: "\\u2028",
     0x2029: "\\u2029",
 }
 
-_MAX_CONCURRENT = 3
-"""Emits inside more calls of handlers than this run one by one: those in a circle would double."""
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Delivered:
+    """One call of a handler, as the observer of an emitter sees it when it is over.
+
+    Attributes:
+        event_name: The event.
+        event_id: The id of the event object; ``None`` for what was emitted by name alone.
+        subscription: The name of the subscription.
+        delivery: The delivery of the subscription.
+        outcome: ``succeeded``, ``failed`` (it raised), ``timed_out`` (its ``timeout=``) or
+            ``cancelled`` (its caller was).
+        seconds: How long it took.
+        attempt: 1, and for a durable delivery how often the relay has called it for this row.
+    """
+
+    event_name: str
+    event_id: UUID | None
+    subscription: str
+    delivery: Delivery
+    outcome: Outcome
+    seconds: float
+    attempt: int = 1
 
 
-class Dispatcher(Registry):
-    """Calls the handlers of an event, each in the way it asked for. See `EventEmitter`."""
+Observer: TypeAlias = Callable[[Delivered], object]
+
+
+class Settled(NamedTuple):
+    """What became of a call: its result, or how it failed; neither for a spent ``once``."""
+
+    results: list[object]
+    failure: EventError | None = None
+
+
+class Deliverer:
+    """Runs handlers, each in the way that its subscription asked for."""
 
     def __init__(
         self,
+        registry: Registry,
         *,
-        propagate_errors: bool = False,
-        errors: ErrorPolicy | None = None,
-        concurrent: bool = False,
-        strict: bool = False,
-        on_error: Callable[[EventError], object] | None = None,
-        backend: Backend | None = None,
+        concurrent: bool,
+        backend: Backend | None,
+        on_error: Callable[[EventError], object] | None,
+        observer: Observer | None,
     ) -> None:
-        if errors not in (None, "log", "raise", "group") or (propagate_errors and errors == "log"):
-            raise ValueError('errors must be "log", "raise" or "group", and fit propagate_errors')
-        self.errors: ErrorPolicy = errors or ("raise" if propagate_errors else "log")
-        super().__init__(strict=strict)
+        self.registry = registry
+        self.errors: ErrorPolicy = "log"
         self.concurrent = concurrent
         self.backend: Backend = backend if backend is not None else BackgroundQueue()
-        self._on_error = on_error
-        self._may_run_plainly = not concurrent and self.errors != "group"
+        self.observer = observer
         self.relays: set[Callable[[], None]] = set()
-        self._stragglers: set[asyncio.Task[Any]] = set()
+        self._on_error = on_error
+        self._tasks: set[asyncio.Task[Any]] = set()
 
-    @property
-    def propagate_errors(self) -> bool:
-        """Whether the first failure is raised."""
-        return self.errors == "raise"
-
-    async def emit(self, event: str | Event, /, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
-        """Run the handlers of *event*, and hand background deliveries over.
-
-        An event that nobody listens to costs nothing. Handlers registered or removed meanwhile
-        count from the next emit on. If the caller is cancelled, handlers that had not started
-        still run, in a task of their own, before or after the cancellation arrives.
-
-        Example:
-            ``await emitter.emit("order_paid", order_id=7)`` or ``await emitter.emit(OrderPaid(7))``
-
-        Args:
-            event: A name, with any payload for its handlers, or an event object.
-
-        Raises:
-            EventError: A handler failed and ``errors`` is ``"raise"``; or one in the transaction.
-            ExceptionGroup: Handlers failed and ``errors`` is ``"group"``.
-            TypeError: It is neither; or it is a name, and a durable subscription needs an object.
-            ConfigurationError: A durable subscription needs a database, and there is none.
-            ServiceUnavailableError: The database did not take the row of a durable subscription.
-            BackgroundQueueFull: The queue is full and was made to raise.
-        """
-        if event.__class__ is str:
-            table = self._tables.get(event) or self._table(event)
-            if table is None:
-                return
-            # From here to the end this is as flat as it is because every emit pays for it.
-            if not kwargs and len(args) <= table.takes_plainly:
-                remaining = iter(table.plain)
-                for handler in remaining:
-                    try:
-                        await handler(*args)
-                    except BaseException as failure:  # noqa: BLE001 - sorted out in _after
-                        self._after(failure, Emission(event, None, args, kwargs), table, remaining)
-                return
-            if table.plain:
-                calls = iter(table.calls(len(args), kwargs))
-                for call in calls:
-                    try:
-                        await call(args, kwargs)
-                    except BaseException as failure:  # noqa: BLE001 - sorted out in _after
-                        self._after(failure, Emission(event, None, args, kwargs), table, calls)
-                return
-        emission = Emission.of(event, args, kwargs)
-        table = self._table(emission.name)
-        if table is not None:
-            await self._deliver(emission, table.subscriptions)
-
-    # ---- for the unit of work and the relay -------------------------------------------------
+    # ---- for the unit of work, the relay and the flows --------------------------------------
 
     async def run(self, event: Event, subscriptions: Sequence[Subscription]) -> None:
-        """Run some handlers of *event* now, by the error policy of this emitter."""
-        emission = Emission.of(event)
-        if self.concurrent and not in_caller_transaction():
-            await self._run_concurrently(emission, subscriptions)
-        else:
-            await self._run_in_order(emission, subscriptions)
+        """Run some handlers of *event* now, by the error policy."""
+        await self._run(Emitted.of(event), subscriptions)
 
-    async def call(self, event: Event, subscription: Subscription) -> None:
+    async def call(self, event: Event, subscription: Subscription, *, attempt: int = 1) -> None:
         """Call one handler.
 
         Raises:
             EventError: It failed.
         """
-        await self._call_or_raise(Emission.of(event), subscription)
-
-    def run_detached(self, event: Event, subscriptions: Sequence[Subscription]) -> None:
-        """Run some handlers of *event* in a task of their own, outside any transaction."""
-        self._rescue(Emission.of(event), subscriptions)
+        await self._call_or_raise(Emitted.of(event), subscription, attempt=attempt)
 
     def submit(
         self, event: Event, subscriptions: Sequence[Subscription], mark: int | None = None
     ) -> None:
-        """Run some handlers of *event* in the background, for somebody who has other things to do.
+        """Run some handlers of *event* in the background, for a caller that is not to fail by it.
 
-        What happened has happened: a backend that takes no more is logged, whatever it was told.
+        What happened has happened: a backend that takes no more is logged, whatever its policy.
 
         Args:
             event: The event.
             subscriptions: Its background subscriptions.
             mark: Run them only if this mark was committed; see `outbox.mark`.
         """
+        if mark is not None:
+            self.spawn(self._submit_kept(event, subscriptions, mark), f"event '{event.name}'")
+            return
         try:
-            self._submit(Emission.of(event), subscriptions, mark)
+            self.hand_over(Emitted.of(event), subscriptions)
         except Exception:
             logger.exception("event '%s' was not delivered in the background", event.name)
 
-    def detach(self, work: Coroutine[Any, Any, None], what: str) -> None:
-        """Do *work* in a task of its own, outside any transaction; `aclose` waits for it."""
+    async def _submit_kept(
+        self, event: Event, subscriptions: Sequence[Subscription], mark: int
+    ) -> None:
+        if await outbox.take_mark(connection_for(OutboxEntry), mark):
+            self.submit(event, subscriptions)
+
+    def run_spawned(self, event: Event, subscriptions: Sequence[Subscription]) -> None:
+        """Run some handlers of *event* in a task of their own, outside any transaction."""
+        self.rescue(Emitted.of(event), subscriptions)
+
+    def spawn(self, work: Coroutine[Any, Any, None], what: str) -> None:
+        """Do *work* in a task of its own, outside any transaction; `finish` waits for it."""
         self._track(
             asyncio.get_running_loop().create_task(
                 _logged(work, what), name=what, context=context_outside_transactions()
@@ -168,178 +164,59 @@ class Dispatcher(Registry):
         )
 
     def wake_relays(self) -> None:
-        """Tell the relays of this process that there may be rows to deliver."""
+        """Wake the relays of this process: there may be rows to deliver."""
         for wake in tuple(self.relays):
             wake()
 
-    # ---- inside -----------------------------------------------------------------------------
+    # ---- for the emitter --------------------------------------------------------------------
 
-    async def _deliver(self, emission: Emission, subscriptions: Sequence[Subscription]) -> None:
+    async def deliver(
+        self, emitted: Emitted, subscriptions: Sequence[Subscription]
+    ) -> list[object]:
+        """Deliver to each subscription in its way; return what the awaited handlers returned."""
         by_delivery: dict[str, list[Subscription]] = {}
         for subscription in subscriptions:
             by_delivery.setdefault(subscription.delivery, []).append(subscription)
+        results: list[object] = []
         for subscription in by_delivery.get("transaction", ()):
-            await self._call_or_raise(emission, subscription)
+            results += await self._call_or_raise(emitted, subscription)
         if "durable" in by_delivery:
-            await self._store(emission, by_delivery["durable"])
-        inline = by_delivery.get("inline", ())
+            await self._store(emitted, by_delivery["durable"])
         try:
-            if self.concurrent and not in_caller_transaction():
-                await self._run_concurrently(emission, inline)
-            else:
-                await self._run_in_order(emission, inline)
+            results += await self._run(emitted, by_delivery.get("inline", ()))
         finally:
             if "background" in by_delivery:
-                await self._hand_over(emission, by_delivery["background"])
+                await self._hand_over_on_commit(emitted, by_delivery["background"])
+        return results
 
-    async def _store(self, emission: Emission, durable: Sequence[Subscription]) -> None:
-        """Write the rows of a durable delivery where the caller is, in its transaction or not."""
-        connection = current_connection(OutboxEntry)
-        if connection is None:
-            raise ConfigurationError(
-                f"{emission.text} has durable subscriptions, which need a database: call "
-                'Tortoise.init with "tortoise_auth.models" among the modules'
+    def hand_over(self, emitted: Emitted, subscriptions: Sequence[Subscription]) -> None:
+        """Submit a job for each subscription, also after one that the backend did not take.
+
+        Raises:
+            Exception: What the backend raised first.
+        """
+        refused: list[Exception] = []
+        for each in subscriptions:
+            job = BackgroundJob(
+                partial(self._run_quietly, emitted, [each]),
+                lane_of(each),
+                f"{emitted.text} for {describe_handler(each.handler)}",
             )
-        if emission.event is None:
-            raise TypeError(
-                f"{emission.text} has durable subscriptions, which need an event object: emit an "
-                "instance of a class of events, not a name"
-            )
-        await outbox.write(connection, emission.event, durable, utc_now())
-        when_committed(connection, self.wake_relays)
-
-    async def _hand_over(self, emission: Emission, background: Sequence[Subscription]) -> None:
-        """Submit to the background: now, or when the transaction of the caller is committed."""
-        connection = current_connection(OutboxEntry) if in_caller_transaction() else None
-        if connection is None or not is_transaction(connection):
-            self._submit(emission, background)
-            return
-        mark = await outbox.mark(connection, emission.as_event(), utc_now())
-        when_committed(connection, lambda: self._submit(emission, background, mark))
-
-    async def _run_in_order(
-        self, emission: Emission, subscriptions: Iterable[Subscription], *, rescue: bool = True
-    ) -> None:
-        remaining = iter(subscriptions)
-        failures: list[EventError] = []
-        for subscription in remaining:
             try:
-                await self._call(emission, subscription)
-            except BaseException as failure:
-                if not is_handler_failure(failure):
-                    if rescue and isinstance(failure, asyncio.CancelledError):
-                        self._rescue(emission, list(remaining))
-                    raise
-                error = self._failed(emission.name, subscription.handler, failure)
-                if self.errors == "raise":
-                    raise error from failure
-                failures.append(error)
-        self._raise_group(emission, failures)
+                self.backend.submit(job)
+            except Exception as error:  # noqa: BLE001 - raised below
+                refused.append(error)
+        if refused:
+            raise refused[0]
 
-    async def _run_concurrently(
-        self, emission: Emission, subscriptions: Sequence[Subscription]
-    ) -> None:
-        if Nested.depth() >= _MAX_CONCURRENT:
-            return await self._run_in_order(emission, subscriptions)
-        plain = iter([each for each in subscriptions if not each.is_async])
-        together = [each for each in subscriptions if each.is_async]
-        failures: list[EventError] = []
-        try:
-            for subscription in plain:
-                failures += await self._settle(emission, subscription)
-        except asyncio.CancelledError:
-            self._rescue(emission, [*plain, *together])
-            raise
-        failures += await self._settle_together(emission, together)
-        if failures and self.errors == "raise":
-            self._log(failures[1:])
-            raise failures[0] from failures[0].original
-        self._raise_group(emission, failures)
+    def rescue(self, emitted: Emitted, rest: Sequence[Subscription]) -> None:
+        """Run handlers that had not started when the caller was cancelled."""
+        if rest:
+            self.spawn(self._run_quietly(emitted, rest), emitted.text)
 
-    async def _settle_together(
-        self, emission: Emission, subscriptions: Sequence[Subscription]
-    ) -> list[EventError]:
-        if len(subscriptions) == 1:
-            return await self._settle(emission, subscriptions[0])
-        tasks = [
-            self._track(asyncio.create_task(self._settle(emission, each), name=emission.text))
-            for each in subscriptions
-        ]
-        try:
-            if tasks:
-                await asyncio.wait(tasks)
-        except asyncio.CancelledError:  # they go on, and nobody is left to raise their failures to
-            for task in tasks:
-                task.add_done_callback(self._log_orphan)
-            raise
-        return [failed for task in tasks for failed in task.result()]
-
-    async def _settle(self, emission: Emission, subscription: Subscription) -> list[EventError]:
-        """Call a handler and return its failure, if it failed."""
-        try:
-            await self._call(emission, subscription)
-        except BaseException as failure:
-            if not is_handler_failure(failure):
-                raise
-            return [self._failed(emission.name, subscription.handler, failure)]
-        return []
-
-    async def _call_or_raise(self, emission: Emission, subscription: Subscription) -> None:
-        try:
-            await self._call(emission, subscription)
-        except BaseException as failure:
-            if not is_handler_failure(failure):
-                raise
-            raise EventError(
-                emission.name, describe_handler(subscription.handler), failure
-            ) from failure
-
-    async def _call(self, emission: Emission, subscription: Subscription) -> None:
-        if subscription.once and not self._consume(subscription):
-            return
-        args, kwargs = emission.arguments_for(subscription)
-        if subscription.timeout is None:
-            await invoke(
-                subscription,
-                args,
-                kwargs,
-                lambda call: self.detach(_outlasting(call), emission.text),
-            )
-            return
-        task = self._track(
-            asyncio.create_task(invoke(subscription, args, kwargs), name=emission.text)
-        )
-        try:
-            done, _ = await asyncio.wait([task], timeout=subscription.timeout)
-        except asyncio.CancelledError:
-            task.cancel()
-            raise
-        if not done:
-            task.cancel()  # and not awaited: a handler may refuse to be cancelled
-            raise TimeoutError(f"took longer than {subscription.timeout} s")
-        await task
-
-    def _after(
-        self,
-        failure: BaseException,
-        emission: Emission,
-        table: Table,
-        remaining: Iterator[object],
-    ) -> None:
-        """Deal with the failure of a handler on the short path of `emit`."""
-        if is_handler_failure(failure):
-            position = len(table.plain) - length_hint(remaining) - 1
-            error = self._failed(emission.name, table.plain[position], failure)
-            if self.errors == "raise":
-                raise error from failure
-        else:
-            if isinstance(failure, asyncio.CancelledError):
-                left = len(list(remaining))
-                self._rescue(emission, table.subscriptions[len(table.subscriptions) - left :])
-            raise failure
-
-    def _failed(self, event: str, handler: Handler, failure: BaseException) -> EventError:
-        if isinstance(failure, RecursionError) and _inside_another_emit():
+    def failed(self, event: str, handler: Handler, failure: BaseException) -> EventError:
+        """Return the error for the failure of a handler, having reported it."""
+        if isinstance(failure, RecursionError) and Nested.depth() > 0:
             raise failure  # reported once, by the outermost
         error = EventError(event, describe_handler(handler), failure)
         error.__cause__ = failure
@@ -352,115 +229,296 @@ class Dispatcher(Registry):
                 logger.exception("on_error failed for event %r", event)
         return error
 
+    async def finish(self, timeout: float | None) -> list[str]:  # noqa: ASYNC109 - the deadline is the feature
+        """Finish what is under way in this loop, also what that begins.
+
+        Returns:
+            Descriptions of what was lost; it has been logged, too.
+        """
+        now = asyncio.get_running_loop().time
+        ends = None if timeout is None else now() + timeout
+
+        def left() -> float | None:
+            return None if ends is None else max(0.0, ends - now())
+
+        lost = await self.finish_tasks(left())
+        if not isinstance(self.backend, BackgroundQueue):
+            lost += await self._leave_backend(left())
+            return lost + await self.finish_tasks(left())
+        lost += await self.backend.drain(left())
+        while not lost and self._under_way():  # what the background began, which may fill it again
+            lost += await self.finish_tasks(left())
+            lost += await self.backend.drain(left())
+        return lost
+
+    async def finish_tasks(self, timeout: float | None) -> list[str]:  # noqa: ASYNC109 - as above
+        """Wait for the tasks of handlers in this loop; cancel those that are late, and name them."""
+        waiting = self._under_way()
+        if not waiting:
+            return []
+        _, late = await asyncio.wait(waiting, timeout=timeout)
+        for task in late:
+            task.cancel()
+            logger.error("%s was not over when the emitter was closed", task.get_name())
+        return [task.get_name() for task in late]
+
+    # ---- inside -----------------------------------------------------------------------------
+
+    async def _store(self, emitted: Emitted, durable: Sequence[Subscription]) -> None:
+        """Write the rows of a durable delivery where the caller is, in its transaction or not."""
+        connection = current_connection(OutboxEntry)
+        if connection is None:
+            raise ConfigurationError(
+                f"{emitted.text} has durable subscriptions, which need a database: call "
+                'Tortoise.init with "tortoise_auth.models" among the modules'
+            )
+        if emitted.event is None:
+            raise TypeError(
+                f"{emitted.text} has durable subscriptions, which need an event object: emit an "
+                "instance of a class of events, not a name"
+            )
+        await outbox.write(connection, emitted.event, durable, utc_now())
+        when_committed(connection, self.wake_relays)
+
+    async def _hand_over_on_commit(
+        self, emitted: Emitted, background: Sequence[Subscription]
+    ) -> None:
+        """Submit to the background: now, or when the transaction of the caller is committed."""
+        connection = current_connection(OutboxEntry) if in_caller_transaction() else None
+        if connection is None or not is_transaction(connection):
+            self.hand_over(emitted, background)
+            return
+        event = emitted.event or NamedEvent.of(emitted.name, emitted.args, emitted.kwargs)
+        mark = await outbox.mark(connection, event, utc_now())
+        when_committed(connection, partial(self.submit, event, background, mark))
+
+    async def _run(self, emitted: Emitted, subscriptions: Sequence[Subscription]) -> list[object]:
+        """Run handlers by the error policy; return their results."""
+        if self.concurrent and len(subscriptions) > 1 and not in_caller_transaction():
+            settled = await self._together(emitted, subscriptions)
+        else:
+            settled = await self._in_order(emitted, subscriptions)
+        failures = [each.failure for each in settled if each.failure is not None]
+        if failures and self.errors == "group":
+            raise ExceptionGroup(f"Handlers for event '{emitted.name}' failed", failures)
+        if failures and self.errors == "raise":
+            self._log(failures[1:])
+            raise failures[0] from failures[0].original
+        return [result for each in settled for result in each.results]
+
+    async def _in_order(
+        self, emitted: Emitted, subscriptions: Iterable[Subscription]
+    ) -> list[Settled]:
+        remaining = iter(subscriptions)
+        settled: list[Settled] = []
+        for subscription in remaining:
+            try:
+                settled.append(await self._settle(emitted, subscription))
+            except asyncio.CancelledError:
+                self.rescue(emitted, list(remaining))
+                raise
+            if settled[-1].failure is not None and self.errors == "raise":
+                break
+        return settled
+
+    async def _together(
+        self, emitted: Emitted, subscriptions: Sequence[Subscription]
+    ) -> list[Settled]:
+        """Call plain functions one after the other, and await all that is to be awaited at once."""
+        together = len(subscriptions)
+        order = sorted(subscriptions, key=lambda each: each.is_async)  # plain ones first
+        tasks: dict[Subscription, asyncio.Task[Settled]] = {}
+        try:
+            for each in order:
+                returned = asyncio.get_running_loop().create_future()
+                done = partial(_set, returned)
+                settle = self._settle(emitted, each, together=together, returned=done)
+                tasks[each] = self._create_task(emitted, settle)
+                tasks[each].add_done_callback(done)
+                if not each.is_async:
+                    await returned
+            await asyncio.wait(tasks.values())
+        except asyncio.CancelledError:  # they go on, and no caller is left to raise failures to
+            for task in tasks.values():
+                task.add_done_callback(self._log_orphan)
+            self.rescue(emitted, [each for each in order if each not in tasks])
+            raise
+        return [tasks[each].result() for each in subscriptions]
+
+    async def _settle(
+        self,
+        emitted: Emitted,
+        subscription: Subscription,
+        *,
+        together: int = 1,
+        returned: Callable[..., object] = lambda: None,
+    ) -> Settled:
+        """Call a handler; return what became of it."""
+        try:
+            results = await self._call(emitted, subscription, together=together, returned=returned)
+        except BaseException as failure:
+            if not is_handler_failure(failure):
+                raise
+            return Settled([], self.failed(emitted.name, subscription.handler, failure))
+        return Settled(results)
+
+    async def _call_or_raise(
+        self, emitted: Emitted, subscription: Subscription, *, attempt: int = 1
+    ) -> list[object]:
+        try:
+            return await self._call(emitted, subscription, attempt=attempt)
+        except BaseException as failure:
+            if not is_handler_failure(failure):
+                raise
+            called = describe_handler(subscription.handler)
+            raise EventError(emitted.name, called, failure) from failure
+
+    async def _call(
+        self,
+        emitted: Emitted,
+        subscription: Subscription,
+        *,
+        together: int = 1,
+        returned: Callable[..., object] = lambda: None,
+        attempt: int = 1,
+    ) -> list[object]:
+        """Call a handler; return its result, and nothing for a ``once`` that had its call."""
+        if subscription.once and not self.registry.consume(subscription):
+            return []
+        began = time.perf_counter()
+        outcome: Outcome = "cancelled"
+        try:
+            args, kwargs = emitted.arguments_for(subscription)
+            spawn = partial(self._create_task, emitted)
+            result = await invoke(
+                subscription, args, kwargs, spawn, together=together, returned=returned
+            )
+            outcome = "succeeded"
+            return [result]
+        except BaseException as failure:
+            if is_handler_failure(failure):
+                outcome = "failed"
+                if isinstance(failure, TimeoutError) and subscription.timeout is not None:
+                    late = time.perf_counter() - began >= subscription.timeout
+                    outcome = "timed_out" if late else "failed"
+            raise
+        finally:
+            self._observe(emitted, subscription, outcome, time.perf_counter() - began, attempt)
+
+    def _observe(
+        self,
+        emitted: Emitted,
+        subscription: Subscription,
+        outcome: Outcome,
+        seconds: float,
+        attempt: int,
+    ) -> None:
+        if self.observer is None:
+            return
+        try:
+            self.observer(
+                Delivered(
+                    event_name=emitted.name,
+                    event_id=emitted.event.id if emitted.event is not None else None,
+                    subscription=subscription.name,
+                    delivery=subscription.delivery,
+                    outcome=outcome,
+                    seconds=seconds,
+                    attempt=attempt,
+                )
+            )
+        except BaseException as failure:
+            if not is_handler_failure(failure):
+                raise
+            logger.exception("The observer failed for event %r", emitted.name)
+
+    async def _run_quietly(self, emitted: Emitted, subscriptions: Sequence[Subscription]) -> None:
+        """Run handlers in a context of their own, with no caller to raise failures to.
+
+        An outbox that takes no row is a failure like that of a handler, and keeps no other from
+        running.
+        """
+        Nested.forget()
+        settled: list[Settled] = []
+        others = [each for each in subscriptions if each.delivery != "durable"]
+        for each in subscriptions:
+            if each.delivery == "durable":
+                try:
+                    await self._store(emitted, [each])
+                except Exception as failure:  # noqa: BLE001 - whatever it is
+                    settled.append(Settled([], self.failed(emitted.name, each.handler, failure)))
+        if self.concurrent and len(others) > 1:
+            settled += await self._together(emitted, others)
+        else:
+            for each in others:
+                settled.append(await self._settle(emitted, each))
+        if self.errors != "log":
+            self._log([each.failure for each in settled if each.failure is not None])
+
     def _log(self, failures: Iterable[EventError]) -> None:
         for error in failures:
             cause = error.original
+            if isinstance(cause, ThreadsStuckError) and not cause.first:
+                continue  # a handler that hangs is called often: once is enough
             logger.error(
                 "%s",
                 describe(error).translate(_CONTROL_CHARACTERS),
                 exc_info=(type(cause), cause, cause.__traceback__),
             )
 
-    def _log_orphan(self, task: asyncio.Task[list[EventError]]) -> None:
+    def _log_orphan(self, task: asyncio.Task[Settled]) -> None:
         if self.errors != "log" and not task.cancelled() and task.exception() is None:
-            self._log(task.result())
+            failure = task.result().failure
+            self._log([failure] if failure is not None else [])
 
-    def _raise_group(self, emission: Emission, failures: list[EventError]) -> None:
-        if failures and self.errors == "group":
-            raise ExceptionGroup(f"Handlers for event '{emission.name}' failed", failures)
-
-    def _rescue(self, emission: Emission, rest: Sequence[Subscription]) -> None:
-        """Run the handlers that had not started when the caller was cancelled."""
-        if rest:
-            self._track(
-                asyncio.get_running_loop().create_task(
-                    self._run_quietly(emission, rest),
-                    name=emission.text,
-                    context=context_outside_transactions(),
-                )
-            )
-
-    async def _run_quietly(self, emission: Emission, subscriptions: Sequence[Subscription]) -> None:
-        """Run handlers for nobody who could catch what they raise, in a context of their own.
-
-        An outbox that takes no row is a failure like that of a handler, and silences no other.
-        """
-        Nested.forget()
-        failures: list[EventError] = []
-        together: list[Subscription] = []
-        for subscription in subscriptions:
-            if subscription.delivery == "durable":
-                try:
-                    await self._store(emission, [subscription])
-                except Exception as failure:  # noqa: BLE001 - whatever it is
-                    failures.append(self._failed(emission.name, subscription.handler, failure))
-            elif self.concurrent and subscription.is_async:
-                together.append(subscription)
-            else:
-                failures += await self._settle(emission, subscription)
-        failures += await self._settle_together(emission, together)
-        if self.errors != "log":
-            self._log(failures)
-
-    def _submit(
-        self, emission: Emission, subscriptions: Sequence[Subscription], mark: int | None = None
-    ) -> None:
-        if subscriptions:
-            self.backend.submit(_BackgroundJob(self, emission, subscriptions, mark))
+    def _create_task(
+        self, emitted: Emitted, work: Coroutine[Any, Any, ReturnT]
+    ) -> asyncio.Task[ReturnT]:
+        return self._track(asyncio.get_running_loop().create_task(work, name=emitted.text))
 
     def _track(self, task: asyncio.Task[ReturnT]) -> asyncio.Task[ReturnT]:
-        self._stragglers.add(task)  # the loop itself keeps only weak references
+        self._tasks.add(task)  # the loop itself keeps only weak references
         task.add_done_callback(self._untrack)
         return task
 
     def _untrack(self, task: asyncio.Task[Any]) -> None:
-        self._stragglers.discard(task)
+        self._tasks.discard(task)
         if not task.cancelled():
             task.exception()  # what a timed-out handler raises later has been reported as timeout
 
+    def _under_way(self) -> list[asyncio.Task[Any]]:
+        """Return the tasks of handlers in this loop, but the one that asks."""
+        loop, current = asyncio.get_running_loop(), asyncio.current_task()
+        return [
+            task
+            for task in tuple(self._tasks)  # other loops, in other threads, add theirs
+            if task.get_loop() is loop and task is not current
+        ]
 
-class _BackgroundJob:
-    """Some handlers to run for one emission, perhaps only if a transaction was kept."""
-
-    __slots__ = ("_emission", "_emitter", "_mark", "_subscriptions", "description")
-
-    def __init__(
-        self,
-        emitter: Dispatcher,
-        emission: Emission,
-        subscriptions: Sequence[Subscription],
-        mark: int | None,
-    ) -> None:
-        self._emitter = emitter
-        self._emission = emission
-        self._subscriptions = subscriptions
-        self._mark = mark
-        handlers = ", ".join(describe_handler(each.handler) for each in subscriptions)
-        self.description = f"{emission.text} for {handlers}"
-
-    async def __call__(self) -> None:
-        if self._mark is None or await outbox.take_mark(connection_for(OutboxEntry), self._mark):
-            await self._emitter._run_quietly(self._emission, self._subscriptions)
+    async def _leave_backend(self, timeout: float | None) -> list[str]:  # noqa: ASYNC109 - as above
+        try:
+            async with asyncio.timeout(timeout) as scope:
+                await self.backend.__aexit__(None, None, None)
+        except TimeoutError:
+            if not scope.expired():
+                raise
+            lost = f"what {type(self.backend).__name__} had not finished"
+            logger.error("Closed with deliveries lost: %s", lost)
+            return [lost]
+        return []
 
 
-async def _outlasting(call: asyncio.Future[object]) -> None:
-    await call
+def _set(returned: asyncio.Future[None], *_: object) -> None:
+    if not returned.done():
+        returned.set_result(None)
 
 
 async def _logged(work: Coroutine[Any, Any, None], what: str) -> None:
     try:
         await work
-    except Exception as error:  # nobody awaits it who could
+    except Exception as error:  # nothing awaits it that could
         if not is_database_failure(error):
             logger.exception("%s failed", what)
             return
         failure = translated(error, what)  # drivers put values into their messages
         logger.error("%s failed: %s", what, failure)
-
-
-def _inside_another_emit() -> bool:
-    frame, found = inspect.currentframe(), 0
-    while frame is not None and found < 2:
-        found += frame.f_code is Dispatcher.emit.__code__
-        frame = frame.f_back
-    return found > 1 or Nested.depth() > 0

@@ -1,4 +1,4 @@
-"""One thing that is emitted, and how a handler is called with it."""
+"""How one handler is called: with what, on which thread, for how long, and inside how many others."""
 
 from __future__ import annotations
 
@@ -6,27 +6,38 @@ import asyncio
 import contextvars
 import functools
 import inspect
-import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Hashable, Sequence
 from contextvars import ContextVar
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary
 
 from tortoise_auth.events.catalog import Event, NamedEvent
 from tortoise_auth.events.subscription import EVERYTHING, Arguments, Handler, Subscription
 from tortoise_auth.threads import Threads
 
+Spawn: TypeAlias = Callable[[Coroutine[Any, Any, Any]], asyncio.Task[Any]]
+"""Begins a task that somebody keeps and waits for at the end."""
+
 MAX_NESTED = 100
 """How many handlers may be inside one another, each called by an emit of the one around it."""
 
-_THREADS = min(32, (os.cpu_count() or 1) + 4)
-_threads_of: WeakKeyDictionary[asyncio.AbstractEventLoop, Threads] = WeakKeyDictionary()
+MAX_TOGETHER = 1000
+"""How many calls at once a circle of concurrent handlers may have grown to, from its fourth level."""
+
+THREADS_PER_HANDLER = 8
+
+_TOO_LATE = "the handler took too long"
+"""What a call that ran out of time is cancelled with, unlike one whose caller is cancelled."""
+
+_threads: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[Hashable, Threads]] = (
+    WeakKeyDictionary()
+)
 _threads_lock = threading.Lock()
 
 
-class Emission:
+class Emitted:
     """What is emitted: an event object, or a name and arguments."""
 
     __slots__ = ("args", "event", "kwargs", "name")
@@ -42,8 +53,8 @@ class Emission:
     @classmethod
     def of(
         cls, event: str | Event, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Emission:
-        """Return an emission of a name with arguments, or of an event object.
+    ) -> Emitted:
+        """Return what is emitted by a name with arguments, or by an event object.
 
         Raises:
             TypeError: It is neither, or an event object with further arguments.
@@ -63,10 +74,6 @@ class Emission:
         """What to call it in messages."""
         return f"event '{self.name}'"
 
-    def as_event(self) -> Event:
-        """Return the event object, or one that stands for a name and arguments."""
-        return self.event or NamedEvent.of(self.name, self.args, self.kwargs)
-
     def arguments_for(self, subscription: Subscription) -> Arguments:
         """Return what to call a handler with.
 
@@ -76,7 +83,7 @@ class Emission:
         if self.event is not None:
             return subscription.arguments_from(self.event)
         if subscription.event == EVERYTHING:
-            return [self.as_event()], {}
+            return [NamedEvent.of(self.name, self.args, self.kwargs)], {}
         if subscription.wants_event:
             raise TypeError(
                 f"it listens to the class of '{self.name}' and needs an event object, but the "
@@ -86,70 +93,35 @@ class Emission:
         return self.args[:count], {name: self.kwargs[name] for name in names}
 
 
-async def invoke(
-    subscription: Subscription,
-    args: Sequence[Any],
-    kwargs: dict[str, Any],
-    left_behind: Callable[[asyncio.Future[object]], object] = lambda call: None,
-) -> None:
-    """Call a handler to its end: a plain function on a worker thread, unless it wants otherwise.
-
-    A call on a thread goes on though whoever waits for it is cancelled, or begins only then: it is
-    given to *left_behind*.
-    """
-    with Nested():
-        if subscription.threaded:
-            context = contextvars.copy_context()
-            work = functools.partial(context.run, _called, subscription.handler, args, kwargs)
-            call: asyncio.Future[object] = _threads().submit(work)
-            try:
-                result = await asyncio.shield(call)
-            except asyncio.CancelledError:
-                left_behind(call)
-                raise
-        else:
-            result = subscription.handler(*args, **kwargs)
-        if result is not None and inspect.isawaitable(result):
-            await result
-
-
-def _threads() -> Threads:
-    """Return the threads of this event loop for handlers.
-
-    Not those that the loop has for itself: handlers that hang must not keep it from looking up host
-    names. Each loop has its own, because a handler on a thread may run a loop there and wait for it.
-    """
-    loop = asyncio.get_running_loop()
-    with _threads_lock:
-        return _threads_of.setdefault(loop, Threads(_THREADS, "tortoise_auth_handler"))
-
-
-def _called(handler: Handler, args: Sequence[Any], kwargs: dict[str, Any]) -> object:
-    try:
-        return handler(*args, **kwargs)
-    except StopIteration as stop:
-        # No future can hold one: whoever awaits it would wait for ever.
-        raise RuntimeError("the handler raised StopIteration") from stop
-
-
 class Nested:
-    """A call of a handler, as emits inside it find it.
+    """A call of a handler, as the emits inside it see it.
 
-    Tasks and threads share no stack that could overflow when handlers emit in a circle, so what is
-    inside what is counted.
+    Tasks and threads share no stack that could overflow when handlers emit in a circle, so depth
+    is counted. Concurrent handlers multiply from level to level, so the product is bounded, too.
+
+    Args:
+        together: How many handlers of the same emit run at the same time.
 
     Raises:
-        RecursionError: There are `MAX_NESTED` around it already.
+        RecursionError: `MAX_NESTED` or `MAX_TOGETHER` is exceeded.
     """
 
-    __slots__ = ("_depth", "_outer", "_over")
+    __slots__ = ("_depth", "_outer", "_over", "_together")
+
+    def __init__(self, together: int = 1) -> None:
+        self._together = together
+        self._over = False
 
     def __enter__(self) -> None:
-        self._outer = _innermost.get()
-        self._depth = self.depth() + 1
-        self._over = False
+        self._outer = outer = _innermost.get()
+        self._depth = 1
+        if outer is not None and not outer._over:
+            self._depth += outer._depth
+            self._together *= outer._together
         if self._depth > MAX_NESTED:
             raise RecursionError(f"more than {MAX_NESTED} emits are inside one another")
+        if self._depth > 3 and self._together > MAX_TOGETHER:
+            raise RecursionError(f"more than {MAX_TOGETHER} handlers would run inside one another")
         _innermost.set(self)
 
     def __exit__(
@@ -176,9 +148,134 @@ class Nested:
 _innermost: ContextVar[Nested | None] = ContextVar("tortoise_auth_nested", default=None)
 
 
+async def invoke(
+    subscription: Subscription,
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+    spawn: Spawn,
+    *,
+    together: int = 1,
+    returned: Callable[[], object] = lambda: None,
+) -> object:
+    """Call a handler to its end, within its time, and return its result.
+
+    Args:
+        subscription: Whose handler it is, and how it wants to be called.
+        args: Its positional arguments.
+        kwargs: Its keywords.
+        spawn: Given what goes on after the call: a thread cannot be cancelled.
+        together: How many handlers of the same emit run at the same time.
+        returned: Called when a plain function has returned something to be awaited.
+
+    Raises:
+        TimeoutError: It took longer than its subscription allows.
+        ThreadsStuckError: It is a plain function, and its earlier calls hang on all its threads.
+    """
+    call = _call(subscription, args, kwargs, spawn, together, returned)
+    if subscription.timeout is None:
+        return await call
+    task = spawn(call)
+    try:
+        done, _ = await asyncio.wait([task], timeout=subscription.timeout)
+    except asyncio.CancelledError:
+        task.cancel()
+        raise
+    if not done:
+        task.cancel(_TOO_LATE)  # and not awaited: a handler may refuse to be cancelled
+        raise TimeoutError(f"took longer than {subscription.timeout} s")
+    return task.result()
+
+
+async def _call(
+    subscription: Subscription,
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+    spawn: Spawn,
+    together: int,
+    returned: Callable[[], object],
+) -> object:
+    with Nested(together):
+        if subscription.threaded:
+            result = await _on_thread(subscription, args, kwargs, spawn)
+        elif subscription.is_async:
+            result = subscription.handler(*args, **kwargs)
+        else:
+            result = _called(subscription.handler, args, kwargs)
+        if result is None or not inspect.isawaitable(result):
+            return result
+        returned()
+        return await result
+
+
+async def _on_thread(
+    subscription: Subscription, args: Sequence[Any], kwargs: dict[str, Any], spawn: Spawn
+) -> object:
+    threads = _threads_of(subscription)
+    context = contextvars.copy_context()
+    call = threads.submit(
+        functools.partial(context.run, _called, subscription.handler, args, kwargs)
+    )
+    result = asyncio.wrap_future(call)
+    try:
+        await asyncio.wait([result])
+    except asyncio.CancelledError as cancelled:
+        if _TOO_LATE in cancelled.args:
+            result.cancel()
+            threads.give_up(call)
+        else:
+            spawn(_awaiting(result))  # it goes on, or begins only then
+        raise
+    return result.result()
+
+
+def lane_of(subscription: Subscription) -> Hashable:
+    """Return what tells one handler from another: it has threads and a background lane of its own."""
+    return subscription.name, id(subscription.handler)
+
+
+def _threads_of(subscription: Subscription) -> Threads:
+    """Return the threads of a handler in this event loop.
+
+    Each handler has its own, so that one that hangs keeps no other from running, and each loop has
+    its own, because a handler on a thread may run a loop there and wait for it.
+    """
+    key = lane_of(subscription)
+    with _threads_lock:
+        pools = _threads.setdefault(asyncio.get_running_loop(), {})
+        if key not in pools:
+            for unused in [each for each, threads in pools.items() if threads.is_unused]:
+                del pools[unused]
+            pools[key] = Threads(THREADS_PER_HANDLER, f"tortoise_auth {subscription.name}")
+        return pools[key]
+
+
+def end_threads() -> None:
+    """Let the threads of this event loop end, which is about to end itself."""
+    with _threads_lock:
+        pools = _threads.pop(asyncio.get_running_loop(), {})
+    for threads in pools.values():
+        threads.close()
+
+
+def _called(handler: Handler, args: Sequence[Any], kwargs: dict[str, Any]) -> object:
+    try:
+        return handler(*args, **kwargs)
+    except (StopIteration, GeneratorExit) as error:
+        # No future can hold the one, and the other would look like the end of whoever awaits it.
+        raise RuntimeError(f"the handler raised {type(error).__name__}") from error
+
+
+async def _awaiting(result: Awaitable[object]) -> object:
+    return await result
+
+
 def is_handler_failure(failure: BaseException) -> bool:
-    """Tell what a handler did wrong from what is done to its caller."""
+    """Return whether *failure* is a handler's own, and not something done to its caller.
+
+    Everything is, of whatever class, but what ends the program, the cancellation of the caller, and
+    `GeneratorExit`, with which Python closes a coroutine that is not awaited to its end.
+    """
     if isinstance(failure, asyncio.CancelledError):
         task = asyncio.current_task()
         return task is None or task.cancelling() == 0
-    return isinstance(failure, Exception)
+    return not isinstance(failure, KeyboardInterrupt | SystemExit | GeneratorExit)

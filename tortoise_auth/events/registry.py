@@ -9,9 +9,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias, TypedDict, TypeVar, overload
-
-from typing_extensions import Unpack
+from typing import Any, TypeAlias, TypedDict
 
 from tortoise_auth.events.catalog import Event, declared_events
 from tortoise_auth.events.subscription import (
@@ -22,16 +20,10 @@ from tortoise_auth.events.subscription import (
     available_names,
     default_name,
     describe_handler,
-    event_class,
     event_name,
     subscribe,
 )
 from tortoise_auth.exceptions import SubscriptionError
-
-HandlerT = TypeVar("HandlerT", bound=Handler)
-ReturnT = TypeVar("ReturnT")
-FirstT = TypeVar("FirstT", bound=Event)
-SecondT = TypeVar("SecondT", bound=Event)
 
 _MAX_SHAPES = 64
 
@@ -44,7 +36,7 @@ class SubscriptionWarning(UserWarning):
 
 
 class Options(TypedDict, total=False):
-    """How a handler is called; see `Registry.on`."""
+    """How a handler is called; see `EventEmitter.on`."""
 
     priority: int
     once: bool
@@ -88,124 +80,26 @@ class Registry:
         self.strict = strict
         self._subscriptions: dict[str, list[Subscription]] = {}
         self._names: Counter[str] = Counter()
-        self._tables: dict[str, Table] = {}
+        self.tables: dict[str, Table] = {}
         self._lock = threading.RLock()
-        self._may_run_plainly = True
+        self._plainly = True
 
-    # ---- registering -------------------------------------------------------------------------
+    def add(self, events: Sequence[str | type[Event]], handler: Handler, options: Options) -> None:
+        """Register *handler* for each of *events*; see `EventEmitter.on` for the options."""
+        _check_call(events, handler, options)
+        subscriptions = [subscribe(event, handler, **options) for event in events]
+        with self._lock:
+            if options.get("name") or options.get("delivery") == "durable":
+                self._refuse_duplicate(subscriptions[0], of_any=bool(options.get("name")))
+            if self.strict:
+                for subscription in subscriptions:
+                    _check_against_catalogue(subscription)
+            for subscription in subscriptions:
+                self._subscriptions.setdefault(subscription.event, []).append(subscription)
+                self._names[subscription.name] += 1
+                self._forget_tables(subscription.event)
 
-    @overload
-    def on(
-        self, event: type[FirstT], /, **options: Unpack[Options]
-    ) -> Callable[[Callable[[FirstT], ReturnT]], Callable[[FirstT], ReturnT]]: ...
-    @overload
-    def on(
-        self,
-        event: type[FirstT],
-        handler: Callable[[FirstT], ReturnT],
-        /,
-        **options: Unpack[Options],
-    ) -> Callable[[FirstT], ReturnT]: ...
-    @overload
-    def on(
-        self, event: type[FirstT], second: type[SecondT], /, **options: Unpack[Options]
-    ) -> Callable[
-        [Callable[[FirstT | SecondT], ReturnT]], Callable[[FirstT | SecondT], ReturnT]
-    ]: ...
-    @overload
-    def on(
-        self,
-        event: type[Event],
-        second: type[Event],
-        third: type[Event],
-        /,
-        *more: type[Event],
-        **options: Unpack[Options],
-    ) -> Callable[[HandlerT], HandlerT]: ...
-    @overload
-    def on(self, *events: str, **options: Unpack[Options]) -> Callable[[HandlerT], HandlerT]: ...
-    @overload
-    def on(self, event: str, handler: HandlerT, /, **options: Unpack[Options]) -> HandlerT: ...
-    def on(self, *events: Any, **options: Unpack[Options]) -> Any:
-        """Register a handler: as a decorator, or directly when a function comes last.
-
-        Example::
-
-            @emitter.on("user_login", "user_logout")         # by name: it gets the arguments
-            async def audit(user): ...
-
-            @emitter.on(UserLogin)                           # by class: it gets the event
-            async def greet(event: UserLogin[User]): ...
-
-            emitter.on("*", record_everything)               # every event, as an object
-
-        A handler names only the arguments it needs: those of the event, any field of its class,
-        or ``event`` itself.
-
-        Args:
-            *events: Names, classes, or ``"*"``; then perhaps the handler.
-            priority: Lower runs first; 10 by default.
-            once: Remove it before its first call.
-            delivery: ``"inline"`` (default), ``"transaction"``, ``"background"`` or ``"durable"``.
-            timeout: Seconds it may take; a failure after that.
-            name: Identifies it, over restarts too; ``module:qualname`` by default.
-            thread: Plain functions run on a worker thread unless this is False.
-
-        Returns:
-            The function, unchanged.
-
-        Raises:
-            SubscriptionError: A `TypeError`; says which handler, which event and what is wrong.
-        """
-        return self._on(events, options)
-
-    @overload
-    def once(
-        self, event: type[FirstT], /, **options: Unpack[Options]
-    ) -> Callable[[Callable[[FirstT], ReturnT]], Callable[[FirstT], ReturnT]]: ...
-    @overload
-    def once(
-        self,
-        event: type[FirstT],
-        handler: Callable[[FirstT], ReturnT],
-        /,
-        **options: Unpack[Options],
-    ) -> Callable[[FirstT], ReturnT]: ...
-    @overload
-    def once(
-        self, event: type[FirstT], second: type[SecondT], /, **options: Unpack[Options]
-    ) -> Callable[
-        [Callable[[FirstT | SecondT], ReturnT]], Callable[[FirstT | SecondT], ReturnT]
-    ]: ...
-    @overload
-    def once(
-        self,
-        event: type[Event],
-        second: type[Event],
-        third: type[Event],
-        /,
-        *more: type[Event],
-        **options: Unpack[Options],
-    ) -> Callable[[HandlerT], HandlerT]: ...
-    @overload
-    def once(self, *events: str, **options: Unpack[Options]) -> Callable[[HandlerT], HandlerT]: ...
-    @overload
-    def once(self, event: str, handler: HandlerT, /, **options: Unpack[Options]) -> HandlerT: ...
-    def once(self, *events: Any, **options: Unpack[Options]) -> Any:
-        """Register a handler for one call, as `on` does with ``once=True``.
-
-        It is removed before that call, so that two emits at the same time run it once, and a
-        failure does not bring it back.
-        """
-        return self._on(events, {**options, "once": True})
-
-    def add_listener(
-        self, event_name: str | type[Event], handler: Handler, **options: Unpack[Options]
-    ) -> None:
-        """Register *handler*; see `on` for the options."""
-        self._register([event_name], handler, options)
-
-    def remove_listener(self, event_name: str | type[Event], handler: Handler) -> None:
+    def remove(self, event_name: str | type[Event], handler: Handler) -> None:
         """Remove the first registration of *handler*.
 
         Raises:
@@ -235,15 +129,11 @@ class Registry:
 
     # ---- looking ----------------------------------------------------------------------------
 
-    def listeners(self, event_name: str | type[Event]) -> list[Handler]:
-        """Return the functions that an emit would run, in order, as a new list."""
-        return [each.handler for each in self.subscriptions(event_name)]
-
     def subscriptions(
         self, event_name: str | type[Event], delivery: Delivery | None = None
     ) -> tuple[Subscription, ...]:
         """Return the subscriptions that an emit would serve, in order."""
-        table = self._table(_key(event_name))
+        table = self.table(_key(event_name))
         every = table.subscriptions if table is not None else ()
         return every if delivery is None else tuple(s for s in every if s.delivery == delivery)
 
@@ -273,6 +163,12 @@ class Registry:
             for position, each in enumerate(self.subscriptions(event), 1)
         ]
 
+    def set_plainly(self, plainly: bool) -> None:
+        """Set whether handlers may be called without the detour that observes or groups them."""
+        with self._lock:
+            self._plainly = plainly
+            self.tables.clear()
+
     # ---- for tests --------------------------------------------------------------------------
 
     def snapshot(self) -> dict[str, list[Subscription]]:
@@ -285,37 +181,9 @@ class Registry:
         with self._lock:
             self._subscriptions = {event: list(each) for event, each in snapshot.items()}
             self._names = Counter(each.name for every in snapshot.values() for each in every)
-            self._tables.clear()
+            self.tables.clear()
 
     # ---- inside -----------------------------------------------------------------------------
-
-    def _on(self, events: tuple[Any, ...], options: Options) -> Any:  # noqa: ANN401 - see the overloads
-        if events and callable(events[-1]) and event_class(events[-1]) is None:
-            *named, handler = events
-            self._register(named, handler, options)
-            return handler
-
-        def register(handler: HandlerT) -> HandlerT:
-            self._register(events, handler, options)
-            return handler
-
-        return register
-
-    def _register(
-        self, events: Sequence[str | type[Event]], handler: Handler, options: Options
-    ) -> None:
-        _check_call(events, handler, options)
-        subscriptions = [subscribe(event, handler, **options) for event in events]
-        with self._lock:
-            if options.get("name") or options.get("delivery") == "durable":
-                self._refuse_duplicate(subscriptions[0], of_any=bool(options.get("name")))
-            if self.strict:
-                for subscription in subscriptions:
-                    _check_against_catalogue(subscription)
-            for subscription in subscriptions:
-                self._subscriptions.setdefault(subscription.event, []).append(subscription)
-                self._names[subscription.name] += 1
-                self._forget_tables(subscription.event)
 
     def _refuse_duplicate(self, new: Subscription, *, of_any: bool) -> None:
         if new.name not in self._names:
@@ -340,11 +208,11 @@ class Registry:
 
     def _forget_tables(self, event: str) -> None:
         if event == EVERYTHING:
-            self._tables.clear()
+            self.tables.clear()
         else:
-            self._tables.pop(event, None)
+            self.tables.pop(event, None)
 
-    def _table(self, name: str) -> Table | None:
+    def table(self, name: str) -> Table | None:
         """Return who listens to *name*.
 
         Names that nobody listens to leave nothing behind; those that only listeners to everything
@@ -352,7 +220,7 @@ class Registry:
         """
         if name not in self._subscriptions:
             name = EVERYTHING
-        table = self._tables.get(name)
+        table = self.tables.get(name)
         if table is None and name in self._subscriptions:
             with self._lock:
                 listening = list(self._subscriptions.get(name, ()))
@@ -361,10 +229,10 @@ class Registry:
                 if listening:
                     # Sorting keeps the order of equals, and each list is in order of registration.
                     listening.sort(key=lambda each: each.priority)
-                    table = self._tables[name] = Table(listening, plainly=self._may_run_plainly)
+                    table = self.tables[name] = Table(listening, plainly=self._plainly)
         return table
 
-    def _consume(self, subscription: Subscription) -> bool:
+    def consume(self, subscription: Subscription) -> bool:
         """Remove a subscription for one call; false if another emit was first."""
         with self._lock:
             if subscription not in self._subscriptions.get(subscription.event, ()):
@@ -448,7 +316,8 @@ def _key(event: str | type[Event]) -> str:
 def _level_of_caller() -> int:
     """Return the ``stacklevel`` at which a function here warns of the line that called the module."""
     frame, level = inspect.currentframe(), 0
-    while frame is not None and frame.f_globals.get("__name__") == __name__:
+    package = __name__.rpartition(".")[0]
+    while frame is not None and frame.f_globals.get("__name__", "").startswith(package):
         frame, level = frame.f_back, level + 1
     return level
 

@@ -15,7 +15,7 @@ from tortoise_auth.clock import Clock, utc_now
 from tortoise_auth.database import is_transaction, root_of, transaction, when_committed
 from tortoise_auth.events import outbox
 from tortoise_auth.events.catalog import Event
-from tortoise_auth.events.event_emitter import EventEmitter
+from tortoise_auth.events.event_emitter import EventEmitter, deliverer_of
 
 
 class UnitOfWork:
@@ -44,6 +44,7 @@ class UnitOfWork:
     ) -> None:
         self._outside = connection
         self._emitter = emitter
+        self._deliverer = deliverer_of(emitter)
         self._clock = clock
         self._transaction = transaction(connection)
         self._recorded: list[Event] = []
@@ -99,11 +100,11 @@ class UnitOfWork:
     async def _before_commit(self) -> None:
         for event in self._recorded:
             for subscription in self._emitter.subscriptions(event.name, "transaction"):
-                await self._emitter.call(event, subscription)
+                await self._deliverer.call(event, subscription)
             durable = self._emitter.subscriptions(event.name, "durable")
             if durable:
                 await outbox.write(self.connection, event, durable, self._clock())
-                self._handovers.append(self._emitter.wake_relays)
+                self._handovers.append(self._deliverer.wake_relays)
             background = self._emitter.subscriptions(event.name, "background")
             if background:
                 mark = (
@@ -111,7 +112,7 @@ class UnitOfWork:
                     if self._transaction.nested
                     else None
                 )
-                self._handovers.append(partial(self._emitter.submit, event, background, mark))
+                self._handovers.append(partial(self._deliverer.submit, event, background, mark))
 
     def _take_effect(self) -> None:
         for effect in self._effects:
@@ -122,14 +123,14 @@ class UnitOfWork:
         try:
             while pending:
                 event = pending.popleft()
-                await self._emitter.run(event, self._emitter.subscriptions(event.name, "inline"))
+                await self._deliverer.run(event, self._emitter.subscriptions(event.name, "inline"))
         except BaseException:
             self._run_detached(pending)  # one event's failure does not silence the next
             raise
 
     def _run_detached(self, events: deque[Event]) -> None:
         for event in events:
-            self._emitter.run_detached(event, self._emitter.subscriptions(event.name, "inline"))
+            self._deliverer.run_spawned(event, self._emitter.subscriptions(event.name, "inline"))
 
     def _hand_over(self) -> None:
         for handover in self._handovers:
@@ -166,7 +167,9 @@ def report_detached(
     """Tell the same in a task of its own, for a caller who is gone."""
     for event in events:
         outside = root_of(connection)
-        emitter.detach(_report(event, outside, emitter, clock), f"report of {event.name}")
+        deliverer_of(emitter).spawn(
+            _report(event, outside, emitter, clock), f"report of {event.name}"
+        )
 
 
 async def _report(
@@ -187,15 +190,17 @@ async def _report(
     if transactional:
         async with transaction(connection):
             for subscription in transactional:
-                await emitter.call(event, subscription)
+                await deliverer_of(emitter).call(event, subscription)
     if durable:
         # Another connection, in a task that nobody waits for: in the caller's transaction the row
         # would go with a rollback, and to wait for a second connection here is a deadlock.
-        emitter.detach(_write(event, connection, emitter, clock), f"outbox row of {event.name}")
+        deliverer_of(emitter).spawn(
+            _write(event, connection, emitter, clock), f"outbox row of {event.name}"
+        )
     try:
-        await emitter.run(event, emitter.subscriptions(event.name, "inline"))
+        await deliverer_of(emitter).run(event, emitter.subscriptions(event.name, "inline"))
     finally:
-        emitter.submit(event, emitter.subscriptions(event.name, "background"))
+        deliverer_of(emitter).submit(event, emitter.subscriptions(event.name, "background"))
 
 
 async def _write(
@@ -204,4 +209,4 @@ async def _write(
     durable = emitter.subscriptions(event.name, "durable")
     async with transaction(root_of(connection)) as own:
         await outbox.write(own, event, durable, clock())
-    emitter.wake_relays()
+    deliverer_of(emitter).wake_relays()
