@@ -22,8 +22,8 @@ from tortoise_auth import AuthResult, AuthService
 from tortoise_auth.exceptions import TokenRevokedError
 from tortoise_auth.models import Session
 from tortoise_auth.passwords import PasswordHasher
+from tortoise_auth.sessions.access_tokens import AccessTokens
 from tortoise_auth.testing import FakeClock
-from tortoise_auth.tokens import AccessTokens
 
 EMAIL = "ada@example.com"
 

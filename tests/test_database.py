@@ -42,7 +42,6 @@ from tortoise.transactions import in_transaction
 
 from tests.app import AuditRow, User
 from tests.conftest import DATABASES, database, needs_postgres
-from tortoise_auth import database as database_module
 from tortoise_auth.database import (
     Listener,
     connection_for,
@@ -56,6 +55,7 @@ from tortoise_auth.database import (
     transaction,
     when_committed,
 )
+from tortoise_auth.database import transactions as database_module
 from tortoise_auth.exceptions import (
     AuthenticationError,
     ConfigurationError,

@@ -58,8 +58,8 @@ from tortoise_auth.exceptions import (
 )
 from tortoise_auth.fields import EmailField
 from tortoise_auth.models import Session
+from tortoise_auth.sessions.refresh_tokens import RefreshToken
 from tortoise_auth.testing import Captured, FakeClock, capture
-from tortoise_auth.tokens import RefreshToken
 
 
 @pytest.fixture
@@ -723,7 +723,7 @@ class TestPurge:
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         """However many rows there are, each DELETE takes a bounded number, and none is left."""
-        monkeypatch.setattr("tortoise_auth.sessions._PURGE_BATCH", 2)
+        monkeypatch.setattr("tortoise_auth.sessions.store._PURGE_BATCH", 2)
         for _ in range(5):
             await log_in(auth)
         clock.advance(timedelta(days=30))

@@ -39,8 +39,9 @@ from tortoise_auth.exceptions import (
     TokenInvalidError,
 )
 from tortoise_auth.keys import Algorithm
+from tortoise_auth.sessions.access_tokens import MAX_TOKEN_LENGTH, AccessTokens
+from tortoise_auth.sessions.refresh_tokens import RefreshToken
 from tortoise_auth.testing import FakeClock
-from tortoise_auth.tokens import MAX_TOKEN_LENGTH, AccessTokens, RefreshToken
 
 SHA = {"HS256": hashlib.sha256, "HS384": hashlib.sha384, "HS512": hashlib.sha512}
 MAKE_ONE = "secrets.token_urlsafe"

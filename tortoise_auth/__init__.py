@@ -37,7 +37,7 @@ from tortoise_auth.keys import SigningKey
 from tortoise_auth.models import app_config
 from tortoise_auth.passwords import PasswordHasher, PasswordPolicy
 from tortoise_auth.service import AuthResult, AuthService, Revocation
-from tortoise_auth.tokens import AccessClaims
+from tortoise_auth.sessions import AccessClaims
 from tortoise_auth.users import AbstractUser
 
 __version__ = "0.1.0"

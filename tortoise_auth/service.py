@@ -8,7 +8,6 @@ from datetime import datetime, timedelta
 from typing import Generic, Literal, TypeVar, get_args
 from uuid import UUID
 
-from tortoise.expressions import F
 from tortoise.fields import CharField, TextField
 
 from tortoise_auth.clock import Clock, utc_now
@@ -48,17 +47,15 @@ from tortoise_auth.exceptions import (
 )
 from tortoise_auth.models import Session
 from tortoise_auth.passwords import PasswordHasher, PasswordPolicy
-from tortoise_auth.sessions import Found, Sessions
+from tortoise_auth.sessions import AccessClaims, AccessTokens, Found, RefreshToken, Sessions
 from tortoise_auth.throttling import DatabaseThrottle, Throttle
-from tortoise_auth.tokens import AccessClaims, AccessTokens, RefreshToken
-from tortoise_auth.users import (
-    AbstractUser,
-    UserT,
-    follow,
+from tortoise_auth.users.changes import (
     replace_outdated_hash,
+    store_login,
     store_password,
-    stored_version,
+    store_status,
 )
+from tortoise_auth.users.model import AbstractUser, UserT
 
 EventT = TypeVar("EventT", bound=Event)
 
@@ -457,14 +454,8 @@ class AuthService(Generic[UserT]):
         self._require_own(user, actor)
         ended = 0
         async with self._unit_of_work() as unit:
-            row = self.user_model.filter(pk=user.pk, is_active=True).using_db(unit.connection)
-            changed = await row.update(
-                is_active=False, session_version=F("session_version") + 1, updated_at=self._clock()
-            )
-            if changed:
-                version = await stored_version(user, unit)
+            if await store_status(user, unit, is_active=False, at=self._clock()):
                 ended = await self._sessions.revoke_all(user, unit.connection)
-                unit.when_committed(lambda: follow(user, is_active=False, session_version=version))
                 self._record(
                     unit, UserDeactivated, user, context, sessions_ended=ended, actor=actor
                 )
@@ -483,13 +474,7 @@ class AuthService(Generic[UserT]):
         """
         self._require_own(user, actor)
         async with self._unit_of_work() as unit:
-            row = self.user_model.filter(pk=user.pk, is_active=False).using_db(unit.connection)
-            changed = await row.update(
-                is_active=True, session_version=F("session_version") + 1, updated_at=self._clock()
-            )
-            if changed:  # the version, because not everybody closes accounts through `deactivate`
-                version = await stored_version(user, unit)
-                unit.when_committed(lambda: follow(user, is_active=True, session_version=version))
+            if await store_status(user, unit, is_active=True, at=self._clock()):
                 self._record(unit, UserActivated, user, context, actor=actor)
 
     @guarded
@@ -611,7 +596,9 @@ class AuthService(Generic[UserT]):
         unit = self._unit_of_work()
         try:
             async with unit:
-                if await self._enter(user, unit):
+                if await store_login(
+                    user, unit, session_version=user.session_version, at=self._clock()
+                ):
                     if replacement is not None:
                         await replace_outdated_hash(
                             user, replacement, unit, instead_of=verified.stored
@@ -638,17 +625,6 @@ class AuthService(Generic[UserT]):
                 self._record(
                     unit, SessionRevoked, user, context, session_id=str(session.id), actor="system"
                 )
-
-    async def _enter(self, user: UserT, unit: UnitOfWork) -> bool:
-        """Save ``last_login``, if nothing that decides about the login has changed since."""
-        now = self._clock()
-        unchanged = self.user_model.filter(
-            pk=user.pk, session_version=user.session_version, is_active=True
-        )
-        if not await unchanged.using_db(unit.connection).update(last_login=now):
-            return False
-        unit.when_committed(lambda: follow(user, last_login=now))
-        return True
 
     async def _end_session(
         self,

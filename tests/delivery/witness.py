@@ -17,7 +17,8 @@ from tortoise.context import TortoiseContext
 from tests.app import AuditRow
 from tests.conftest import POSTGRES_URL
 from tests.probes import connection_of, statements
-from tortoise_auth import EventEmitter, database
+from tortoise_auth import EventEmitter
+from tortoise_auth.database import root_of, transactions
 from tortoise_auth.events import Event
 from tortoise_auth.events.relay import Relay
 
@@ -101,8 +102,8 @@ def inline_alone(*names: str) -> Outcome:
 
 async def quiet(emitter: EventEmitter) -> None:
     """Wait until nothing is under way: neither handlers nor transactions that are being undone."""
-    while database._background:
-        await asyncio.wait(list(database._background))
+    while transactions._background:
+        await asyncio.wait(list(transactions._background))
     await emitter.aclose()
 
 
@@ -155,7 +156,7 @@ def every_statement(context: TortoiseContext) -> Iterator[list[str]]:
 
 def root(context: TortoiseContext) -> BaseDBAsyncClient:
     """Return the database itself, whatever transaction the test is in."""
-    return database.root_of(connection_of(context))
+    return root_of(connection_of(context))
 
 
 class Cancelled(Generic[ReturnT]):

@@ -54,8 +54,8 @@ from tortoise_auth.events.catalog import Actor
 from tortoise_auth.events.formats import ecs, ocsf, security_event_token, set_claims
 from tortoise_auth.exceptions import ConfigurationError, TokenInvalidError
 from tortoise_auth.keys import Algorithm
+from tortoise_auth.sessions.access_tokens import AccessTokens
 from tortoise_auth.testing import FakeClock
-from tortoise_auth.tokens import AccessTokens
 
 FILE = "set-rfc8417.json"
 ISSUER, AUDIENCE = "https://id.example.com/", "https://shop.example.com/caep"

@@ -77,8 +77,8 @@ from tortoise_auth.exceptions import (
 )
 from tortoise_auth.models import OutboxEntry, Session
 from tortoise_auth.sessions import Sessions
+from tortoise_auth.sessions.refresh_tokens import RefreshToken
 from tortoise_auth.testing import FakeClock
-from tortoise_auth.tokens import RefreshToken
 
 Act: TypeAlias = Callable[[], Awaitable[object]]
 

@@ -51,8 +51,8 @@ from tortoise_auth.exceptions import (
 from tortoise_auth.fields import normalize_email
 from tortoise_auth.models import Session
 from tortoise_auth.passwords import MAX_PASSWORD_LENGTH
+from tortoise_auth.sessions.access_tokens import MAX_TOKEN_LENGTH, AccessTokens
 from tortoise_auth.testing import FakeClock
-from tortoise_auth.tokens import MAX_TOKEN_LENGTH, AccessTokens
 
 MEGABYTE = 1_000_000
 DAY = timedelta(days=1)

@@ -41,9 +41,9 @@ from tortoise_auth import (
 from tortoise_auth.events import Event
 from tortoise_auth.exceptions import ConfigurationError
 from tortoise_auth.models import Session
+from tortoise_auth.sessions.refresh_tokens import RefreshToken
 from tortoise_auth.testing import FakeClock
 from tortoise_auth.throttling import DatabaseThrottle, Limit
-from tortoise_auth.tokens import RefreshToken
 
 EMAIL = "ada@example.com"
 HOSTILE = "eve\r\n2026-01-01 CRITICAL tortoise_auth: all is lost\x1b[2J\u2028\u0085"

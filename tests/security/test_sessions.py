@@ -40,8 +40,8 @@ from tortoise_auth.exceptions import (
     TokenRevokedError,
 )
 from tortoise_auth.models import Session
+from tortoise_auth.sessions.refresh_tokens import RefreshToken
 from tortoise_auth.testing import FakeClock, capture
-from tortoise_auth.tokens import RefreshToken
 
 PACKAGE = Path(tortoise_auth.__file__).parent
 ROOT = PACKAGE.parent

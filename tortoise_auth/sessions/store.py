@@ -1,69 +1,26 @@
-"""Sessions: open, find, rotate, revoke, list, purge.
-
-Rotation and revocation are single conditional UPDATEs, so that of any number of concurrent callers
-exactly one succeeds, on every database.
-"""
+"""Sessions: open, find, rotate, revoke, list, purge."""
 
 from __future__ import annotations
 
-import logging
 import secrets
-from dataclasses import dataclass
-from datetime import datetime
-from functools import cached_property
-from typing import Any, Generic, NamedTuple
+from typing import Generic
 from uuid import UUID
 
 from tortoise.backends.base.client import BaseDBAsyncClient
-from tortoise.manager import Manager
-from tortoise.models import Model
 
 from tortoise_auth.clock import Clock
 from tortoise_auth.config import AuthConfig
 from tortoise_auth.context import RequestContext
 from tortoise_auth.events.unit_of_work import UnitOfWork
-from tortoise_auth.exceptions import TokenExpiredError, TokenRevokedError
+from tortoise_auth.exceptions import TokenRevokedError
 from tortoise_auth.models import Session, primary_key, user_table
+from tortoise_auth.sessions.lookup import Found, SessionWithUser
+from tortoise_auth.sessions.refresh_tokens import RefreshToken
 from tortoise_auth.throttling import source_of
-from tortoise_auth.tokens import RefreshToken
-from tortoise_auth.users import UserT, shared_connection
+from tortoise_auth.users.changes import shared_connection
+from tortoise_auth.users.model import UserT
 
-logger = logging.getLogger("tortoise_auth.sessions")
-
-_PLACEHOLDERS = {"sqlite": "?", "postgres": "${}"}
 _PURGE_BATCH = 1000
-
-
-@dataclass(frozen=True, slots=True)
-class Found(Generic[UserT]):
-    """A session and its user, as they are in the database now."""
-
-    session: Session
-    user: UserT
-
-    def require_alive(self, now: datetime) -> None:
-        """Refuse a session that is over.
-
-        Raises:
-            TokenRevokedError: It was ended, its user is inactive, or the password has changed.
-            TokenExpiredError: Its absolute lifetime is over.
-        """
-        if (
-            self.session.revoked_at is not None
-            or not self.user.is_active
-            or self.session.session_version != self.user.session_version
-        ):
-            raise TokenRevokedError
-        if self.session.expires_at <= now:
-            raise TokenExpiredError
-
-    def is_alive(self, now: datetime) -> bool:
-        """Tell whether the session is not over."""
-        try:
-            self.require_alive(now)
-        except (TokenRevokedError, TokenExpiredError):
-            return False
-        return self.session.refresh_expires_at > now  # or it has lain idle for too long
 
 
 class Sessions(Generic[UserT]):
@@ -79,7 +36,7 @@ class Sessions(Generic[UserT]):
         self._user_model = user_model
         self._config = config
         self._clock = clock
-        self._join = _SessionWithUser(user_model)
+        self._join = SessionWithUser(user_model)
 
     def connection(self) -> BaseDBAsyncClient:
         """Return the connection of sessions and users; see `shared_connection`."""
@@ -264,111 +221,6 @@ class Sessions(Generic[UserT]):
         pk = primary_key(self._user_model, session.user_id)
         user = await self._user_model.filter(pk=pk).using_db(self.connection()).first()
         return None if user is None else Found(session, user)
-
-
-class _Columns(NamedTuple):
-    sql: str
-    session: dict[str, str]
-    user: dict[str, str]
-
-
-class _SessionWithUser(Generic[UserT]):
-    """Reads a session and its user in one statement, three times as fast as two ORM reads.
-
-    Building SQL costs Tortoise more than running it, so the statement is built once and its rows
-    are made into models by the hook that Tortoise's own querysets use. That hook is private: where
-    it is missing or behaves otherwise, or where the host's model has a manager of its own that may
-    hide rows, two ordinary reads do the same.
-    """
-
-    def __init__(self, user_model: type[UserT]) -> None:
-        self._user_model = user_model
-        self._may_join = True
-
-    async def read(
-        self, connection: BaseDBAsyncClient, session_id: UUID, user_id: str, pk: object
-    ) -> Found[UserT] | None:
-        dialect = connection.capabilities.dialect
-        if self._may_join and dialect in _PLACEHOLDERS and self._has_plain_managers:
-            try:
-                return await self._read_joined(connection, session_id, user_id, pk)
-            except (AttributeError, KeyError, TypeError):
-                self._may_join = False
-                logger.warning(
-                    "This version of Tortoise ORM makes models in another way than we know; "
-                    "authenticate() uses two queries instead of one from now on",
-                    exc_info=True,
-                )
-        return await self._read_separately(connection, session_id, user_id, pk)
-
-    async def _read_joined(
-        self, connection: BaseDBAsyncClient, session_id: UUID, user_id: str, pk: object
-    ) -> Found[UserT] | None:
-        columns = self._columns[connection.capabilities.dialect]
-        rows = await connection.execute_query_dict(
-            columns.sql,
-            [
-                self._user_model._meta.pk.to_db_value(pk, self._user_model),
-                str(session_id),
-                user_id,
-                user_table(self._user_model),
-            ],
-        )
-        if not rows:
-            return None
-        return Found(
-            _hydrated(Session, rows[0], columns.session),
-            _hydrated(self._user_model, rows[0], columns.user),
-        )
-
-    async def _read_separately(
-        self, connection: BaseDBAsyncClient, session_id: UUID, user_id: str, pk: object
-    ) -> Found[UserT] | None:
-        session = (
-            await Session.filter(
-                id=session_id, user_id=user_id, user_table=user_table(self._user_model)
-            )
-            .using_db(connection)
-            .first()
-        )
-        user = await self._user_model.filter(pk=pk).using_db(connection).first()
-        return None if session is None or user is None else Found(session, user)
-
-    @cached_property
-    def _has_plain_managers(self) -> bool:
-        return all(type(model._meta.manager) is Manager for model in (Session, self._user_model))
-
-    @cached_property
-    def _columns(self) -> dict[str, _Columns]:
-        return {dialect: self._build(mark) for dialect, mark in _PLACEHOLDERS.items()}
-
-    def _build(self, mark: str) -> _Columns:
-        session = {column: f"s_{column}" for column in Session._meta.fields_db_projection.values()}
-        user = {
-            column: f"u_{column}" for column in self._user_model._meta.fields_db_projection.values()
-        }
-        selected = [f's."{column}" AS "{alias}"' for column, alias in session.items()]
-        selected += [f'u."{column}" AS "{alias}"' for column, alias in user.items()]
-        marks = [mark.format(number) for number in range(1, 5)]
-        sql = (
-            f"SELECT {', '.join(selected)} "  # noqa: S608 - names of columns and tables, no values
-            f"FROM {_table(Session)} s JOIN {_table(self._user_model)} u "
-            f'ON u."{self._user_model._meta.db_pk_column}" = {marks[0]} '
-            f"WHERE s.id = {marks[1]} AND s.user_id = {marks[2]} AND s.user_table = {marks[3]}"
-        )
-        return _Columns(sql, session, user)
-
-
-def _table(model: type[Model]) -> str:
-    schema = f'"{model._meta.schema}".' if model._meta.schema else ""
-    return f'{schema}"{model._meta.db_table}"'
-
-
-def _hydrated(model: type[Any], row: dict[str, Any], aliases: dict[str, str]) -> Any:  # noqa: ANN401
-    instance = model._init_from_db(**{column: row[alias] for column, alias in aliases.items()})
-    if instance._partial:
-        raise TypeError(f"{model.__name__} was made with fields missing")
-    return instance
 
 
 def _uuid(value: object) -> UUID | None:

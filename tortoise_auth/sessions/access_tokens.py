@@ -1,35 +1,40 @@
-"""Access tokens (signed, short-lived) and refresh tokens (random, stored as hashes).
+"""Access tokens: signed, short-lived.
 
-An access token is a JWT after RFC 9068, checked by the rules of RFC 8725: one algorithm for each
-key, keys from the configuration alone, an explicit type, every claim required. A refresh token is
-128 random bits for its session and 256 for itself, and means nothing to anybody but the database.
+A JWT after RFC 9068, checked by the rules of RFC 8725: one algorithm for each key, keys from the
+configuration alone, an explicit type, every claim required.
 """
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import json
 import re
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any
 
 import jwt
 
 from tortoise_auth.clock import Clock
 from tortoise_auth.config import AuthConfig
 from tortoise_auth.exceptions import TokenExpiredError, TokenInvalidError
+from tortoise_auth.sessions.encoding import from_base64url
 
 MAX_TOKEN_LENGTH = 8192
 """Characters. Longer input is refused before it is decoded."""
 
+
 _ACCESS_TYPE = "at+jwt"
+
+
 _COMPACT_JWS = re.compile(r"[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+", re.ASCII)
+
+
 _OF_ENCRYPTION = frozenset({"enc", "zip"})  # what only an encrypted token has in its header
+
+
 _REGISTERED_CLAIMS = frozenset(
     {"iss", "aud", "sub", "sid", "jti", "iat", "exp", "nbf", "typ", "client_id"}
 )
@@ -189,79 +194,9 @@ class AccessTokens:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class RefreshToken:
-    """A refresh token: 128 random bits that its session keeps, 256 that change with every refresh.
-
-    The first part finds the session; since nobody but a holder of one of its tokens knows it, an
-    unknown second part behind a known first one is a spent token, however old. Four bytes of
-    checksum tell damage in transit from reuse, and spare the database a look-up for garbage.
-
-    Attributes:
-        text: What the client holds. Never stored.
-    """
-
-    text: str = field(repr=False)
-    family_hash: str = field(repr=False)
-    hash: str = field(repr=False)
-
-    _PREFIX: ClassVar[str] = "tart_"
-    _FAMILY_SIZE: ClassVar[int] = 16
-    _SECRET_SIZE: ClassVar[int] = 32
-    _CHECK_SIZE: ClassVar[int] = 4
-
-    @classmethod
-    def new(cls) -> RefreshToken:
-        """Return the first token of a new session."""
-        return cls._made_of(secrets.token_bytes(cls._FAMILY_SIZE))
-
-    def next(self) -> RefreshToken:
-        """Return the token that follows this one in its session."""
-        return self._made_of(self._decoded(self.text)[: self._FAMILY_SIZE])
-
-    @classmethod
-    def parse(cls, text: str) -> RefreshToken:
-        """Read what a client presents.
-
-        Raises:
-            TokenInvalidError: It is not a refresh token, or a damaged one.
-        """
-        raw = cls._decoded(text)
-        body, check = raw[: -cls._CHECK_SIZE], raw[-cls._CHECK_SIZE :]
-        if not secrets.compare_digest(check, _digest(body)[: cls._CHECK_SIZE]):
-            raise TokenInvalidError
-        return cls._of(text, raw)
-
-    @classmethod
-    def looks_like(cls, text: str) -> bool:
-        """Tell refresh tokens from access tokens."""
-        return text.startswith(cls._PREFIX)
-
-    @classmethod
-    def _made_of(cls, family: bytes) -> RefreshToken:
-        body = family + secrets.token_bytes(cls._SECRET_SIZE)
-        raw = body + _digest(body)[: cls._CHECK_SIZE]
-        return cls._of(cls._PREFIX + _base64(raw), raw)
-
-    @classmethod
-    def _of(cls, text: str, raw: bytes) -> RefreshToken:
-        return cls(text, _digest(raw[: cls._FAMILY_SIZE]).hex(), _digest(raw).hex())
-
-    @classmethod
-    def _decoded(cls, text: str) -> bytes:
-        size = cls._FAMILY_SIZE + cls._SECRET_SIZE + cls._CHECK_SIZE
-        length = len(cls._PREFIX) + (size * 8 + 5) // 6
-        if not isinstance(text, str) or len(text) != length or not cls.looks_like(text):
-            raise TokenInvalidError
-        raw = _unbase64(text[len(cls._PREFIX) :])
-        if cls._PREFIX + _base64(raw) != text:  # a second spelling of the same bytes
-            raise TokenInvalidError
-        return raw
-
-
 def _json_object(part: str) -> dict[str, Any]:
     try:
-        value = json.loads(_unbase64(part).decode("utf-8"))
+        value = json.loads(from_base64url(part).decode("utf-8"))
     except (ValueError, RecursionError):
         raise TokenInvalidError from None
     if not isinstance(value, dict):
@@ -273,19 +208,4 @@ def _moment(seconds: int) -> datetime:
     try:
         return datetime.fromtimestamp(seconds, UTC)
     except (OverflowError, ValueError, OSError):
-        raise TokenInvalidError from None
-
-
-def _digest(data: bytes) -> bytes:
-    return hashlib.sha256(data).digest()
-
-
-def _base64(data: bytes) -> str:
-    return base64.urlsafe_b64encode(data).rstrip(b"=").decode("ascii")
-
-
-def _unbase64(text: str) -> bytes:
-    try:
-        return base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True)
-    except ValueError:
         raise TokenInvalidError from None

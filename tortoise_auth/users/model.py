@@ -7,9 +7,7 @@ from datetime import datetime
 from typing import Any, ClassVar, Self, TypeVar
 
 from tortoise import fields
-from tortoise.backends.base.client import BaseDBAsyncClient
 from tortoise.exceptions import BaseORMException, IntegrityError, ValidationError
-from tortoise.expressions import F
 from tortoise.fields import Field
 from tortoise.fields.relational import RelationalField
 from tortoise.models import Model
@@ -24,7 +22,6 @@ from tortoise_auth.database import (
 )
 from tortoise_auth.events.catalog import (
     PasswordChanged,
-    PasswordRehashed,
     UserRegistered,
 )
 from tortoise_auth.events.emitting import EventEmitter, emitter
@@ -42,12 +39,16 @@ from tortoise_auth.passwords import (
     is_usable_hash,
     unusable_hash,
 )
+from tortoise_auth.users.changes import replace_outdated_hash, shared_connection, store_password
 
 UserT = TypeVar("UserT", bound="AbstractUser")
+
 
 _NOT_FOR_FORMS = frozenset(
     {"is_active", "session_version", "last_login", "created_at", "updated_at"}
 )
+
+
 _MAX_SHOWN_LENGTH = 64
 
 
@@ -324,86 +325,6 @@ class AbstractUser(Model):
         return ValueError(
             f"{cls.__name__}: {', '.join(sorted(violated))} {verb} that another account has"
         )
-
-
-def shared_connection(model: type[Model]) -> BaseDBAsyncClient:
-    """Return the connection of the users of *model* and of sessions, which must be one.
-
-    Raises:
-        ConfigurationError: They live on two, so that no transaction can hold both.
-    """
-    users, sessions = connection_for(model), connection_for(Session)
-    if users.connection_name != sessions.connection_name:
-        raise ConfigurationError(
-            f"{model.__name__} lives on the connection {users.connection_name!r}, "
-            f"tortoise_auth.models on {sessions.connection_name!r}. A login writes to both in one "
-            "transaction: register them on the same connection."
-        )
-    return users
-
-
-async def store_password(
-    user: AbstractUser,
-    hashed: str,
-    unit: UnitOfWork,
-    *,
-    instead_of: str | None = None,
-    at: datetime,
-) -> int | None:
-    """Write a new hash and raise ``session_version``; nothing else of the row changes.
-
-    Args:
-        user: The account; its attributes follow once the unit of work is committed.
-        hashed: The new hash.
-        unit: The unit of work to write in.
-        instead_of: Write only if the stored hash is still this one.
-        at: The time.
-
-    Returns:
-        The new ``session_version``; ``None`` if the stored hash is not *instead_of* any more.
-
-    Raises:
-        ValueError: There is no such row.
-    """
-    row = type(user).filter(pk=user.pk).using_db(unit.connection)
-    matching = row if instead_of is None else row.filter(password=instead_of)
-    changed = await matching.update(
-        password=hashed, session_version=F("session_version") + 1, updated_at=at
-    )
-    if not changed:
-        if await row.exists():
-            return None
-        raise ValueError(f"{user!r} is not in the database; save it before setting a password")
-    version = await stored_version(user, unit)
-    unit.when_committed(lambda: follow(user, password=hashed, session_version=version))
-    return version
-
-
-async def stored_version(user: AbstractUser, unit: UnitOfWork) -> int:
-    """Return ``session_version`` as this unit of work sees it."""
-    rows = await type(user).filter(pk=user.pk).using_db(unit.connection).values("session_version")
-    return int(rows[0]["session_version"])
-
-
-async def replace_outdated_hash(
-    user: AbstractUser, replacement: str, unit: UnitOfWork, *, instead_of: str
-) -> None:
-    """Replace the hash that was verified; a password that was changed meanwhile is left alone."""
-    replaced = (
-        await type(user)
-        .filter(pk=user.pk, password=instead_of)
-        .using_db(unit.connection)
-        .update(password=replacement)
-    )
-    if replaced:
-        unit.when_committed(lambda: follow(user, password=replacement))
-        unit.record(PasswordRehashed(user=user, subject_id=str(user.pk), context=current_context()))
-
-
-def follow(user: AbstractUser, **values: object) -> None:
-    """Bring a live object up to date with what was committed."""
-    for name, value in values.items():
-        setattr(user, name, value)
 
 
 def _fits(field: Field[Any], value: object) -> bool:

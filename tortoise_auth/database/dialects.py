@@ -1,0 +1,100 @@
+"""Everything that is written in the SQL of one database."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import re
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from datetime import UTC, datetime
+from types import TracebackType
+from typing import Any
+
+from tortoise.backends.base.client import BaseDBAsyncClient
+
+from tortoise_auth.database.connections import root_of
+
+logger = logging.getLogger("tortoise_auth.database")
+
+
+async def run_statement(
+    connection: BaseDBAsyncClient, statement: str, values: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """Run a statement of PostgreSQL or SQLite with *values* for the names in its braces.
+
+    Building SQL costs Tortoise more than running it.
+    """
+    numbered = connection.capabilities.dialect == "postgres"
+    given: list[Any] = []
+    placed: dict[str, str] = {}
+
+    def place(name: re.Match[str]) -> str:
+        if not numbered or name[1] not in placed:
+            value = values[name[1]]
+            several = value if isinstance(value, list) else [value]
+            first = len(given) + 1
+            given.extend(map(_in_utc, several))
+            marks = [f"${first + at}" if numbered else "?" for at in range(len(several))]
+            placed[name[1]] = ", ".join(marks)
+        return placed[name[1]]
+
+    return await connection.execute_query_dict(re.sub(r"\{(\w+)\}", place, statement), given)
+
+
+def _in_utc(value: object) -> object:
+    """Return a time in UTC, as columns hold it: SQLite compares the text."""
+    return value.astimezone(UTC) if isinstance(value, datetime) else value
+
+
+async def notify(connection: BaseDBAsyncClient, channel: str) -> None:
+    """Wake those who listen on *channel*, on PostgreSQL when the transaction commits."""
+    if connection.capabilities.dialect == "postgres":
+        await connection.execute_query_dict("SELECT pg_notify($1, '')", [channel])
+
+
+class Listener:
+    """Calls *wake* when somebody notifies *channel*, on PostgreSQL through asyncpg; else does nothing.
+
+    A convenience that may fail: whoever uses it polls as well. It listens on a connection of its
+    own, so that no pool is one short.
+    """
+
+    def __init__(
+        self, connection: BaseDBAsyncClient, channel: str, wake: Callable[[], object]
+    ) -> None:
+        self._client = root_of(connection)
+        self._channel = channel
+        self._wake = wake
+        self._listening: Any = None
+
+    async def __aenter__(self) -> Listener:
+        if type(self._client).__module__ == "tortoise.backends.asyncpg.client":
+            try:
+                await self._listen()
+            except Exception as error:  # noqa: BLE001 - a convenience
+                logger.warning("Cannot listen to %s (%s)", self._channel, type(error).__name__)
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._listening is not None:
+            with suppress(Exception):
+                await self._listening.close(timeout=2)
+
+    async def _listen(self) -> None:
+        client: Any = self._client
+        self._listening = await importlib.import_module("asyncpg").connect(
+            host=client.host,
+            port=client.port,
+            user=client.user,
+            password=client.password,
+            database=client.database,
+            ssl=client.extra.get("ssl"),
+            timeout=5,
+        )
+        await self._listening.add_listener(self._channel, lambda *_: self._wake())

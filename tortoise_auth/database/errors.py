@@ -1,0 +1,106 @@
+"""Errors of a database or its driver, sorted into ours."""
+
+from __future__ import annotations
+
+import functools
+import re
+import sqlite3
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+from tortoise.exceptions import (
+    BaseORMException,
+    IntegrityError,
+)
+from tortoise.exceptions import ConfigurationError as TortoiseConfigurationError
+
+from tortoise_auth.exceptions import ConfigurationError, ServiceUnavailableError
+
+P = ParamSpec("P")
+
+
+ReturnT = TypeVar("ReturnT")
+
+
+SelfT = TypeVar("SelfT")
+
+
+def guarded(
+    method: Callable[Concatenate[SelfT, P], Awaitable[ReturnT]],
+) -> Callable[Concatenate[SelfT, P], Coroutine[Any, Any, ReturnT]]:
+    """Turn whatever the database or its driver raises into `ServiceUnavailableError`.
+
+    A database that is down must never look like wrong credentials.
+    """
+
+    @functools.wraps(method)
+    async def guarding(self: SelfT, /, *args: P.args, **kwargs: P.kwargs) -> ReturnT:
+        try:
+            return await method(self, *args, **kwargs)
+        except Exception as error:
+            if not is_database_failure(error):
+                raise
+            # Drivers put values into their messages; neither text nor cause may leave.
+            failure = translated(error, method.__name__)
+        raise failure
+
+    return guarding
+
+
+def translated(error: Exception, doing: str) -> Exception:
+    """Return the error of ours for one of a database, without what that says of values."""
+    if isinstance(error, TortoiseConfigurationError):
+        return ConfigurationError(f"Tortoise ORM is not set up as it must be: {error}")
+    if is_missing_table(error):
+        return ConfigurationError(
+            "A table or column of tortoise_auth, or of your user model, is missing. Run your "
+            "migrations, or `await Tortoise.generate_schemas()` in a test."
+        )
+    kind = type(error.args[0] if error.args and isinstance(error.args[0], Exception) else error)
+    return ServiceUnavailableError(
+        f"The database failed during {doing.lstrip('_')} ({kind.__name__})"
+    )
+
+
+def is_database_failure(error: Exception) -> bool:
+    """Tell whether it is the database, or its driver, that failed."""
+    module = type(error).__module__.partition(".")[0]
+    return (
+        isinstance(error, BaseORMException | sqlite3.Error | OSError | TimeoutError)
+        or module in {"asyncpg", "psycopg", "psycopg_pool", "asyncmy", "aiomysql", "pymysql"}
+        or (
+            isinstance(error, ValueError)
+            and str(error) in {"no active connection", "Connection closed"}
+        )
+    )
+
+
+def is_missing_table(error: Exception) -> bool:
+    """Tell whether a table or column is missing."""
+    cause = error.args[0] if error.args and isinstance(error.args[0], Exception) else error
+    return getattr(cause, "sqlstate", None) in {"42P01", "42703"} or (
+        isinstance(cause, sqlite3.OperationalError)
+        and str(cause).startswith(("no such table", "no such column", "table "))
+    )
+
+
+def is_unique_violation(error: IntegrityError) -> bool:
+    """Tell whether a row was refused because of another one with the same values."""
+    cause = error.args[0] if error.args else None
+    return getattr(cause, "sqlstate", None) == "23505" or "UNIQUE constraint" in str(cause)
+
+
+def violated_columns(error: IntegrityError) -> frozenset[str]:
+    """Return the columns whose values another row has; empty if the database does not tell.
+
+    For an index on an expression it is every word of that.
+    """
+    cause = error.args[0] if error.args else None
+    told = getattr(cause, "detail", None) or getattr(
+        getattr(cause, "diag", None), "message_detail", None
+    )
+    if isinstance(told, str):  # in the language of the server: Key (tenant, lower(phone))=(7, ...)
+        key = re.search(r"\((.+?)\)=", told)
+        return frozenset(re.findall(r"\w+", key[1]) if key else ())
+    _, _, names = str(cause).partition("UNIQUE constraint failed: ")
+    return frozenset(name.rpartition(".")[2] for name in names.split(", ") if "." in name)

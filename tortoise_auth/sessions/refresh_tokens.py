@@ -1,0 +1,89 @@
+"""Refresh tokens: random, stored as hashes.
+
+128 random bits for the session and 256 for the token itself. They mean nothing to anything but the
+database.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from tortoise_auth.exceptions import TokenInvalidError
+from tortoise_auth.sessions.encoding import base64url, from_base64url
+
+
+@dataclass(frozen=True, slots=True)
+class RefreshToken:
+    """A refresh token: 128 random bits that its session keeps, 256 that change with every refresh.
+
+    The first part finds the session; since nobody but a holder of one of its tokens knows it, an
+    unknown second part behind a known first one is a spent token, however old. Four bytes of
+    checksum tell damage in transit from reuse, and spare the database a look-up for garbage.
+
+    Attributes:
+        text: What the client holds. Never stored.
+    """
+
+    text: str = field(repr=False)
+    family_hash: str = field(repr=False)
+    hash: str = field(repr=False)
+
+    _PREFIX: ClassVar[str] = "tart_"
+    _FAMILY_SIZE: ClassVar[int] = 16
+    _SECRET_SIZE: ClassVar[int] = 32
+    _CHECK_SIZE: ClassVar[int] = 4
+
+    @classmethod
+    def new(cls) -> RefreshToken:
+        """Return the first token of a new session."""
+        return cls._made_of(secrets.token_bytes(cls._FAMILY_SIZE))
+
+    def next(self) -> RefreshToken:
+        """Return the token that follows this one in its session."""
+        return self._made_of(self._decoded(self.text)[: self._FAMILY_SIZE])
+
+    @classmethod
+    def parse(cls, text: str) -> RefreshToken:
+        """Read what a client presents.
+
+        Raises:
+            TokenInvalidError: It is not a refresh token, or a damaged one.
+        """
+        raw = cls._decoded(text)
+        body, check = raw[: -cls._CHECK_SIZE], raw[-cls._CHECK_SIZE :]
+        if not secrets.compare_digest(check, _digest(body)[: cls._CHECK_SIZE]):
+            raise TokenInvalidError
+        return cls._of(text, raw)
+
+    @classmethod
+    def looks_like(cls, text: str) -> bool:
+        """Tell refresh tokens from access tokens."""
+        return text.startswith(cls._PREFIX)
+
+    @classmethod
+    def _made_of(cls, family: bytes) -> RefreshToken:
+        body = family + secrets.token_bytes(cls._SECRET_SIZE)
+        raw = body + _digest(body)[: cls._CHECK_SIZE]
+        return cls._of(cls._PREFIX + base64url(raw), raw)
+
+    @classmethod
+    def _of(cls, text: str, raw: bytes) -> RefreshToken:
+        return cls(text, _digest(raw[: cls._FAMILY_SIZE]).hex(), _digest(raw).hex())
+
+    @classmethod
+    def _decoded(cls, text: str) -> bytes:
+        size = cls._FAMILY_SIZE + cls._SECRET_SIZE + cls._CHECK_SIZE
+        length = len(cls._PREFIX) + (size * 8 + 5) // 6
+        if not isinstance(text, str) or len(text) != length or not cls.looks_like(text):
+            raise TokenInvalidError
+        raw = from_base64url(text[len(cls._PREFIX) :])
+        if cls._PREFIX + base64url(raw) != text:  # a second spelling of the same bytes
+            raise TokenInvalidError
+        return raw
+
+
+def _digest(data: bytes) -> bytes:
+    return hashlib.sha256(data).digest()

@@ -1,0 +1,140 @@
+"""Every UPDATE of a row of the user model, in one place."""
+
+from __future__ import annotations
+
+from datetime import datetime
+
+from tortoise.backends.base.client import BaseDBAsyncClient
+from tortoise.expressions import F
+from tortoise.models import Model
+
+from tortoise_auth.context import current_context
+from tortoise_auth.database import (
+    connection_for,
+)
+from tortoise_auth.events.catalog import (
+    PasswordRehashed,
+)
+from tortoise_auth.events.unit_of_work import UnitOfWork
+from tortoise_auth.exceptions import (
+    ConfigurationError,
+)
+from tortoise_auth.models import Session
+
+
+def shared_connection(model: type[Model]) -> BaseDBAsyncClient:
+    """Return the connection of the users of *model* and of sessions, which must be one.
+
+    Raises:
+        ConfigurationError: They live on two, so that no transaction can hold both.
+    """
+    users, sessions = connection_for(model), connection_for(Session)
+    if users.connection_name != sessions.connection_name:
+        raise ConfigurationError(
+            f"{model.__name__} lives on the connection {users.connection_name!r}, "
+            f"tortoise_auth.models on {sessions.connection_name!r}. A login writes to both in one "
+            "transaction: register them on the same connection."
+        )
+    return users
+
+
+async def store_password(
+    user: Model,
+    hashed: str,
+    unit: UnitOfWork,
+    *,
+    instead_of: str | None = None,
+    at: datetime,
+) -> int | None:
+    """Write a new hash and raise ``session_version``; nothing else of the row changes.
+
+    Args:
+        user: The account; its attributes follow once the unit of work is committed.
+        hashed: The new hash.
+        unit: The unit of work to write in.
+        instead_of: Write only if the stored hash is still this one.
+        at: The time.
+
+    Returns:
+        The new ``session_version``; ``None`` if the stored hash is not *instead_of* any more.
+
+    Raises:
+        ValueError: There is no such row.
+    """
+    row = type(user).filter(pk=user.pk).using_db(unit.connection)
+    matching = row if instead_of is None else row.filter(password=instead_of)
+    changed = await matching.update(
+        password=hashed, session_version=F("session_version") + 1, updated_at=at
+    )
+    if not changed:
+        if await row.exists():
+            return None
+        raise ValueError(f"{user!r} is not in the database; save it before setting a password")
+    version = await stored_version(user, unit)
+    unit.when_committed(lambda: follow(user, password=hashed, session_version=version))
+    return version
+
+
+async def stored_version(user: Model, unit: UnitOfWork) -> int:
+    """Return ``session_version`` as this unit of work sees it."""
+    rows = await type(user).filter(pk=user.pk).using_db(unit.connection).values("session_version")
+    return int(rows[0]["session_version"])
+
+
+async def replace_outdated_hash(
+    user: Model, replacement: str, unit: UnitOfWork, *, instead_of: str
+) -> None:
+    """Replace the hash that was verified; a password that was changed meanwhile is left alone."""
+    replaced = (
+        await type(user)
+        .filter(pk=user.pk, password=instead_of)
+        .using_db(unit.connection)
+        .update(password=replacement)
+    )
+    if replaced:
+        unit.when_committed(lambda: follow(user, password=replacement))
+        unit.record(PasswordRehashed(user=user, subject_id=str(user.pk), context=current_context()))
+
+
+def follow(user: Model, **values: object) -> None:
+    """Bring a live object up to date with what was committed."""
+    for name, value in values.items():
+        setattr(user, name, value)
+
+
+async def store_login(user: Model, unit: UnitOfWork, *, session_version: int, at: datetime) -> bool:
+    """Save ``last_login``, if nothing that decides about the login has changed since.
+
+    Args:
+        user: The account as it was read before its password was checked.
+        unit: The unit of work to write in.
+        session_version: ``session_version`` as it was read then.
+        at: The time.
+
+    Returns:
+        False if the password was changed or the account deactivated meanwhile.
+    """
+    unchanged = type(user).filter(pk=user.pk, session_version=session_version, is_active=True)
+    if not await unchanged.using_db(unit.connection).update(last_login=at):
+        return False
+    unit.when_committed(lambda: follow(user, last_login=at))
+    return True
+
+
+async def store_status(user: Model, unit: UnitOfWork, *, is_active: bool, at: datetime) -> bool:
+    """Activate or deactivate an account, and raise ``session_version``.
+
+    The version is raised at activation, too: not every program deactivates through the service.
+
+    Returns:
+        False if the account had this status already; then nothing was written.
+    """
+    row = type(user).filter(pk=user.pk, is_active=not is_active).using_db(unit.connection)
+    changed = await row.update(
+        is_active=is_active, session_version=F("session_version") + 1, updated_at=at
+    )
+    if not changed:
+        return False
+    version = await stored_version(user, unit)
+    unit.when_committed(lambda: follow(user, is_active=is_active, session_version=version))
+    return True
