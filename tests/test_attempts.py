@@ -6,8 +6,8 @@ import asyncio
 
 import pytest
 
-from tortoise_auth import attempts
-from tortoise_auth.attempts import OpenAttempt, OpenAttempts
+from tortoise_auth.throttling import waiting as waiting_module
+from tortoise_auth.throttling.waiting import OpenAttempt, OpenAttempts
 
 LIMIT = 10
 
@@ -189,7 +189,7 @@ class TestLettingIn:
 class TestGivingUp:
     async def test_after_a_while(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """However long the others take."""
-        monkeypatch.setattr(attempts, "_PATIENCE", 0.01)
+        monkeypatch.setattr(waiting_module, "_PATIENCE", 0.01)
         others = OpenAttempts()
         with others.attempt("a"):
             assert not await answer(await waiting(others, "a", on="a"))
@@ -198,7 +198,7 @@ class TestGivingUp:
 
     async def test_tries_again_only_so_long(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """However often others succeed meanwhile."""
-        monkeypatch.setattr(attempts, "_PATIENCE", -1)
+        monkeypatch.setattr(waiting_module, "_PATIENCE", -1)
         others = OpenAttempts()
         with others.attempt("a") as place:
             with others.attempt("a") as right:

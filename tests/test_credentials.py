@@ -40,11 +40,7 @@ from tortoise_auth import (
     PasswordHasher,
     RequestContext,
     TortoiseAuthError,
-    attempts,
-    counters,
-    credentials,
 )
-from tortoise_auth.counters import Count
 from tortoise_auth.events import (
     AccountLocked,
     Event,
@@ -58,10 +54,12 @@ from tortoise_auth.exceptions import (
     ServiceUnavailableError,
     ThrottledError,
 )
+from tortoise_auth.flows import password_check
 from tortoise_auth.models import AttemptCount
 from tortoise_auth.passwords import Verification
 from tortoise_auth.testing import Captured, FakeClock, capture
-from tortoise_auth.throttling import DatabaseThrottle, Limit
+from tortoise_auth.throttling import DatabaseThrottle, Limit, counters, waiting
+from tortoise_auth.throttling.counters import Count
 
 NOBODY = "nobody@example.com"
 WRONG = "a wrong donkey charger"
@@ -74,7 +72,7 @@ Call: TypeAlias = Callable[[], Awaitable[object]]
 
 
 def _groups(auth: AuthService[User]) -> list[Any]:
-    return [*auth._credentials._open_attempts._groups.values()]
+    return [*auth._passwords._open_attempts._groups.values()]
 
 
 @pytest.fixture
@@ -222,7 +220,7 @@ class TestBurst:
         async with asyncio.timeout(LIMIT):
             results = await asyncio.gather(*(log_in(strict) for _ in range(BURST)))
         assert len({result.session.id for result in results}) == BURST
-        assert not strict._credentials._open_attempts._groups
+        assert not strict._passwords._open_attempts._groups
 
     async def test_nobody_waits_for_the_handlers_of_others(
         self, ada: User, strict: AuthService[User], emitter: EventEmitter
@@ -254,7 +252,7 @@ class TestBurst:
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         """Even if all fifty have read the counter before any of them writes it."""
-        monkeypatch.setattr(credentials, "_PATIENCE", LIMIT)
+        monkeypatch.setattr(password_check, "_PATIENCE", LIMIT)
         await User.create_user(email=EMAIL, password=PASSWORD)
         auth = service(clock)
         read, barrier, came = counters._read, asyncio.Barrier(BURST), 0
@@ -482,7 +480,7 @@ class TestStrangers:
         self, db: TortoiseContext, strict: AuthService[User], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """However many identifiers are tried, they share so many counters and no more."""
-        monkeypatch.setattr(credentials, "_STRANGERS", 8)
+        monkeypatch.setattr(password_check, "_STRANGERS", 8)
         for _ in range(300):
             await guess(strict, f"{secrets.token_hex(8)}@example.com")
         assert await AttemptCount.all().count() == 8
@@ -491,7 +489,7 @@ class TestStrangers:
         self, ada: User, strict: AuthService[User], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """No number of them comes to share the counter of an account."""
-        monkeypatch.setattr(credentials, "_STRANGERS", 1)
+        monkeypatch.setattr(password_check, "_STRANGERS", 1)
         for number in range(50):
             await guess(strict, f"stranger{number}@example.com")
         assert await guess(strict, NOBODY) == "ThrottledError"
@@ -585,7 +583,7 @@ class TestOthersUnderWay:
         async with asyncio.timeout(LIMIT):
             outcomes = await asyncio.gather(*(guess(auth, each, PASSWORD, HERE) for each in names))
         assert outcomes == ["in"] * BURST
-        assert not auth._credentials._open_attempts._groups
+        assert not auth._passwords._open_attempts._groups
 
     async def test_right_one_among_guesses(self, db: TortoiseContext, clock: FakeClock) -> None:
         """Wrong ones let nobody in; each right one lets one in, which may be a wrong one."""
@@ -693,7 +691,7 @@ class TestOthersUnderWay:
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         """Nobody waits for ever for attempts that do not end."""
-        monkeypatch.setattr(attempts, "_PATIENCE", 0.05)
+        monkeypatch.setattr(waiting, "_PATIENCE", 0.05)
         began = asyncio.Semaphore(0)
 
         async def for_ever(*args: object) -> Verification:
@@ -710,7 +708,7 @@ class TestOthersUnderWay:
         for each in stuck:
             each.cancel()
         await asyncio.wait(stuck)
-        assert not strict._credentials._open_attempts._groups
+        assert not strict._passwords._open_attempts._groups
 
     async def test_fault_lets_somebody_in(
         self,
@@ -1377,7 +1375,7 @@ class TestStoreIsDown:
         self, ada: User, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Nobody waits for a store for ever."""
-        monkeypatch.setattr(credentials, "_PATIENCE", 0.1)
+        monkeypatch.setattr(password_check, "_PATIENCE", 0.1)
         throttle = DatabaseThrottle(clock=clock)
         auth = AuthService(User, AuthConfig(secret=SECRET), throttle=throttle, clock=clock)
 
@@ -1559,7 +1557,7 @@ class TestTransactionOfTheCaller:
         Where they take every connection there is, those who hold one wait in vain for a second,
         and are refused; nobody waits for ever.
         """
-        monkeypatch.setattr(credentials, "_PATIENCE", 0.3)
+        monkeypatch.setattr(password_check, "_PATIENCE", 0.3)
         with argon2_costs() as costs:
             async with asyncio.timeout(LIMIT):
                 outcomes = await asyncio.gather(
@@ -1619,7 +1617,7 @@ class TestTransactionOfTheCaller:
         size: int,
     ) -> None:
         """Where the caller's transactions hold every connection, the login is refused in time."""
-        monkeypatch.setattr(credentials, "_PATIENCE", 0.3)
+        monkeypatch.setattr(password_check, "_PATIENCE", 0.3)
         async with database("postgres", tmp_path, maxsize=size):
             await User.create_user(email=EMAIL, password=PASSWORD)
             auth = service(clock)
@@ -1647,7 +1645,7 @@ class TestTransactionOfTheCaller:
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         """It is the same if the source was counted and the account cannot be."""
-        monkeypatch.setattr(credentials, "_PATIENCE", 0.3)
+        monkeypatch.setattr(password_check, "_PATIENCE", 0.3)
         async with database("postgres", tmp_path, maxsize=2) as context:
             await User.create_user(email=EMAIL, password=PASSWORD)
             throttle = DatabaseThrottle(clock=clock)

@@ -851,7 +851,7 @@ class TestJoinedRead:
         """Where Tortoise makes models in another way than we know, two reads do the same."""
         result = await log_in(auth)
         expected = columns(await auth.authenticate(result.access_token))
-        service = AuthService(User, auth.config, clock=auth._clock)
+        service = AuthService(User, auth.config, clock=auth._core.clock)
         break_once(monkeypatch, model, way)
         with statements(db) as seen:
             assert columns(await service.authenticate(result.access_token)) == expected
@@ -873,7 +873,7 @@ class TestJoinedRead:
     ) -> None:
         """Two reads refuse what one refuses."""
         service = AuthService(User, auth.config, clock=clock)
-        service._sessions._join._may_join = False
+        service._core.sessions._join._may_join = False
         other = await User.create_user(email="bob@example.com", password=PASSWORD)
         result = await log_in(auth)
         assert await service.authenticate(result.access_token) == ada

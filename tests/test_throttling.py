@@ -18,8 +18,7 @@ from tortoise.transactions import in_transaction
 from tests.conftest import POSTGRES_URL, SECRET, needs_postgres
 from tests.probes import connection_of, hang_up_at, statements
 from tests.test_docs import run, snippets
-from tortoise_auth import AuthConfig, AuthService, counters
-from tortoise_auth.counters import Count
+from tortoise_auth import AuthConfig, AuthService
 from tortoise_auth.exceptions import ConfigurationError, ThrottledError
 from tortoise_auth.models import AttemptCount
 from tortoise_auth.testing import FakeClock
@@ -29,9 +28,11 @@ from tortoise_auth.throttling import (
     Limit,
     Reservation,
     Throttle,
-    _Turn,
+    counters,
     source_of,
 )
+from tortoise_auth.throttling.counters import Count
+from tortoise_auth.throttling.database import _Turn
 
 HERE, ELSEWHERE, ABROAD = "203.0.113.7", "198.51.100.9", "192.0.2.11"
 BURST, BUDGET = 50, 5

@@ -2,97 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from datetime import datetime, timedelta
-from typing import Generic, Literal, TypeVar, get_args
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import Generic, Literal
 from uuid import UUID
 
-from tortoise.fields import CharField, TextField
-
 from tortoise_auth.clock import Clock, utc_now
-from tortoise_auth.config import AuthConfig, checked_clock
-from tortoise_auth.context import RequestContext, current_context
-from tortoise_auth.credentials import Credentials, Verified
-from tortoise_auth.database import (
-    guarded,
-    is_transaction,
-    root_of,
-    transaction,
-    when_committed,
-)
-from tortoise_auth.events.catalog import (
-    Actor,
-    Event,
-    PasswordChanged,
-    RefreshTokenReused,
-    SessionRefreshed,
-    SessionRevoked,
-    UserActivated,
-    UserDeactivated,
-    UserLogin,
-    UserLogout,
-)
+from tortoise_auth.config import AuthConfig
+from tortoise_auth.context import RequestContext
+from tortoise_auth.database import guarded
+from tortoise_auth.events.catalog import Actor
 from tortoise_auth.events.emitting import EventEmitter
 from tortoise_auth.events.relay import Relay, RelaySettings
-from tortoise_auth.events.unit_of_work import UnitOfWork, report
-from tortoise_auth.exceptions import (
-    ConfigurationError,
-    EventError,
-    TokenError,
-    TokenExpiredError,
-    TokenInvalidError,
-    TokenReusedError,
-    TokenRevokedError,
+from tortoise_auth.flows import (
+    account_status,
+    authentication,
+    logout,
+    password_change,
+    password_login,
+    refresh,
 )
+from tortoise_auth.flows.core import Core
+from tortoise_auth.flows.logout import Revocation
+from tortoise_auth.flows.password_check import PasswordCheck
+from tortoise_auth.flows.signin import AuthResult
 from tortoise_auth.models import Session
 from tortoise_auth.passwords import PasswordHasher, PasswordPolicy
-from tortoise_auth.sessions import AccessClaims, AccessTokens, Found, RefreshToken, Sessions
+from tortoise_auth.sessions import AccessClaims
 from tortoise_auth.throttling import DatabaseThrottle, Throttle
-from tortoise_auth.users.changes import (
-    replace_outdated_hash,
-    store_login,
-    store_password,
-    store_status,
-)
-from tortoise_auth.users.model import AbstractUser, UserT
+from tortoise_auth.users.model import UserT
 
-EventT = TypeVar("EventT", bound=Event)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AuthResult(Generic[UserT]):
-    """A session that was opened or refreshed.
-
-    Attributes:
-        user: The account, as your own model.
-        session: The session; ``session.id`` may be shown and logged.
-        access_token: Send it as ``Authorization: Bearer``; not stored anywhere.
-        refresh_token: Exchange it once, at ``refresh``. Warning: as good as a password while it
-            lives; in a browser keep it in a ``HttpOnly``, ``Secure``, ``SameSite`` cookie.
-        access_expires_at: Aware UTC.
-        refresh_expires_at: Aware UTC.
-    """
-
-    user: UserT
-    session: Session
-    access_token: str = field(repr=False)
-    refresh_token: str = field(repr=False)
-    access_expires_at: datetime
-    refresh_expires_at: datetime
-
-
-@dataclass(frozen=True, slots=True)
-class Revocation:
-    """What a logout or revocation ended.
-
-    Attributes:
-        sessions: How many sessions ended; 0 if there was nothing to end.
-        user_id: ``str(user.pk)`` of their owner, if it is known.
-    """
-
-    sessions: int
-    user_id: str | None
+__all__ = ["AuthResult", "AuthService", "Revocation"]
 
 
 class AuthService(Generic[UserT]):
@@ -140,28 +80,33 @@ class AuthService(Generic[UserT]):
         throttle: Throttle | Literal["database"] | None = "database",
         clock: Clock = utc_now,
     ) -> None:
-        _check_model(user_model)
-        if not isinstance(config, AuthConfig):
-            raise ConfigurationError("AuthService takes an AuthConfig: AuthConfig(secret=...)")
-        _check_parts(emitter, passwords, policy, throttle)
+        self._core = Core(
+            user_model,
+            config,
+            emitter=emitter,
+            passwords=passwords,
+            policy=policy,
+            throttle=throttle,
+            clock=clock,
+        )
         self.user_model = user_model
         self.config = config
-        self.emitter = emitter if emitter is not None else user_model.emitter
-        self.passwords = passwords if passwords is not None else user_model.password_hasher
-        self.policy = policy if policy is not None else user_model.password_policy
-        self._clock = checked_clock(clock)
-        self._sessions = Sessions(user_model, config, clock)
-        self._tokens = AccessTokens(config, clock)
-        self._throttle = DatabaseThrottle(clock=clock) if throttle == "database" else throttle
-        self._credentials = Credentials(
-            user_model,
-            self._sessions,
-            self.passwords,
-            self.emitter,
-            self._throttle,
-            config.keys[0].derive("throttle"),
-            clock,
-        )
+        self._passwords = PasswordCheck(self._core)
+
+    @property
+    def emitter(self) -> EventEmitter:
+        """Where events go."""
+        return self._core.emitter
+
+    @property
+    def passwords(self) -> PasswordHasher:
+        """Hashes and verifies passwords."""
+        return self._core.passwords
+
+    @property
+    def policy(self) -> PasswordPolicy:
+        """Says which new passwords are accepted."""
+        return self._core.policy
 
     @guarded
     async def login(
@@ -186,17 +131,9 @@ class AuthService(Generic[UserT]):
             ThrottledError: Too many attempts; the password was not even looked at.
             ValueError: *claims* names a claim that is ours or holds what JSON cannot.
         """
-        AccessTokens.check_extra(claims or {})
-        context = current_context(context)
-        verified = await self._credentials.check_login(identifier, password, context)
-        opened = await self._open_session(verified, context)
-        if opened is None:
-            # The password was changed or the account closed while the hash was computed.
-            failed = self._credentials.login_failed(
-                identifier, verified.user, context, "bad_password"
-            )
-            raise await self._credentials.refuse(failed)
-        return self._result(verified.user, *opened, claims)
+        return await password_login.login(
+            self._core, self._passwords, identifier, password, context, claims
+        )
 
     @guarded
     async def authenticate(self, access_token: str) -> UserT:
@@ -209,12 +146,7 @@ class AuthService(Generic[UserT]):
             TokenExpiredError: It was.
             TokenRevokedError: Its session ended, or the user is inactive or gone.
         """
-        claims = self._tokens.read(access_token)
-        found = await self._sessions.find(claims.session_id, claims.subject)
-        if found is None:
-            raise TokenRevokedError
-        found.require_alive(self._clock())
-        return found.user
+        return await authentication.authenticate(self._core, access_token)
 
     def decode(self, access_token: str) -> AccessClaims:
         """Return what a genuine, unexpired access token says, asking no database.
@@ -226,7 +158,7 @@ class AuthService(Generic[UserT]):
             TokenInvalidError: It is not one of our access tokens.
             TokenExpiredError: It was.
         """
-        return self._tokens.read(access_token)
+        return self._core.tokens.read(access_token)
 
     @guarded
     async def refresh(
@@ -254,17 +186,7 @@ class AuthService(Generic[UserT]):
             TokenReusedError: It was spent before. The session is over.
             ValueError: *claims* names a claim that is ours or holds what JSON cannot.
         """
-        AccessTokens.check_extra(claims or {})
-        context = current_context(context)
-        presented = RefreshToken.parse(refresh_token)
-        while True:
-            found = await self._sessions.find_by_refresh_token(presented)
-            if found is None:
-                raise TokenInvalidError
-            following = await self._rotate(found, presented, context)
-            if following is not None:
-                return self._result(found.user, found.session, following, claims)
-            # Somebody else was first: look again, and see a spent token.
+        return await refresh.refresh(self._core, refresh_token, context, claims)
 
     @guarded
     async def logout(self, token: str, *, context: RequestContext | None = None) -> Revocation:
@@ -284,11 +206,7 @@ class AuthService(Generic[UserT]):
             TypeError: It is a result or a session, and not a token: a mistake that would else log
                 nobody out, silently.
         """
-        _refuse_what_holds_tokens(token, "logout")
-        found = await self._find_session(token)
-        if found is None:
-            return Revocation(0, None)
-        return await self._end_session(found, UserLogout, context, actor="user")
+        return await logout.logout(self._core, token, context)
 
     @guarded
     async def logout_all(
@@ -310,20 +228,7 @@ class AuthService(Generic[UserT]):
         Returns:
             How many sessions ended.
         """
-        self._require_own(user, actor)
-        async with self._unit_of_work() as unit:
-            ended = await self._sessions.revoke_all(user, unit.connection, keep=_session_id(keep))
-            if ended:
-                self._record(
-                    unit,
-                    UserLogout,
-                    user,
-                    context,
-                    sessions_ended=ended,
-                    everywhere=True,
-                    actor=actor,
-                )
-        return Revocation(ended, str(user.pk))
+        return await logout.logout_all(self._core, user, keep, actor, context)
 
     @guarded
     async def set_password(
@@ -351,12 +256,7 @@ class AuthService(Generic[UserT]):
             PasswordPolicyError: With every rule that the password breaks.
             ValueError: The account is not saved.
         """
-        self._require_own(user, actor)
-        self.policy.check(new_password, about=user.words_about())
-        hashed = await self.passwords.hash(new_password)
-        await self._replace_password(
-            user, hashed, keep=keep, instead_of=None, actor=actor, context=context
-        )
+        await password_change.set_password(self._core, user, new_password, keep, actor, context)
 
     @guarded
     async def change_password(
@@ -385,23 +285,15 @@ class AuthService(Generic[UserT]):
             ThrottledError: Too many attempts; the password was not even looked at.
             PasswordPolicyError: With every rule that the new password breaks.
         """
-        self._require_own(user)
-        context = current_context(context)
-        stored = await self._credentials.check_current(user, current_password, context)
-        self.policy.check(new_password, about=user.words_about())
-        hashed = await self.passwords.hash(new_password)
-        changed = await self._replace_password(
-            user, hashed, keep=keep, instead_of=stored, actor="user", context=context
+        await password_change.change_password(
+            self._core, self._passwords, user, current_password, new_password, keep, context
         )
-        if not changed:
-            failed = self._credentials.change_failed(user, context, "bad_password")
-            raise await self._credentials.refuse(failed)
 
     @guarded
     async def sessions(self, user: UserT) -> list[Session]:
         """Return the live sessions of *user*, the one used last first."""
-        self._require_own(user)
-        return await self._sessions.list(user)
+        self._core.require_own(user)
+        return await self._core.sessions.list(user)
 
     @guarded
     async def revoke_session(
@@ -424,16 +316,7 @@ class AuthService(Generic[UserT]):
         Returns:
             How many sessions ended: 1 or 0.
         """
-        _require_actor(actor)
-        if user is not None:
-            self._require_own(user)
-        if isinstance(session_id, Session):
-            session_id = session_id.id
-        _refuse_what_holds_tokens(session_id, "revoke_session")
-        found = await self._sessions.find_by_id(session_id)
-        if found is None or (user is not None and found.session.user_id != str(user.pk)):
-            return Revocation(0, None)
-        return await self._end_session(found, SessionRevoked, context, actor=actor)
+        return await logout.revoke_session(self._core, session_id, user, actor, context)
 
     @guarded
     async def deactivate(
@@ -451,15 +334,7 @@ class AuthService(Generic[UserT]):
         Returns:
             How many sessions ended.
         """
-        self._require_own(user, actor)
-        ended = 0
-        async with self._unit_of_work() as unit:
-            if await store_status(user, unit, is_active=False, at=self._clock()):
-                ended = await self._sessions.revoke_all(user, unit.connection)
-                self._record(
-                    unit, UserDeactivated, user, context, sessions_ended=ended, actor=actor
-                )
-        return Revocation(ended, str(user.pk))
+        return await account_status.deactivate(self._core, user, actor, context)
 
     @guarded
     async def activate(
@@ -472,10 +347,7 @@ class AuthService(Generic[UserT]):
             actor: Whom the event names.
             context: Circumstances of the request.
         """
-        self._require_own(user, actor)
-        async with self._unit_of_work() as unit:
-            if await store_status(user, unit, is_active=True, at=self._clock()):
-                self._record(unit, UserActivated, user, context, actor=actor)
+        await account_status.activate(self._core, user, actor, context)
 
     @guarded
     async def purge_expired(self) -> int:
@@ -483,9 +355,9 @@ class AuthService(Generic[UserT]):
 
         Old counters of the database throttle go, too.
         """
-        purged = await self._sessions.purge()
-        if isinstance(self._throttle, DatabaseThrottle):
-            await self._throttle.purge()
+        purged = await self._core.sessions.purge()
+        if isinstance(self._core.throttle, DatabaseThrottle):
+            await self._core.throttle.purge()
         return purged
 
     def relay(
@@ -524,279 +396,4 @@ class AuthService(Generic[UserT]):
             poll_interval=poll_interval,
             stop_timeout=stop_timeout,
         )
-        return Relay(self.emitter, self.user_model, settings, clock=self._clock)
-
-    def _require_own(self, user: UserT, actor: Actor = "user") -> None:
-        """Refuse the account of another model, whose key is somebody else's here, and a typo."""
-        _require_actor(actor)
-        if not isinstance(user, self.user_model):
-            raise TypeError(
-                f"This AuthService serves {self.user_model.__name__}, not {type(user).__name__}"
-            )
-        if user.pk is None:
-            raise ValueError(f"{user!r} is not in the database; save it first")
-
-    def _event(
-        self,
-        kind: Callable[..., EventT],
-        user: UserT,
-        context: RequestContext | None,
-        **details: object,
-    ) -> EventT:
-        """Return an event that happened to *user* now."""
-        return kind(
-            user=user,
-            subject_id=str(user.pk),
-            context=current_context(context),
-            occurred_at=self._clock(),
-            **details,
-        )
-
-    def _record(
-        self,
-        unit: UnitOfWork,
-        kind: Callable[..., Event],
-        user: UserT,
-        context: RequestContext | None,
-        **details: object,
-    ) -> None:
-        unit.record(self._event(kind, user, context, **details))
-
-    def _unit_of_work(self) -> UnitOfWork:
-        return UnitOfWork(self._sessions.connection(), self.emitter, clock=self._clock)
-
-    def _result(
-        self,
-        user: UserT,
-        session: Session,
-        refresh_token: RefreshToken,
-        claims: Mapping[str, object] | None,
-    ) -> AuthResult[UserT]:
-        access_token, access_expires_at = self._tokens.issue(
-            subject=session.user_id,  # not the live object's: a handler may have changed that
-            session_id=str(session.id),
-            session_ends=session.expires_at,
-            extra=claims or {},
-        )
-        return AuthResult(
-            user=user,
-            session=session,
-            access_token=access_token,
-            refresh_token=refresh_token.text,
-            access_expires_at=access_expires_at,
-            refresh_expires_at=session.refresh_expires_at,
-        )
-
-    async def _open_session(
-        self, verified: Verified[UserT], context: RequestContext
-    ) -> tuple[Session, RefreshToken] | None:
-        """Save the login; ``None`` if the account is not as it was when the password was checked."""
-        user, replacement = verified.user, verified.replacement
-        opened: tuple[Session, RefreshToken] | None = None
-        unit = self._unit_of_work()
-        try:
-            async with unit:
-                if await store_login(
-                    user, unit, session_version=user.session_version, at=self._clock()
-                ):
-                    if replacement is not None:
-                        await replace_outdated_hash(
-                            user, replacement, unit, instead_of=verified.stored
-                        )
-                    opened = await self._sessions.open(user, context, unit.connection)
-                    self._record(unit, UserLogin, user, context, session_id=str(opened[0].id))
-        except BaseException:
-            if unit.committed and opened is not None:
-                # The caller was cancelled, or a handler raised: nobody will ever hold the tokens.
-                self._end_orphan_later(user, opened[0], context)
-            raise
-        return opened
-
-    def _end_orphan_later(self, user: UserT, session: Session, context: RequestContext) -> None:
-        """End a session that nobody holds, as soon as it is there for other connections."""
-        when_committed(
-            self._sessions.connection(),
-            lambda: self.emitter.detach(self._end_orphan(user, session, context), "orphan session"),
-        )
-
-    async def _end_orphan(self, user: UserT, session: Session, context: RequestContext) -> None:
-        async with self._unit_of_work() as unit:
-            if await self._sessions.revoke(session, unit.connection):
-                self._record(
-                    unit, SessionRevoked, user, context, session_id=str(session.id), actor="system"
-                )
-
-    async def _end_session(
-        self,
-        found: Found[UserT],
-        kind: Callable[..., Event],
-        context: RequestContext | None,
-        *,
-        actor: Actor,
-    ) -> Revocation:
-        """Revoke one session; tell it, and count it, only if it was not over anyway."""
-        ended = False
-        if found.session.revoked_at is None:
-            async with self._unit_of_work() as unit:
-                revoked = await self._sessions.revoke(found.session, unit.connection)
-                ended = revoked and found.is_alive(self._clock())
-                if ended:
-                    session_id = str(found.session.id)
-                    self._record(
-                        unit, kind, found.user, context, session_id=session_id, actor=actor
-                    )
-        return Revocation(int(ended), found.session.user_id)
-
-    async def _rotate(
-        self, found: Found[UserT], presented: RefreshToken, context: RequestContext
-    ) -> RefreshToken | None:
-        session, user, now = found.session, found.user, self._clock()
-        if session.refresh_expires_at <= now or session.expires_at <= now:
-            raise TokenExpiredError
-        if not self._sessions.is_spendable(session, presented):
-            raise await self._reused(found, context)
-        found.require_alive(now)
-        following: RefreshToken | None = None
-        unit = self._unit_of_work()
-        try:
-            async with unit:
-                following = await self._sessions.rotate(session, presented, context, unit)
-                if following is not None:
-                    self._record(
-                        unit,
-                        SessionRefreshed,
-                        user,
-                        context,
-                        session_id=str(session.id),
-                        generation=session.generation + 1,
-                    )
-        except BaseException:
-            if unit.committed and following is not None and not self.config.refresh_reuse_grace:
-                # The caller was cancelled, or a handler raised: nobody will ever hold the new
-                # token, and the old one would be taken for a stolen one.
-                self._end_orphan_later(user, session, context)
-            raise
-        return following
-
-    async def _reused(self, found: Found[UserT], context: RequestContext) -> TokenReusedError:
-        """End the session of a spent token; tell it once, and only if it was alive."""
-        if not found.is_alive(self._clock()):
-            return TokenReusedError()
-        event = self._event(
-            RefreshTokenReused,
-            found.user,
-            context,
-            session_id=str(found.session.id),
-        )
-        connection = self._sessions.connection()
-        if is_transaction(connection):
-            # The caller's transaction sees the session end now, and it ends for good even if that
-            # transaction is rolled back, most likely because of the error that is raised next.
-            if await self._sessions.revoke(found.session, connection):
-                self.emitter.detach(self._revoke_for_good(found.session), "session revocation")
-                await report(event, connection=connection, emitter=self.emitter, clock=self._clock)
-            return TokenReusedError()
-        unit = self._unit_of_work()
-        try:
-            async with unit:
-                if await self._sessions.revoke(found.session, unit.connection):
-                    unit.record(event)
-        except EventError:
-            if not unit.committed:  # a handler may veto the event, but keeps no session alive
-                await self._revoke_for_good(found.session)
-            raise
-        return TokenReusedError()
-
-    async def _revoke_for_good(self, session: Session) -> None:
-        async with transaction(root_of(self._sessions.connection())) as own:
-            await self._sessions.revoke(session, own)
-
-    async def _find_session(self, token: str) -> Found[UserT] | None:
-        try:
-            if isinstance(token, str) and RefreshToken.looks_like(token):
-                return await self._sessions.find_by_refresh_token(RefreshToken.parse(token))
-            claims = self._tokens.read(token, even_if_expired=True)
-        except TokenError:
-            return None
-        return await self._sessions.find(claims.session_id, claims.subject)
-
-    async def _replace_password(
-        self,
-        user: UserT,
-        hashed: str,
-        *,
-        keep: Session | UUID | str | None,
-        instead_of: str | None,
-        actor: Actor,
-        context: RequestContext | None,
-    ) -> bool:
-        kept, now = _session_id(keep), self._clock()
-        async with self._unit_of_work() as unit:
-            version = await store_password(user, hashed, unit, instead_of=instead_of, at=now)
-            if version is not None:
-                ended = await self._sessions.revoke_all(user, unit.connection, keep=kept)
-                if kept is not None:
-                    await self._sessions.confirm(kept, user, version, unit.connection)
-                self._record(
-                    unit, PasswordChanged, user, context, sessions_ended=ended, actor=actor
-                )
-        return version is not None
-
-
-def _refuse_what_holds_tokens(value: object, method: str) -> None:
-    if isinstance(value, AuthResult | Session):
-        what = "result.access_token" if method == "logout" else "result.session"
-        raise TypeError(f"{method}() takes {what}, not the {type(value).__name__} itself")
-
-
-def _require_actor(actor: object) -> None:
-    if actor not in get_args(Actor):
-        raise ValueError(f"actor={actor!r} is none of {', '.join(get_args(Actor))}")
-
-
-def _session_id(session: Session | UUID | str | None) -> UUID | None:
-    if session is None or isinstance(session, UUID):
-        return session
-    if isinstance(session, Session):
-        return session.id
-    try:
-        return UUID(session)
-    except (ValueError, TypeError, AttributeError):
-        raise ValueError("keep= takes a session or its id") from None
-
-
-def _check_parts(emitter: object, passwords: object, policy: object, throttle: object) -> None:
-    kinds: Mapping[str, tuple[object, type]] = {
-        "emitter": (emitter, EventEmitter),
-        "passwords": (passwords, PasswordHasher),
-        "policy": (policy, PasswordPolicy),
-    }
-    for name, (part, kind) in kinds.items():
-        if part is not None and not isinstance(part, kind):
-            raise ConfigurationError(f"AuthService: {name}= takes an instance of {kind.__name__}")
-    steps = ("reserve", "failed", "succeeded", "released", "lock", "told")
-    if throttle in (None, "database"):
-        return
-    if isinstance(throttle, type) or not all(hasattr(throttle, step) for step in steps):
-        raise ConfigurationError(
-            "AuthService: throttle= takes DatabaseThrottle(...), LimitsThrottle(...) for Redis, "
-            "another Throttle, or None for no limit at all"
-        )
-
-
-def _check_model(user_model: type[AbstractUser]) -> None:
-    if not isinstance(user_model, type) or not issubclass(user_model, AbstractUser):
-        raise ConfigurationError(
-            "AuthService takes your user model: a class of yours that subclasses AbstractUser"
-        )
-    meta = user_model._meta
-    if meta.abstract:
-        raise ConfigurationError(
-            f"{user_model.__name__} is abstract. Subclass it, or say `abstract = False` in its Meta."
-        )
-    field = meta.fields_map.get(user_model.identifier_field)
-    if not isinstance(field, CharField | TextField) or not (field.unique or field.pk):
-        raise ConfigurationError(
-            f"{user_model.__name__}.identifier_field is {user_model.identifier_field!r}; the model "
-            "needs such a field, a CharField with unique=True"
-        )
+        return Relay(self.emitter, self.user_model, settings, clock=self._core.clock)

@@ -41,11 +41,12 @@ from tests.test_throttling import (
     storm,
     yes,
 )
-from tortoise_auth import AuthConfig, AuthenticationError, AuthService, RequestContext, credentials
+from tortoise_auth import AuthConfig, AuthenticationError, AuthService, RequestContext
 from tortoise_auth.exceptions import ConfigurationError, ServiceUnavailableError, ThrottledError
+from tortoise_auth.flows import password_check
 from tortoise_auth.integrations.limits import _FORGOTTEN, LimitsThrottle, _CountedInWindows
 from tortoise_auth.testing import Captured, FakeClock, capture
-from tortoise_auth.throttling import LOCKED, TOLD, Counted, Reservation
+from tortoise_auth.throttling.protocol import LOCKED, TOLD, Counted, Reservation
 
 REDIS_URL = os.environ.get("TORTOISE_AUTH_TEST_REDIS", "redis://127.0.0.1:6379")
 PAGE = Path(__file__).parent.parent.parent / "docs" / "throttling.md"
@@ -560,7 +561,7 @@ class TestRedisIsDown:
 
     async def test_silent(self, ada: User, monkeypatch: pytest.MonkeyPatch) -> None:
         """A Redis that takes the call and never answers holds nobody for ever."""
-        monkeypatch.setattr(credentials, "_PATIENCE", 0.2)
+        monkeypatch.setattr(password_check, "_PATIENCE", 0.2)
 
         async def say_nothing(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             await reader.read()

@@ -28,10 +28,11 @@ from tortoise_auth import (
     RequestContext,
     Revocation,
     TortoiseAuthError,
-    credentials,
 )
+from tortoise_auth.flows import password_check
 from tortoise_auth.testing import FakeClock, capture, cheap_hasher
-from tortoise_auth.throttling import DatabaseThrottle, Limit, _Turn
+from tortoise_auth.throttling import DatabaseThrottle, Limit
+from tortoise_auth.throttling.database import _Turn
 
 Order = dict[str, Any]
 
@@ -42,7 +43,7 @@ def _no_turn(self: DatabaseThrottle, key: str) -> _Turn:
 
 
 DatabaseThrottle._turn = _no_turn  # type: ignore[method-assign]
-credentials._PATIENCE = 60.0  # and waits for the others where a test lets it wait
+password_check._PATIENCE = 60.0  # and waits for the others where a test lets it wait
 
 
 @dataclass

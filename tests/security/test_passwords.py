@@ -326,4 +326,4 @@ def test_secrets_are_compared_in_constant_time() -> None:
     """R28, A103: no secret is compared with ``==``; hashes and checksums by `compare_digest`."""
     assert list(comparisons()) == []
     users = [path.name for path in PACKAGE.rglob("*.py") if "compare_digest" in path.read_text()]
-    assert sorted(users) == ["sessions.py", "tokens.py"]
+    assert sorted(users) == ["refresh_tokens.py", "store.py"]

@@ -52,7 +52,7 @@ from tortoise_auth.exceptions import (
 from tortoise_auth.models import AttemptCount, OutboxEntry, Session
 from tortoise_auth.passwords import PasswordHasher
 from tortoise_auth.testing import FakeClock
-from tortoise_auth.throttling import LOCKED
+from tortoise_auth.throttling.protocol import LOCKED
 
 Row: TypeAlias = dict[str, Any]
 Work: TypeAlias = Callable[[], Coroutine[Any, Any, object]]

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 from tortoise_auth.clock import Clock, utc_now
 from tortoise_auth.config import checked_clock
-from tortoise_auth.counters import Count
 from tortoise_auth.exceptions import ConfigurationError
-from tortoise_auth.throttling import (
+from tortoise_auth.throttling.counters import Count
+from tortoise_auth.throttling.protocol import (
     FAILURES_KEPT,
     LOCKED,
     TELLING,

@@ -11,8 +11,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Generic, TypeVar
 
-from tortoise_auth.attempts import OpenAttempt, OpenAttempts
-from tortoise_auth.clock import Clock
 from tortoise_auth.context import RequestContext, storable
 from tortoise_auth.database import is_missing_table, is_transaction, to_the_end, translated
 from tortoise_auth.events.catalog import (
@@ -23,7 +21,6 @@ from tortoise_auth.events.catalog import (
     PasswordChangeFailed,
     UserLoginFailed,
 )
-from tortoise_auth.events.emitting import EventEmitter
 from tortoise_auth.events.unit_of_work import report
 from tortoise_auth.exceptions import (
     AuthenticationError,
@@ -33,13 +30,14 @@ from tortoise_auth.exceptions import (
     ThrottledError,
     TortoiseAuthError,
 )
+from tortoise_auth.flows.core import Core
 from tortoise_auth.models import user_table
-from tortoise_auth.passwords import PasswordHasher, is_usable_hash
-from tortoise_auth.sessions import Sessions
+from tortoise_auth.passwords import is_usable_hash
 from tortoise_auth.throttling import Attempt, Reservation, Throttle, TooEarly, source_of
+from tortoise_auth.throttling.waiting import OpenAttempt, OpenAttempts
 from tortoise_auth.users import AbstractUser, UserT
 
-logger = logging.getLogger("tortoise_auth.credentials")
+logger = logging.getLogger("tortoise_auth.flows.password_check")
 
 ResultT = TypeVar("ResultT")
 
@@ -101,37 +99,22 @@ class _Lock:
     event: AccountLocked[Any] | None
 
 
-class Credentials(Generic[UserT]):
+class PasswordCheck(Generic[UserT]):
     """Checks passwords of one user model.
 
     Args:
-        user_model: The host's user model.
-        sessions: Its sessions, which know where a user has logged in from.
-        passwords: What hashes.
-        emitter: Where refusals are told.
-        throttle: How often passwords may be tried; ``None`` for as often as anybody likes.
-        secret: Hides identifiers from who reads the counters, and keeps guessers from choosing
-            which of them share one.
-        clock: The time.
+        core: The parts of the service.
     """
 
-    def __init__(
-        self,
-        user_model: type[UserT],
-        sessions: Sessions[UserT],
-        passwords: PasswordHasher,
-        emitter: EventEmitter,
-        throttle: Throttle | None,
-        secret: bytes,
-        clock: Clock,
-    ) -> None:
-        self._user_model = user_model
-        self._sessions = sessions
-        self._passwords = passwords
-        self._emitter = emitter
-        self._throttle = throttle
-        self._secret = secret
-        self._clock = clock
+    def __init__(self, core: Core[UserT]) -> None:
+        self._core = core
+        self._user_model = core.user_model
+        self._sessions = core.sessions
+        self._throttle = core.throttle
+        self._clock = core.clock
+        # Hides identifiers from a reader of the counters, and keeps guessers from choosing which
+        # of them share one.
+        self._secret = core.config.keys[0].derive("throttle")
         self._open_attempts = OpenAttempts()
 
     async def check_login(
@@ -283,7 +266,7 @@ class Credentials(Generic[UserT]):
             await to_the_end(locking)
         except asyncio.CancelledError:
             telling = self._tell_locked(refused, refused.lock, locking)
-            self._emitter.detach(telling, "report of a lock")
+            self._core.emitter.detach(telling, "report of a lock")
             raise
         await self._tell_locked(refused, refused.lock, locking)
 
@@ -297,19 +280,21 @@ class Credentials(Generic[UserT]):
         except asyncio.CancelledError:  # but the report goes on
             if locked:
                 told_late = _available(lock.throttle.told(lock.reservation))
-                self._emitter.detach(told_late, "count of a login")
+                self._core.emitter.detach(told_late, "count of a login")
             raise
         if locking.result():  # it raises what was wrong with the throttle
             await self._settle(lock.throttle.told(lock.reservation))
 
     async def _report(self, events: Sequence[Event]) -> None:
         connection = self._sessions.connection()
-        await report(*events, connection=connection, emitter=self._emitter, clock=self._clock)
+        await report(*events, connection=connection, emitter=self._core.emitter, clock=self._clock)
 
     def _tell_later(self, refused: _Refused) -> None:
         """Do that for a caller who is gone, or has other news."""
         if refused.events or refused.lock:
-            self._emitter.detach(self._tell(refused, patience=None), "report of a refused password")
+            self._core.emitter.detach(
+                self._tell(refused, patience=None), "report of a refused password"
+            )
 
     async def _find_user(self, identifier: str) -> UserT | None:
         connection = self._sessions.connection()
@@ -328,12 +313,12 @@ class Credentials(Generic[UserT]):
         reservation: Reservation | None,
     ) -> tuple[bool, str | None]:
         """Tell whether a password is right, and return a hash to replace one that is outdated."""
-        if stored is not None and is_usable_hash(stored) and not self._passwords.knows(stored):
+        if stored is not None and is_usable_hash(stored) and not self._core.passwords.knows(stored):
             self._warn_of_no_hash(case.user)
         try:
-            verification = await self._passwords.verify(password, stored)
+            verification = await self._core.passwords.verify(password, stored)
             outdated = case.rehash and verification.outdated
-            replacement = await self._passwords.hash(password) if outdated else None
+            replacement = await self._core.passwords.hash(password) if outdated else None
         except Exception:
             # Our own fault, so it costs nobody an attempt. A cancellation does: who hangs up in
             # time would guess for free.
@@ -423,7 +408,7 @@ class Credentials(Generic[UserT]):
         It would wait for a second connection there, or go with a rollback.
         """
         if is_transaction(self._sessions.connection()):
-            self._emitter.detach(_available(counting), "count of a login")
+            self._core.emitter.detach(_available(counting), "count of a login")
         else:
             await _available(counting, _PATIENCE)
 

@@ -1,0 +1,193 @@
+"""What every flow needs: the model, the settings, the clock, the sessions, and a unit of work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Generic, Literal, TypeVar, get_args
+from uuid import UUID
+
+from tortoise.fields import CharField, TextField
+
+from tortoise_auth.clock import Clock
+from tortoise_auth.config import AuthConfig, checked_clock
+from tortoise_auth.context import RequestContext, current_context
+from tortoise_auth.database import when_committed
+from tortoise_auth.events.catalog import Actor, Event, SessionRevoked
+from tortoise_auth.events.emitting import EventEmitter
+from tortoise_auth.events.unit_of_work import UnitOfWork
+from tortoise_auth.exceptions import ConfigurationError
+from tortoise_auth.models import Session
+from tortoise_auth.passwords import PasswordHasher, PasswordPolicy
+from tortoise_auth.sessions import AccessTokens, Sessions
+from tortoise_auth.throttling import DatabaseThrottle, Throttle
+from tortoise_auth.users import AbstractUser, UserT
+
+EventT = TypeVar("EventT", bound=Event)
+
+
+class Core(Generic[UserT]):
+    """The parts of one service, checked and put together.
+
+    Args:
+        user_model: The host's user model.
+        config: Keys and lifetimes.
+        emitter, passwords, policy: ``None`` for those of the user model, looked up at each call.
+        throttle: How often passwords may be tried; ``"database"`` for a `DatabaseThrottle`.
+        clock: The time.
+
+    Raises:
+        ConfigurationError: A part is of another type, or the model cannot be used.
+    """
+
+    def __init__(
+        self,
+        user_model: type[UserT],
+        config: AuthConfig,
+        *,
+        emitter: EventEmitter | None,
+        passwords: PasswordHasher | None,
+        policy: PasswordPolicy | None,
+        throttle: Throttle | Literal["database"] | None,
+        clock: Clock,
+    ) -> None:
+        _check_model(user_model)
+        if not isinstance(config, AuthConfig):
+            raise ConfigurationError("AuthService takes an AuthConfig: AuthConfig(secret=...)")
+        _check_parts(emitter, passwords, policy, throttle)
+        self.user_model = user_model
+        self.config = config
+        self.clock = checked_clock(clock)
+        self.sessions = Sessions(user_model, config, clock)
+        self.tokens = AccessTokens(config, clock)
+        self.throttle = DatabaseThrottle(clock=clock) if throttle == "database" else throttle
+        self._emitter = emitter
+        self._passwords = passwords
+        self._policy = policy
+
+    @property
+    def emitter(self) -> EventEmitter:
+        """Where events go."""
+        return self.user_model.emitter if self._emitter is None else self._emitter
+
+    @property
+    def passwords(self) -> PasswordHasher:
+        """Hashes and verifies passwords."""
+        return self.user_model.password_hasher if self._passwords is None else self._passwords
+
+    @property
+    def policy(self) -> PasswordPolicy:
+        """Says which new passwords are accepted."""
+        return self.user_model.password_policy if self._policy is None else self._policy
+
+    def unit_of_work(self) -> UnitOfWork:
+        """Return a unit of work on the connection of users and sessions."""
+        return UnitOfWork(self.sessions.connection(), self.emitter, clock=self.clock)
+
+    def event(
+        self,
+        kind: Callable[..., EventT],
+        user: UserT,
+        context: RequestContext | None,
+        **details: object,
+    ) -> EventT:
+        """Return an event that happened to *user* now."""
+        return kind(
+            user=user,
+            subject_id=str(user.pk),
+            context=current_context(context),
+            occurred_at=self.clock(),
+            **details,
+        )
+
+    def require_own(self, user: UserT, actor: Actor = "user") -> None:
+        """Reject an account of another model, whose key means another account here.
+
+        Raises:
+            TypeError: The account is of another model.
+            ValueError: The account is not saved, or there is no such actor.
+        """
+        require_actor(actor)
+        if not isinstance(user, self.user_model):
+            raise TypeError(
+                f"This AuthService serves {self.user_model.__name__}, not {type(user).__name__}"
+            )
+        if user.pk is None:
+            raise ValueError(f"{user!r} is not in the database; save it first")
+
+    def end_orphan_later(self, user: UserT, session: Session, context: RequestContext) -> None:
+        """End a session whose tokens no client holds, once other connections see the session."""
+        when_committed(
+            self.sessions.connection(),
+            lambda: self.emitter.detach(self._end_orphan(user, session, context), "orphan session"),
+        )
+
+    async def _end_orphan(self, user: UserT, session: Session, context: RequestContext) -> None:
+        async with self.unit_of_work() as unit:
+            if await self.sessions.revoke(session, unit.connection):
+                session_id = str(session.id)
+                unit.record(
+                    self.event(SessionRevoked, user, context, session_id=session_id, actor="system")
+                )
+
+
+def require_actor(actor: object) -> None:
+    """Reject an actor that does not exist.
+
+    Raises:
+        ValueError: There is no such actor.
+    """
+    if actor not in get_args(Actor):
+        raise ValueError(f"actor={actor!r} is none of {', '.join(get_args(Actor))}")
+
+
+def session_id_of(session: Session | UUID | str | None) -> UUID | None:
+    """Return the id of a session that is given as ``keep=``.
+
+    Raises:
+        ValueError: It is neither a session nor an id.
+    """
+    if session is None or isinstance(session, UUID):
+        return session
+    if isinstance(session, Session):
+        return session.id
+    try:
+        return UUID(session)
+    except (ValueError, TypeError, AttributeError):
+        raise ValueError("keep= takes a session or its id") from None
+
+
+def _check_parts(emitter: object, passwords: object, policy: object, throttle: object) -> None:
+    kinds: Mapping[str, tuple[object, type]] = {
+        "emitter": (emitter, EventEmitter),
+        "passwords": (passwords, PasswordHasher),
+        "policy": (policy, PasswordPolicy),
+    }
+    for name, (part, kind) in kinds.items():
+        if part is not None and not isinstance(part, kind):
+            raise ConfigurationError(f"AuthService: {name}= takes an instance of {kind.__name__}")
+    steps = ("reserve", "failed", "succeeded", "released", "lock", "told")
+    if throttle in (None, "database"):
+        return
+    if isinstance(throttle, type) or not all(hasattr(throttle, step) for step in steps):
+        raise ConfigurationError(
+            "AuthService: throttle= takes DatabaseThrottle(...), LimitsThrottle(...) for Redis, "
+            "another Throttle, or None for no limit at all"
+        )
+
+
+def _check_model(user_model: type[AbstractUser]) -> None:
+    if not isinstance(user_model, type) or not issubclass(user_model, AbstractUser):
+        raise ConfigurationError(
+            "AuthService takes your user model: a class of yours that subclasses AbstractUser"
+        )
+    meta = user_model._meta
+    if meta.abstract:
+        raise ConfigurationError(
+            f"{user_model.__name__} is abstract. Subclass it, or say `abstract = False` in its Meta."
+        )
+    field = meta.fields_map.get(user_model.identifier_field)
+    if not isinstance(field, CharField | TextField) or not (field.unique or field.pk):
+        raise ConfigurationError(
+            f"{user_model.__name__}.identifier_field is {user_model.identifier_field!r}; the model "
+            "needs such a field, a CharField with unique=True"
+        )

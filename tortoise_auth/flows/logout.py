@@ -1,0 +1,116 @@
+"""Sessions end at the wish of their owner or of an administrator: one, or all of an account."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from uuid import UUID
+
+from tortoise_auth.context import RequestContext
+from tortoise_auth.events.catalog import Actor, Event, SessionRevoked, UserLogout
+from tortoise_auth.exceptions import TokenError
+from tortoise_auth.flows.core import Core, require_actor, session_id_of
+from tortoise_auth.flows.signin import AuthResult
+from tortoise_auth.models import Session
+from tortoise_auth.sessions import Found, RefreshToken
+from tortoise_auth.users import UserT
+
+
+@dataclass(frozen=True, slots=True)
+class Revocation:
+    """What a logout or revocation ended.
+
+    Attributes:
+        sessions: How many sessions ended; 0 if there was nothing to end.
+        user_id: ``str(user.pk)`` of their owner, if it is known.
+    """
+
+    sessions: int
+    user_id: str | None
+
+
+async def logout(core: Core[UserT], token: str, context: RequestContext | None) -> Revocation:
+    """End the session of an access or refresh token. Emits ``user_logout``."""
+    _reject_what_holds_tokens(token, "logout")
+    found = await _session_of(core, token)
+    if found is None:
+        return Revocation(0, None)
+    return await _end(core, found, UserLogout, context, actor="user")
+
+
+async def logout_all(
+    core: Core[UserT],
+    user: UserT,
+    keep: Session | UUID | str | None,
+    actor: Actor,
+    context: RequestContext | None,
+) -> Revocation:
+    """End every session of an account but *keep*. Emits ``user_logout``, once."""
+    core.require_own(user, actor)
+    async with core.unit_of_work() as unit:
+        ended = await core.sessions.revoke_all(user, unit.connection, keep=session_id_of(keep))
+        if ended:
+            unit.record(
+                core.event(
+                    UserLogout, user, context, sessions_ended=ended, everywhere=True, actor=actor
+                )
+            )
+    return Revocation(ended, str(user.pk))
+
+
+async def revoke_session(
+    core: Core[UserT],
+    session_id: Session | UUID | str,
+    user: UserT | None,
+    actor: Actor,
+    context: RequestContext | None,
+) -> Revocation:
+    """End one session by its public id. Emits ``session_revoked``."""
+    require_actor(actor)
+    if user is not None:
+        core.require_own(user)
+    if isinstance(session_id, Session):
+        session_id = session_id.id
+    _reject_what_holds_tokens(session_id, "revoke_session")
+    found = await core.sessions.find_by_id(session_id)
+    if found is None or (user is not None and found.session.user_id != str(user.pk)):
+        return Revocation(0, None)
+    return await _end(core, found, SessionRevoked, context, actor=actor)
+
+
+async def _end(
+    core: Core[UserT],
+    found: Found[UserT],
+    kind: Callable[..., Event],
+    context: RequestContext | None,
+    *,
+    actor: Actor,
+) -> Revocation:
+    """Revoke one session; emit and count that only if the session was alive."""
+    ended = False
+    if found.session.revoked_at is None:
+        async with core.unit_of_work() as unit:
+            revoked = await core.sessions.revoke(found.session, unit.connection)
+            ended = revoked and found.is_alive(core.clock())
+            if ended:
+                session_id = str(found.session.id)
+                unit.record(
+                    core.event(kind, found.user, context, session_id=session_id, actor=actor)
+                )
+    return Revocation(int(ended), found.session.user_id)
+
+
+async def _session_of(core: Core[UserT], token: str) -> Found[UserT] | None:
+    try:
+        if isinstance(token, str) and RefreshToken.looks_like(token):
+            return await core.sessions.find_by_refresh_token(RefreshToken.parse(token))
+        claims = core.tokens.read(token, even_if_expired=True)
+    except TokenError:
+        return None
+    return await core.sessions.find(claims.session_id, claims.subject)
+
+
+def _reject_what_holds_tokens(value: object, method: str) -> None:
+    if isinstance(value, AuthResult | Session):
+        what = "result.access_token" if method == "logout" else "result.session"
+        raise TypeError(f"{method}() takes {what}, not the {type(value).__name__} itself")

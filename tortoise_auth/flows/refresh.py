@@ -1,0 +1,107 @@
+"""A refresh token is exchanged for a new pair, or turns out to be spent."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from tortoise_auth.context import RequestContext, current_context
+from tortoise_auth.database import is_transaction, root_of, transaction
+from tortoise_auth.events.catalog import RefreshTokenReused, SessionRefreshed
+from tortoise_auth.events.unit_of_work import report
+from tortoise_auth.exceptions import (
+    EventError,
+    TokenExpiredError,
+    TokenInvalidError,
+    TokenReusedError,
+)
+from tortoise_auth.flows.core import Core
+from tortoise_auth.flows.signin import AuthResult, result_of
+from tortoise_auth.models import Session
+from tortoise_auth.sessions import Found, RefreshToken
+from tortoise_auth.users import UserT
+
+
+async def refresh(
+    core: Core[UserT],
+    refresh_token: str,
+    context: RequestContext | None,
+    claims: Mapping[str, object] | None,
+) -> AuthResult[UserT]:
+    """Spend a refresh token. Emits ``session_refreshed`` or ``refresh_token_reused``."""
+    core.tokens.check_extra(claims or {})
+    context = current_context(context)
+    presented = RefreshToken.parse(refresh_token)
+    while True:
+        found = await core.sessions.find_by_refresh_token(presented)
+        if found is None:
+            raise TokenInvalidError
+        following = await _rotate(core, found, presented, context)
+        if following is not None:
+            return result_of(core, found.user, found.session, following, claims)
+        # Another caller was first: the next look sees a spent token.
+
+
+async def _rotate(
+    core: Core[UserT], found: Found[UserT], presented: RefreshToken, context: RequestContext
+) -> RefreshToken | None:
+    session, user, now = found.session, found.user, core.clock()
+    if session.refresh_expires_at <= now or session.expires_at <= now:
+        raise TokenExpiredError
+    if not core.sessions.is_spendable(session, presented):
+        raise await _reused(core, found, context)
+    found.require_alive(now)
+    following: RefreshToken | None = None
+    unit = core.unit_of_work()
+    try:
+        async with unit:
+            following = await core.sessions.rotate(session, presented, context, unit)
+            if following is not None:
+                unit.record(
+                    core.event(
+                        SessionRefreshed,
+                        user,
+                        context,
+                        session_id=str(session.id),
+                        generation=session.generation + 1,
+                    )
+                )
+    except BaseException:
+        if unit.committed and following is not None and not core.config.refresh_reuse_grace:
+            # The caller was cancelled, or a handler raised: no client ever holds the new token,
+            # and the old one would be taken for a stolen one.
+            core.end_orphan_later(user, session, context)
+        raise
+    return following
+
+
+async def _reused(
+    core: Core[UserT], found: Found[UserT], context: RequestContext
+) -> TokenReusedError:
+    """End the session of a spent token; emit that once, and only if the session was alive."""
+    if not found.is_alive(core.clock()):
+        return TokenReusedError()
+    session_id = str(found.session.id)
+    event = core.event(RefreshTokenReused, found.user, context, session_id=session_id)
+    connection = core.sessions.connection()
+    if is_transaction(connection):
+        # The caller's transaction sees the session end now, and it ends for good even if that
+        # transaction is rolled back, most likely because of the error that is raised next.
+        if await core.sessions.revoke(found.session, connection):
+            core.emitter.detach(_revoke_for_good(core, found.session), "session revocation")
+            await report(event, connection=connection, emitter=core.emitter, clock=core.clock)
+        return TokenReusedError()
+    unit = core.unit_of_work()
+    try:
+        async with unit:
+            if await core.sessions.revoke(found.session, unit.connection):
+                unit.record(event)
+    except EventError:
+        if not unit.committed:  # a handler may veto the event, but keeps no session alive
+            await _revoke_for_good(core, found.session)
+        raise
+    return TokenReusedError()
+
+
+async def _revoke_for_good(core: Core[UserT], session: Session) -> None:
+    async with transaction(root_of(core.sessions.connection())) as own:
+        await core.sessions.revoke(session, own)

@@ -1,0 +1,23 @@
+"""Slow down guessing, in the database or wherever a host keeps its counters."""
+
+from tortoise_auth.throttling.database import DatabaseThrottle
+from tortoise_auth.throttling.protocol import (
+    Attempt,
+    CountingThrottle,
+    Limit,
+    Reservation,
+    Throttle,
+    TooEarly,
+    source_of,
+)
+
+__all__ = [
+    "Attempt",
+    "CountingThrottle",
+    "DatabaseThrottle",
+    "Limit",
+    "Reservation",
+    "Throttle",
+    "TooEarly",
+    "source_of",
+]
