@@ -28,7 +28,7 @@ class RequestContext:
         for name, limit in (("ip", 64), ("user_agent", 255), ("request_id", 128)):
             value = getattr(self, name)
             if value is not None:
-                object.__setattr__(self, name, storable(str(value), limit))
+                object.__setattr__(self, name, sanitize_text(str(value), limit))
 
 
 request_context: ContextVar[RequestContext] = ContextVar("tortoise_auth_request_context")
@@ -47,7 +47,7 @@ def current_context(explicit: RequestContext | None = None) -> RequestContext:
     return found
 
 
-def storable(text: str, limit: int) -> str:
+def sanitize_text(text: str, limit: int) -> str:
     """Return at most *limit* characters of *text*, with what no database can store replaced."""
     return "".join(
         "\ufffd" if character == "\0" or "\ud800" <= character <= "\udfff" else character

@@ -12,7 +12,7 @@ from tortoise.exceptions import ValidationError
 from tortoise.models import Model
 
 from tortoise_auth.clock import utc_now
-from tortoise_auth.context import storable
+from tortoise_auth.context import sanitize_text
 from tortoise_auth.exceptions import InvalidIdentifierError
 
 MAX_EMAIL_LENGTH = 254
@@ -103,21 +103,21 @@ class EmailField(fields.CharField[str]):
         """Return the normalised address."""
         if value is not None:
             looks_up = isinstance(instance, type)
-            value = self._findable(value) if looks_up else self._storable(value)
+            value = self._comparable(value) if looks_up else self._normalized(value)
             if isinstance(instance, Model):
                 setattr(instance, self.model_field_name, value)
         return super().to_db_value(value, instance)
 
-    def _storable(self, value: Any) -> str:  # noqa: ANN401
+    def _normalized(self, value: Any) -> str:  # noqa: ANN401
         try:
             return normalize_email(value)
         except InvalidIdentifierError as error:
             raise ValidationError(f"{self.model_field_name}: {error}") from None
 
-    def _findable(self, value: Any) -> str:  # noqa: ANN401
+    def _comparable(self, value: Any) -> str:  # noqa: ANN401
         """Return what to compare with; what no address is if *value* would be an error."""
         try:
             text = normalize_email(value)
         except InvalidIdentifierError:
             text = str(value)
-        return text if storable(text, self.max_length) == text else "@"
+        return text if sanitize_text(text, self.max_length) == text else "@"

@@ -13,7 +13,7 @@ from tortoise.fields.relational import RelationalField
 from tortoise.models import Model
 
 from tortoise_auth.clock import utc_now
-from tortoise_auth.context import current_context, storable
+from tortoise_auth.context import current_context, sanitize_text
 from tortoise_auth.database import (
     connection_for,
     guarded,
@@ -339,7 +339,7 @@ def _fits(field: Field[Any], value: object) -> bool:
 
 
 def _is_storable(text: str) -> bool:
-    return storable(text, len(text)) == text
+    return sanitize_text(text, len(text)) == text
 
 
 def _legible(key: str) -> str:
