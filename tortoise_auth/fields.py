@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import unicodedata
 from datetime import UTC, datetime
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from email_validator import EmailNotValidError, validate_email
 from tortoise import fields
 from tortoise.exceptions import ValidationError
 from tortoise.models import Model
@@ -14,6 +13,12 @@ from tortoise.models import Model
 from tortoise_auth.clock import utc_now
 from tortoise_auth.context import sanitize_text
 from tortoise_auth.exceptions import InvalidIdentifierError
+from tortoise_auth.lazy import LazyModule
+
+if TYPE_CHECKING:
+    import email_validator
+else:
+    email_validator = LazyModule("email_validator")
 
 MAX_EMAIL_LENGTH = 254
 """Characters; the longest address SMTP can carry (RFC 5321, 4.5.3.1.3)."""
@@ -79,10 +84,10 @@ def normalize_email(value: str) -> str:
     if not isinstance(value, str) or len(value) > 2 * MAX_EMAIL_LENGTH:
         raise InvalidIdentifierError("That is not an e-mail address")
     try:
-        address = validate_email(value.strip(), check_deliverability=False).normalized
-    except (EmailNotValidError, UnicodeError):
+        address = email_validator.validate_email(value.strip(), check_deliverability=False)
+    except (email_validator.EmailNotValidError, UnicodeError):
         raise InvalidIdentifierError("That is not an e-mail address") from None
-    return unicodedata.normalize("NFC", address.lower())
+    return unicodedata.normalize("NFC", address.normalized.lower())
 
 
 class EmailField(fields.CharField[str]):

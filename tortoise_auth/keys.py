@@ -9,19 +9,23 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal, TypeAlias
-
-import jwt
-from cryptography.exceptions import UnsupportedAlgorithm
-from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
-from cryptography.hazmat.primitives.serialization import (
-    Encoding,
-    PublicFormat,
-    load_pem_private_key,
-    load_pem_public_key,
-)
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from tortoise_auth.exceptions import ConfigurationError
+from tortoise_auth.lazy import LazyModule
+
+if TYPE_CHECKING:
+    import cryptography.exceptions as crypto_exceptions
+    import jwt
+    from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+else:
+    jwt = LazyModule("jwt")
+    crypto_exceptions = LazyModule("cryptography.exceptions")
+    serialization = LazyModule("cryptography.hazmat.primitives.serialization")
+    ec = LazyModule("cryptography.hazmat.primitives.asymmetric.ec")
+    ed25519 = LazyModule("cryptography.hazmat.primitives.asymmetric.ed25519")
+    rsa = LazyModule("cryptography.hazmat.primitives.asymmetric.rsa")
 
 Algorithm: TypeAlias = Literal["HS256", "HS384", "HS512", "EdDSA", "ES256", "RS256"]
 
@@ -133,10 +137,10 @@ class SigningKey:
         return self.key.encode("utf-8", "surrogatepass") if isinstance(self.key, str) else self.key
 
     def _private_key(self) -> Any:  # noqa: ANN401
-        return load_pem_private_key(self._bytes, password=None)
+        return serialization.load_pem_private_key(self._bytes, password=None)
 
     def _public_key(self) -> Any:  # noqa: ANN401
-        return load_pem_public_key(self._bytes)
+        return serialization.load_pem_public_key(self._bytes)
 
     def _check_asymmetric_key(self) -> None:
         wanted: dict[str, tuple[type, ...]] = {
@@ -146,7 +150,7 @@ class SigningKey:
         }
         try:
             public = self.verifying
-        except (ValueError, TypeError, UnsupportedAlgorithm):
+        except (ValueError, TypeError, crypto_exceptions.UnsupportedAlgorithm):
             raise ConfigurationError(
                 f"{self.algorithm} needs an unencrypted key in PEM form, private to sign or public to verify"
             ) from None
@@ -163,7 +167,9 @@ class SigningKey:
         if self.family == "HMAC":
             material = self._bytes
         else:
-            material = self.verifying.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+            material = self.verifying.public_bytes(
+                serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
+            )
         digest = hashlib.sha256(b"tortoise_auth kid " + material).digest()
         return base64.urlsafe_b64encode(digest[:9]).decode("ascii")
 

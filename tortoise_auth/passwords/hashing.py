@@ -12,13 +12,12 @@ import os
 import secrets
 import sys
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import ClassVar, TypeVar
-
-from argon2.low_level import error_to_str
-from passlib.context import CryptContext
+from functools import cached_property
+from itertools import chain
+from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 from tortoise_auth.exceptions import (
     ConfigurationError,
@@ -26,7 +25,16 @@ from tortoise_auth.exceptions import (
     PolicyFailure,
     ServiceUnavailableError,
 )
+from tortoise_auth.lazy import LazyModule
 from tortoise_auth.threads import Threads
+
+if TYPE_CHECKING:
+    import argon2.low_level as argon2_low_level
+    import passlib.context as passlib_context
+    from passlib.context import CryptContext
+else:
+    argon2_low_level = LazyModule("argon2.low_level")
+    passlib_context = LazyModule("passlib.context")
 
 ResultT = TypeVar("ResultT")
 
@@ -43,7 +51,13 @@ OWASP_ARGON2_FLOOR: Sequence[tuple[int, int]] = (
 """Least (memory in KiB, passes) of Argon2id by the OWASP Password Storage Cheat Sheet."""
 
 _NO_MEMORY, _NO_THREAD = -22, -33  # error codes of the reference implementation, argon2.h
-_EXHAUSTED = frozenset({error_to_str(_NO_MEMORY), error_to_str(_NO_THREAD)})
+_SCHEMES: Mapping[str, tuple[str, ...]] = {
+    "argon2": ("$argon2id$", "$argon2i$", "$argon2d$"),
+    "pbkdf2_sha256": ("$pbkdf2-sha256$",),
+    "django_pbkdf2_sha256": ("pbkdf2_sha256$",),
+    "bcrypt": ("$2$", "$2a$", "$2b$", "$2x$", "$2y$"),
+}
+"""The schemes that can be checked, by passlib's names, and how their hashes begin."""
 _UNUSABLE_PREFIX = "!"
 
 
@@ -138,16 +152,6 @@ class PasswordHasher:
         self.parallelism = parallelism
         self.threads = threads if threads is not None else (os.cpu_count() or 1)
         self._check_settings()
-        self._crypt = CryptContext(
-            schemes=_schemes(),
-            default="argon2",
-            deprecated="auto",
-            argon2__type="ID",
-            argon2__memory_cost=memory_cost,
-            argon2__time_cost=time_cost,
-            argon2__parallelism=parallelism,
-            pbkdf2_sha256__default_rounds=600_000,
-        )
         self._dummy_hash = self._well_formed_hash_of_nothing()
         self._pool = Threads(self.threads, "tortoise_auth_hash", _lower_priority)
 
@@ -187,7 +191,7 @@ class PasswordHasher:
 
     def knows(self, hashed: str) -> bool:
         """Tell whether a stored value is a hash of a scheme that can be checked here."""
-        return self._crypt.identify(hashed) is not None
+        return hashed.startswith(tuple(chain.from_iterable(self._schemes.values())))
 
     def close(self) -> None:
         """Stop the threads once they are idle. They come back with the next call."""
@@ -199,7 +203,33 @@ class PasswordHasher:
             f"parallelism={self.parallelism}, threads={self.threads})"
         )
 
+    @cached_property
+    def _schemes(self) -> Mapping[str, tuple[str, ...]]:
+        without = set() if importlib.util.find_spec("bcrypt") else {"bcrypt"}
+        return {name: _SCHEMES[name] for name in _SCHEMES if name not in without}
+
+    @cached_property
+    def _crypt(self) -> CryptContext:
+        # First asked for by a hashing thread, which imports passlib there. Two threads may build
+        # one each; they are alike, and either will do.
+        return passlib_context.CryptContext(
+            schemes=list(self._schemes),
+            default="argon2",
+            deprecated="auto",
+            argon2__type="ID",
+            argon2__memory_cost=self.memory_cost,
+            argon2__time_cost=self.time_cost,
+            argon2__parallelism=self.parallelism,
+            pbkdf2_sha256__default_rounds=600_000,
+        )
+
     def _check_settings(self) -> None:
+        for name in ("memory_cost", "time_cost", "parallelism", "threads"):
+            value = getattr(self, name)
+            if not isinstance(value, int):
+                raise TypeError(
+                    f"PasswordHasher: {name} must be a whole number, not {type(value).__name__}"
+                )
         if min(self.memory_cost, self.time_cost, self.parallelism, self.threads) < 1:
             raise ConfigurationError(
                 "PasswordHasher: every cost and the number of threads must be at least 1"
@@ -239,7 +269,7 @@ class PasswordHasher:
             valid = self._crypt.verify(password, hashed)
         # A corrupt or unknown hash, an unsupported parameter, or over 72 bytes for bcrypt.
         except (ValueError, TypeError, NotImplementedError) as error:
-            if str(error.__context__) in _EXHAUSTED:
+            if _is_exhaustion(error.__context__):
                 raise
             return self._waste_one_hash()
         if not valid and outdated:  # it cost something else than a hash of today
@@ -258,11 +288,9 @@ class PasswordHasher:
         raise ServiceUnavailableError(f"This machine could not compute a hash ({kind})")
 
 
-def _schemes() -> list[str]:
-    legacy = ["pbkdf2_sha256", "django_pbkdf2_sha256"]
-    if importlib.util.find_spec("bcrypt"):
-        legacy.append("bcrypt")
-    return ["argon2", *legacy]
+def _is_exhaustion(error: BaseException | None) -> bool:
+    """Tell whether Argon2 had no memory or no thread; its errors have a text and no code."""
+    return str(error) in map(argon2_low_level.error_to_str, (_NO_MEMORY, _NO_THREAD))
 
 
 def _lower_priority() -> None:

@@ -2,20 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import asyncio
+from collections.abc import Collection, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass, field
+from functools import cached_property
 from importlib.resources import files
-
-from zxcvbn.frequency_lists import FREQUENCY_LISTS
+from typing import TYPE_CHECKING, TypeVar
 
 from tortoise_auth.exceptions import ConfigurationError, PasswordPolicyError, PolicyFailure
+from tortoise_auth.lazy import LazyModule
 from tortoise_auth.passwords.hashing import MAX_PASSWORD_LENGTH, input_failures, nfc
 
-_LONG = files("tortoise_auth.passwords").joinpath("common_passwords.txt").read_text("utf-8")
+if TYPE_CHECKING:
+    import zxcvbn.frequency_lists as zxcvbn_lists
+else:
+    zxcvbn_lists = LazyModule("zxcvbn.frequency_lists")
 
-COMMON_PASSWORDS: frozenset[str] = frozenset(
-    word for word in (*FREQUENCY_LISTS["passwords"], *_LONG.split("\n")) if len(word) >= 4
-)
+ItemT = TypeVar("ItemT")
+
+
+class _CommonPasswords(Set[str]):
+    """A set of words that is read from its lists on first use, which takes about 50 ms."""
+
+    def __contains__(self, word: object) -> bool:
+        return word in self._words
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._words)
+
+    def __len__(self) -> int:
+        return len(self._words)
+
+    def __hash__(self) -> int:
+        return hash(self._words)
+
+    def __repr__(self) -> str:
+        return "COMMON_PASSWORDS"
+
+    def __reduce__(self) -> str:
+        return "COMMON_PASSWORDS"  # a copy, or what is unpickled, is this very object
+
+    @classmethod
+    def _from_iterable(cls, it: Iterable[ItemT]) -> Set[ItemT]:
+        return frozenset(it)  # what ``|`` and its like return
+
+    @cached_property
+    def _words(self) -> frozenset[str]:
+        long = files("tortoise_auth.passwords").joinpath("common_passwords.txt").read_text("utf-8")
+        listed = (*zxcvbn_lists.FREQUENCY_LISTS["passwords"], *long.split("\n"))
+        return frozenset(word for word in listed if len(word) >= 4)
+
+    async def load(self) -> None:
+        """Read the lists, on another thread than that of the event loop."""
+        if "_words" not in vars(self):
+            await asyncio.to_thread(len, self)
+
+
+COMMON_PASSWORDS = _CommonPasswords()
 """What people choose most: zxcvbn's list, and 3500 of 15 characters or more.
 
 ASVS 6.2.4 asks for 3000 that the length policy lets pass, and zxcvbn's list has 31. The others are
@@ -75,6 +118,12 @@ class PasswordPolicy:
         failures = self.failures(password, about=about)
         if failures:
             raise PasswordPolicyError(failures)
+
+    async def acheck(self, password: str, *, about: Sequence[str] = ()) -> None:
+        """Call `check`, after loading the common passwords without holding up the event loop."""
+        if self.blocklist is COMMON_PASSWORDS:
+            await COMMON_PASSWORDS.load()
+        self.check(password, about=about)
 
     def failures(self, password: str, *, about: Sequence[str] = ()) -> list[PolicyFailure]:
         """Return every rule that *password* breaks, for a form that shows them while typing."""

@@ -135,7 +135,7 @@ class AbstractUser(Model):
         if password is None:
             hashed = unusable_hash()
         else:
-            cls.password_policy.check(password, about=cls._words_about(values))
+            await cls.password_policy.acheck(password, about=cls._words_about(values))
             hashed = await cls.password_hasher.hash(password)
         try:
             async with UnitOfWork(connection_for(cls), cls.emitter) as unit:
