@@ -1,4 +1,4 @@
-"""Two model fields whose stock counterparts are unsafe for authentication."""
+"""Two model fields that replace Tortoise's own, which are unsafe for authentication."""
 
 from __future__ import annotations
 
@@ -28,25 +28,26 @@ MomentT = TypeVar("MomentT", datetime, "datetime | None")
 
 
 class UtcDatetimeField(fields.DatetimeField[MomentT]):
-    """A moment in time: aware UTC in Python, UTC in the database, whatever the settings are.
+    """A point in time: aware UTC in Python, UTC in the database, whatever the settings are.
 
-    Tortoise's own field stores and compares mixed offsets as text on SQLite and drops the offset
+    Tortoise's own field stores and compares mixed offsets as text on SQLite, and drops the offset
     with ``use_tz=False``, which lets expired sessions pass. This one ignores ``use_tz`` and
     ``timezone``.
 
     Raises:
-        ValidationError: A naive datetime was given. It could mean any time zone.
+        ValidationError: The value is a naive datetime, which could be in any time zone.
     """
 
     def to_python_value(self, value: Any) -> datetime | None:  # noqa: ANN401 - the signature of the base class
-        """Return *value*, as the database driver gave it, as aware UTC."""
+        """Return *value*, which comes from the database driver, as aware UTC."""
         if value is None or isinstance(value, datetime):
             return self._in_utc(value)
-        moment = datetime.fromisoformat(value)  # SQLite keeps text, and CURRENT_TIMESTAMP is UTC
+        # SQLite returns text, without an offset if CURRENT_TIMESTAMP wrote it, which is UTC.
+        moment = datetime.fromisoformat(value)
         return moment.replace(tzinfo=moment.tzinfo or UTC).astimezone(UTC)
 
     def to_db_value(self, value: Any, instance: type[Model] | Model) -> Any:  # noqa: ANN401
-        """Return *value* as aware UTC, filling in the time where the field was asked to."""
+        """Return *value* as aware UTC; with ``auto_now`` or ``auto_now_add`` set it first."""
         if isinstance(instance, Model) and self._fills_itself(instance):
             value = utc_now()
             setattr(instance, self.model_field_name, value)
@@ -72,14 +73,14 @@ class UtcDatetimeField(fields.DatetimeField[MomentT]):
 def normalize_email(value: str) -> str:
     """Return the one spelling under which an address is stored and looked up.
 
-    NFC, no surrounding white space, lower case, the domain as IDNA reads it. Lower case and not
-    case *folding*, which would merge addresses of different people ("straße" and "strasse").
+    NFC, no surrounding white space, lower case, the domain normalised by IDNA. Lower case instead
+    of case *folding*, which would merge addresses of different people ("straße" and "strasse").
 
     Args:
         value: An address as a person typed it.
 
     Raises:
-        InvalidIdentifierError: It is no e-mail address.
+        InvalidIdentifierError: *value* is not an e-mail address.
     """
     if not isinstance(value, str) or len(value) > 2 * MAX_EMAIL_LENGTH:
         raise InvalidIdentifierError("That is not an e-mail address")
@@ -93,12 +94,12 @@ def normalize_email(value: str) -> str:
 class EmailField(fields.CharField[str]):
     """An e-mail address, normalised when written *and* when looked up.
 
-    So ``User.get(email="Ada@Example.COM ")`` finds what ``ada@example.com`` stored, with a plain
-    ``=`` on a unique column. (``__iexact`` compiles to ``UPPER()``, which confuses accounts:
+    So ``User.get(email="Ada@Example.COM ")`` returns the user stored as ``ada@example.com``, by a
+    plain ``=`` on a unique column. (``__iexact`` compiles to ``UPPER()``, which confuses accounts:
     CVE-2019-19844.)
 
     Raises:
-        ValidationError: When written: it is no e-mail address. A lookup just finds nothing.
+        ValidationError: The value to write is not an e-mail address. A lookup of it matches no row.
     """
 
     def __init__(self, max_length: int = MAX_EMAIL_LENGTH, **kwargs: Any) -> None:  # noqa: ANN401
@@ -120,7 +121,11 @@ class EmailField(fields.CharField[str]):
             raise ValidationError(f"{self.model_field_name}: {error}") from None
 
     def _comparable(self, value: Any) -> str:  # noqa: ANN401
-        """Return what to compare with; what no address is if *value* would be an error."""
+        """Return the text to compare with; ``"@"``, which no row holds, if *value* cannot be sent.
+
+        A lookup never raises for what a visitor typed. NUL and lone surrogates would: drivers
+        refuse them.
+        """
         try:
             text = normalize_email(value)
         except InvalidIdentifierError:

@@ -63,11 +63,11 @@ _UNUSABLE_PREFIX = "!"
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """What a check of a password against a stored hash found.
+    """The result of checking a password against a stored hash.
 
     Attributes:
-        valid: The password is the right one.
-        outdated: It is, and the stored hash should be replaced by one of today's cost.
+        valid: The password is right.
+        outdated: It is right, and the stored hash should be replaced by one of today's settings.
     """
 
     valid: bool
@@ -80,15 +80,15 @@ def unusable_hash() -> str:
 
 
 def is_usable_hash(hashed: str | None) -> bool:
-    """Tell whether a stored value could match some password."""
+    """Return whether some password could match a stored value."""
     return bool(hashed) and not str(hashed).startswith(_UNUSABLE_PREFIX)
 
 
 def input_failures(password: object) -> list[PolicyFailure]:
-    """Return why *password* cannot be hashed at all, or nothing.
+    """Return the reasons why *password* cannot be hashed at all; an empty list if it can.
 
-    These rules hold at login too, where every failure looks the same from outside; the policy is
-    only for choosing a password.
+    These rules hold at login, too, where every failure looks the same to the caller. The policy
+    applies only when a password is chosen.
     """
     if not isinstance(password, str):
         return [PolicyFailure("not_a_string", "The password must be text.")]
@@ -113,28 +113,29 @@ def nfc(password: str) -> str:
 class PasswordHasher:
     """Hashes and verifies passwords on a dedicated, bounded thread pool.
 
-    New hashes are Argon2id. bcrypt (extra ``bcrypt``), PBKDF2-SHA256 and Django's
-    ``pbkdf2_sha256`` are verified only, and reported as outdated so that a login replaces them.
-    bcrypt knows 72 bytes: a longer password is wrong for a bcrypt hash, whatever its beginning.
+    New hashes are Argon2id. Hashes of bcrypt (extra ``bcrypt``), PBKDF2-SHA256 and Django's
+    ``pbkdf2_sha256`` are only verified, and reported as outdated so that a login replaces them.
+    bcrypt reads 72 bytes: a longer password is wrong for a bcrypt hash, whatever its beginning.
     Passwords are NFC-normalised first (NIST SP 800-63B-4, 3.1.1.2), never trimmed or case-folded.
 
-    However many logins wait, memory is bounded by ``threads`` times ``memory_cost``, and the event
-    loop never computes a hash. Hashing threads lower their own priority where the system allows
-    it, which keeps the loop prompt at the same throughput.
+    Memory is bounded by ``threads`` times ``memory_cost``, however many logins wait. The event loop
+    never computes a hash. Hashing threads lower their own priority where the system allows it,
+    which keeps the loop responsive at the same throughput.
 
     Example:
         ``PasswordHasher(memory_cost=19456, time_cost=2, parallelism=1)`` is the OWASP profile for
         small machines.
 
     Args:
-        memory_cost: KiB of memory a hash takes (default 65536, 64 MiB).
-        time_cost: Passes over that memory (default 3).
-        parallelism: Lanes, each a thread of Argon2's own while it runs (default 4).
-        threads: Hashes computed at the same time (default: the number of cores). Each takes
-            ``memory_cost``. More than there are cores buys nothing.
+        memory_cost: Memory of one hash in KiB (65536, which is 64 MiB).
+        time_cost: Passes over that memory (3).
+        parallelism: Lanes, each of which is a thread of Argon2 while it runs (4).
+        threads: Hashes computed at the same time (the number of cores). More threads than cores
+            gain nothing.
 
     Raises:
-        ConfigurationError: The cost is below the OWASP floor, or a number makes no sense.
+        ConfigurationError: The cost is below the OWASP floor, or a number is out of range.
+        TypeError: A setting is not a whole number.
     """
 
     cost_floor: ClassVar[Sequence[tuple[int, int]]] = OWASP_ARGON2_FLOOR
@@ -159,8 +160,8 @@ class PasswordHasher:
         """Return the hash to store for *password*.
 
         Raises:
-            PasswordPolicyError: The input cannot be hashed at all. Other rules are the policy's.
-            ServiceUnavailableError: There was no memory for it, or no thread.
+            PasswordPolicyError: The input cannot be hashed at all. The policy is not applied.
+            ServiceUnavailableError: There was no memory or no thread for it.
         """
         failures = input_failures(password)
         if failures:
@@ -170,31 +171,32 @@ class PasswordHasher:
     async def verify(self, password: str, hashed: str | None) -> Verification:
         """Check *password* against a stored hash.
 
-        A failure costs one full hash of today's settings, whatever the reason: no hash, an
-        unusable or corrupt one, input that cannot be hashed, or a wrong password. So the time it
-        takes does not tell which accounts exist (OWASP ASVS 6.3.8).
+        Every failure costs one full hash of today's settings: no hash, an unusable or corrupt
+        one, input that cannot be hashed, a wrong password. So the time does not reveal which
+        accounts exist (OWASP ASVS 6.3.8).
 
         Args:
-            password: What the visitor typed. Wrong types are failures, not errors.
-            hashed: What is stored; ``None`` if there is no such account.
+            password: The password to check. A value of another type is a failure, not an error.
+            hashed: The stored hash; ``None`` if there is no such account.
 
         Returns:
-            ``valid``, and ``outdated`` when the hash is right but of another scheme or cost.
+            ``valid``, and ``outdated`` if the password is right and its hash has another scheme
+            or cost than today's.
 
         Raises:
-            ServiceUnavailableError: There was no memory for it, or no thread. That says nothing
-                about the password.
+            ServiceUnavailableError: There was no memory or no thread for it. The password may
+                be right.
         """
         if input_failures(password):
             return await self._on_a_thread(self._waste_one_hash)
         return await self._on_a_thread(lambda: self._verify(nfc(password), hashed))
 
     def knows(self, hashed: str) -> bool:
-        """Tell whether a stored value is a hash of a scheme that can be checked here."""
+        """Return whether a stored value is a hash of a scheme that can be verified here."""
         return hashed.startswith(tuple(chain.from_iterable(self._schemes.values())))
 
     def close(self) -> None:
-        """Stop the threads once they are idle. They come back with the next call."""
+        """Stop the threads once they are idle. The next call starts new ones."""
         self._pool.close()
 
     def __repr__(self) -> str:
@@ -210,8 +212,8 @@ class PasswordHasher:
 
     @cached_property
     def _crypt(self) -> CryptContext:
-        # First asked for by a hashing thread, which imports passlib there. Two threads may build
-        # one each; they are alike, and either will do.
+        # The first access is on a hashing thread, so that passlib is imported there. Two threads
+        # may build a context each; the contexts are equal, and either is kept.
         return passlib_context.CryptContext(
             schemes=list(self._schemes),
             default="argon2",
@@ -251,7 +253,10 @@ class PasswordHasher:
             )
 
     def _well_formed_hash_of_nothing(self) -> str:
-        """Return a hash that costs as much to check as a real one, and that nothing matches."""
+        """Return a hash that no password matches and that costs as much to check as a real one.
+
+        Its salt and digest are random instead of computed, so that construction costs no hash.
+        """
         salt, digest = (
             base64.b64encode(secrets.token_bytes(size)).rstrip(b"=").decode() for size in (16, 32)
         )
@@ -264,15 +269,17 @@ class PasswordHasher:
         if hashed is None or not is_usable_hash(hashed):
             return self._waste_one_hash()
         try:
-            # Reading it comes first: a corrupt hash is found out before it costs anything.
+            # `needs_update` parses the hash, so a corrupt one fails here, before it costs a hash.
             outdated = self._crypt.needs_update(hashed)
             valid = self._crypt.verify(password, hashed)
-        # A corrupt or unknown hash, an unsupported parameter, or over 72 bytes for bcrypt.
+        # The hash is corrupt or unknown, has an unsupported parameter, or the password has more
+        # than 72 bytes for bcrypt.
         except (ValueError, TypeError, NotImplementedError) as error:
             if _is_exhaustion(error.__context__):
                 raise
             return self._waste_one_hash()
-        if not valid and outdated:  # it cost something else than a hash of today
+        if not valid and outdated:
+            # The check cost what that other hash costs, often less than a hash of today's settings.
             return self._waste_one_hash()
         return Verification(valid=valid, outdated=valid and outdated)
 
@@ -284,17 +291,17 @@ class PasswordHasher:
         try:
             return await self._pool.submit(work)
         except (ValueError, MemoryError, RuntimeError) as error:
-            kind = type(error).__name__  # the text of what passlib raises holds the stored hash
+            kind = type(error).__name__  # passlib quotes the stored hash in its errors
         raise ServiceUnavailableError(f"This machine could not compute a hash ({kind})")
 
 
 def _is_exhaustion(error: BaseException | None) -> bool:
-    """Tell whether Argon2 had no memory or no thread; its errors have a text and no code."""
+    """Return whether Argon2 had no memory or no thread; its errors carry a text, not a code."""
     return str(error) in map(argon2_low_level.error_to_str, (_NO_MEMORY, _NO_THREAD))
 
 
 def _lower_priority() -> None:
-    """Be nice, where a thread has a priority of its own, so that the event loop goes first."""
-    if sys.platform == "linux":
+    """Lower the priority of this thread, so that the event loop runs first."""
+    if sys.platform == "linux":  # elsewhere `nice` changes the whole process
         with suppress(OSError):
-            os.nice(10)  # on Linux, of this thread alone
+            os.nice(10)

@@ -59,31 +59,31 @@ class _CommonPasswords(Set[str]):
 
 
 COMMON_PASSWORDS = _CommonPasswords()
-"""What people choose most: zxcvbn's list, and 3500 of 15 characters or more.
+"""The most frequent passwords: zxcvbn's list, and 3500 of 15 characters or more.
 
-ASVS 6.2.4 asks for 3000 that the length policy lets pass, and zxcvbn's list has 31. The others are
-the most frequent in two published breaches, and rows of keys, digits and letters.
+ASVS 6.2.4 asks for 3000 that pass the length rule; zxcvbn's list has 31 of them. The others are the
+most frequent ones in two published breaches, and rows of keys, digits and letters.
 """
 
 
 @dataclass(frozen=True, kw_only=True)
 class PasswordPolicy:
-    """Which new passwords are accepted. Asked when a password is set, never at login.
+    """Decides which new passwords are accepted. It applies when a password is set, never at login.
 
     There are no composition rules, by design (NIST SP 800-63B-4, 3.1.1.2: "SHALL NOT").
 
     Attributes:
         min_length: Code points, 15 by default.
-            Warning: 8 is the least that is allowed, and only right where a second factor is
-            required (NIST SP 800-63B-4, 3.1.1.2).
+            Warning: 8 is the minimum, and only right where a second factor is required
+            (NIST SP 800-63B-4, 3.1.1.2).
         max_length: Code points, at least 64, at most 1024.
-        context_words: Words a guesser tries here first: the name of the service, of the company.
-            A password that consists of nothing else is refused; words of fewer than four
-            letters count only as the whole password.
-        blocklist: Passwords refused as too common, in lower case.
+        context_words: Words that attackers try first: the names of the service and the company.
+            A password made of nothing else is refused. A word of fewer than four letters is
+            compared only with the whole password.
+        blocklist: Common passwords, in lower case, which are refused.
 
     Raises:
-        ConfigurationError: A length is outside its bounds, or words are not a collection of strings.
+        ConfigurationError: A length is out of bounds, or words are not a collection of strings.
     """
 
     min_length: int = 15
@@ -126,7 +126,7 @@ class PasswordPolicy:
         self.check(password, about=about)
 
     def failures(self, password: str, *, about: Sequence[str] = ()) -> list[PolicyFailure]:
-        """Return every rule that *password* breaks, for a form that shows them while typing."""
+        """Return every rule that *password* breaks, for a form that shows them as people type."""
         broken = input_failures(password)
         if broken:
             return broken
@@ -174,14 +174,19 @@ def _repeated_unit(text: str) -> str:
 
 
 def _consists_of(password: str, words: Sequence[str]) -> bool:
-    """Tell whether *password* is only *words*, in any case and order, with digits and signs between."""
+    """Return whether *password* is made of *words* alone.
+
+    Case and order do not matter, and neither does anything between them that is not a letter.
+    """
     known = {nfc(word).lower() for word in words if word}
     known |= {word.partition("@")[0] for word in known}
     if password.lower() in known:
         return True
     units = {unit for word in known if len(unit := _letters(word)) >= 4}
     text = _letters(password.lower())
-    reached = {0}  # a set of positions, not a regular expression: those can be made to explode
+    # A regular expression of alternatives backtracks exponentially on words such as "aaaa" and
+    # "aaaaa". A set of reachable positions takes len(text) * len(units) steps at most.
+    reached = {0}
     for position in range(len(text)):
         if position in reached:
             reached |= {position + len(unit) for unit in units if text.startswith(unit, position)}
