@@ -450,6 +450,8 @@ class TestAccessTokens:
             subject="42",
             session_id="a-b-c",
             session_ends=clock() + timedelta(days=1),
+            authenticated_at=clock() - timedelta(hours=1),
+            methods=("pwd", "otp"),
             extra={"role": "admin", "scopes": ["a", {"b": None}], "naïve 🐢": 1.5},
         )
         claims = tokens.read(token)
@@ -459,12 +461,24 @@ class TestAccessTokens:
             token_id=claims.token_id,
             issued_at=clock(),
             expires_at=clock() + timedelta(minutes=15),
+            authenticated_at=clock() - timedelta(hours=1),
+            methods=("pwd", "otp"),
             extra={"role": "admin", "scopes": ["a", {"b": None}], "naïve 🐢": 1.5},
         )
         assert expires_at == claims.expires_at
         assert opened(token, 0) == {"alg": algorithm, "typ": "at+jwt", "kid": key.kid}
         assert opened(token, 1)["iss"] == "us"
         assert opened(token, 1)["aud"] == "them"
+
+    def test_session_without_a_time(self, clock: FakeClock) -> None:
+        """A session that was opened before the column existed says nothing of its proof."""
+        tokens = AccessTokens(CONFIG, clock)
+        token, _ = tokens.issue(
+            subject="42", session_id="a", session_ends=clock() + timedelta(days=1), extra={}
+        )
+        claims = tokens.read(token)
+        assert (claims.authenticated_at, claims.methods) == (None, ())
+        assert not {"auth_time", "amr"} & opened(token, 1).keys()
 
     @pytest.mark.parametrize("algorithm", ["EdDSA", "ES256", "RS256"])
     def test_other_service(self, algorithm: Algorithm, clock: FakeClock) -> None:

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import contextvars
 
-from tortoise.backends.base.client import (
-    BaseDBAsyncClient,
-    TransactionalDBClient,
-)
+from tortoise.backends.base.client import BaseDBAsyncClient, TransactionalDBClient
 from tortoise.connection import get_connections
 from tortoise.context import get_current_context
 from tortoise.exceptions import ConfigurationError as TortoiseConfigurationError

@@ -8,10 +8,7 @@ import sqlite3
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
-from tortoise.exceptions import (
-    BaseORMException,
-    IntegrityError,
-)
+from tortoise.exceptions import BaseORMException, IntegrityError
 from tortoise.exceptions import ConfigurationError as TortoiseConfigurationError
 
 from tortoise_auth.exceptions import ConfigurationError, ServiceUnavailableError

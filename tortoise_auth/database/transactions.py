@@ -22,10 +22,7 @@ from tortoise.backends.base.client import (
     TransactionContext,
 )
 from tortoise.connection import get_connections
-from tortoise.exceptions import (
-    OperationalError,
-    TransactionManagementError,
-)
+from tortoise.exceptions import OperationalError, TransactionManagementError
 
 logger = logging.getLogger("tortoise_auth.database")
 

@@ -25,7 +25,7 @@ async def login(
     core.tokens.check_extra(claims or {})
     context = current_context(context)
     verified = await passwords.check_login(identifier, password, context)
-    result = await sign_in(core, _proof(verified), context, claims)
+    result = await sign_in(core, _proof(core, verified), context, claims)
     if result is None:
         # The password was changed or the account deactivated while the hash was computed.
         failed = passwords.login_failed(identifier, verified.user, context, "bad_password")
@@ -33,7 +33,7 @@ async def login(
     return result
 
 
-def _proof(verified: Verified[UserT]) -> Proof[UserT]:
+def _proof(core: Core[UserT], verified: Verified[UserT]) -> Proof[UserT]:
     async def replace_hash(unit: UnitOfWork) -> bool:
         if verified.replacement is not None:
             await replace_outdated_hash(
@@ -41,4 +41,10 @@ def _proof(verified: Verified[UserT]) -> Proof[UserT]:
             )
         return True
 
-    return Proof(user=verified.user, method="password", spend=replace_hash)
+    return Proof(
+        user=verified.user,
+        method="password",
+        amr=("pwd",),
+        proven_at=core.clock(),
+        spend=replace_hash,
+    )

@@ -23,13 +23,17 @@ class Proof(Generic[UserT]):
 
     Attributes:
         user: The account, as it was read before the proof was checked.
-        method: The name of the way, as the event ``user_login`` has it.
+        method: What was proven, as the event ``user_login`` names it: ``password``.
+        amr: By which methods, as RFC 8176 names them: ``("pwd",)``.
+        proven_at: When, aware UTC.
         spend: Uses the proof up, in the transaction that opens the session: replaces an outdated
             hash, spends a link. False if it cannot be used any more.
     """
 
     user: UserT
     method: str
+    amr: tuple[str, ...]
+    proven_at: datetime
     spend: Callable[[UnitOfWork], Awaitable[bool]] = field(repr=False)
 
 
@@ -77,18 +81,31 @@ async def sign_in(
         async with unit:
             version = user.session_version
             stored = await store_login(user, unit, session_version=version, at=core.clock())
-            if stored and await proof.spend(unit):
-                opened = await core.sessions.open(user, context, unit.connection)
-                session_id = str(opened[0].id)
-                unit.record(
-                    core.event(UserLogin, user, context, session_id=session_id, method=proof.method)
-                )
+            if not stored or not await proof.spend(unit):
+                raise _ProofIsSpentError  # rolls ``last_login`` back
+            opened = await core.sessions.open(
+                user,
+                context,
+                unit.connection,
+                authenticated_at=proof.proven_at,
+                methods=proof.amr,
+            )
+            session_id = str(opened[0].id)
+            unit.record(
+                core.event(UserLogin, user, context, session_id=session_id, method=proof.method)
+            )
+    except _ProofIsSpentError:
+        return None
     except BaseException:
         if unit.committed and opened is not None:
             # The caller was cancelled, or a handler raised: no client ever holds the tokens.
             core.end_orphan_later(user, opened[0], context)
         raise
-    return None if opened is None else result_of(core, user, *opened, claims)
+    return result_of(core, user, *opened, claims)
+
+
+class _ProofIsSpentError(Exception):
+    """The proof does not hold any more; nothing of the sign-in is kept."""
 
 
 def result_of(
@@ -103,6 +120,8 @@ def result_of(
         subject=session.user_id,  # not the live object's: a handler may have changed that
         session_id=str(session.id),
         session_ends=session.expires_at,
+        authenticated_at=session.authenticated_at,
+        methods=session.authentication_methods.split(),
         extra=claims or {},
     )
     return AuthResult(

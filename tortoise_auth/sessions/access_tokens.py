@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from types import MappingProxyType
@@ -40,7 +40,7 @@ _OF_ENCRYPTION = frozenset({"enc", "zip"})  # what only an encrypted token has i
 
 
 _REGISTERED_CLAIMS = frozenset(
-    {"iss", "aud", "sub", "sid", "jti", "iat", "exp", "nbf", "typ", "client_id"}
+    {"iss", "aud", "sub", "sid", "jti", "iat", "exp", "nbf", "typ", "client_id", "auth_time", "amr"}
 )
 
 
@@ -53,6 +53,8 @@ class AccessClaims:
         session_id: The public id of the session.
         token_id: Unique (``jti``).
         issued_at, expires_at: Aware UTC.
+        authenticated_at: When the owner of the session proved who they are (``auth_time``).
+        methods: How, as RFC 8176 names it (``amr``): ``("pwd",)``.
         extra: The claims that the host gave to ``login``.
     """
 
@@ -61,6 +63,8 @@ class AccessClaims:
     token_id: str
     issued_at: datetime
     expires_at: datetime
+    authenticated_at: datetime | None
+    methods: tuple[str, ...]
     extra: Mapping[str, Any]
 
 
@@ -83,7 +87,14 @@ class AccessTokens:
         )
 
     def issue(
-        self, *, subject: str, session_id: str, session_ends: datetime, extra: Mapping[str, object]
+        self,
+        *,
+        subject: str,
+        session_id: str,
+        session_ends: datetime,
+        authenticated_at: datetime | None = None,
+        methods: Sequence[str] = (),
+        extra: Mapping[str, object],
     ) -> tuple[str, datetime]:
         """Return a signed token and the time when it expires, not after its session.
 
@@ -105,6 +116,8 @@ class AccessTokens:
             "iat": int(now.timestamp()),
             "exp": expires,
         }
+        if authenticated_at is not None:
+            claims |= {"auth_time": int(authenticated_at.timestamp()), "amr": [*methods]}
         token = self._jwt.encode(
             claims,
             key.signing,
@@ -178,10 +191,13 @@ class AccessTokens:
 
     def _typed(self, claims: Mapping[str, Any]) -> AccessClaims:
         texts = [claims[name] for name in ("sub", "sid", "jti")]
-        times = [claims[name] for name in ("iat", "exp", "nbf") if name in claims]
+        times = [claims[name] for name in ("iat", "exp", "nbf", "auth_time") if name in claims]
         if not all(isinstance(text, str) and text for text in texts):
             raise TokenInvalidError
         if not all(type(time) is int and time >= 0 for time in times):
+            raise TokenInvalidError
+        methods = claims.get("amr", [])
+        if not isinstance(methods, list) or not all(isinstance(each, str) for each in methods):
             raise TokenInvalidError
         latest_start = (self._clock() + self._config.leeway).timestamp()
         if max(claims["iat"], claims.get("nbf", 0)) > latest_start:
@@ -192,6 +208,8 @@ class AccessTokens:
             token_id=claims["jti"],
             issued_at=_moment(claims["iat"]),
             expires_at=_moment(claims["exp"]),
+            authenticated_at=_moment(claims["auth_time"]) if "auth_time" in claims else None,
+            methods=tuple(methods),
             extra=MappingProxyType(
                 {name: value for name, value in claims.items() if name not in _REGISTERED_CLAIMS}
             ),

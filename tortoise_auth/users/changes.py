@@ -9,16 +9,10 @@ from tortoise.expressions import F
 from tortoise.models import Model
 
 from tortoise_auth.context import current_context
-from tortoise_auth.database import (
-    connection_for,
-)
-from tortoise_auth.events.catalog import (
-    PasswordRehashed,
-)
+from tortoise_auth.database import connection_for
+from tortoise_auth.events.catalog import PasswordRehashed
 from tortoise_auth.events.unit_of_work import UnitOfWork
-from tortoise_auth.exceptions import (
-    ConfigurationError,
-)
+from tortoise_auth.exceptions import ConfigurationError
 from tortoise_auth.models import Session
 
 

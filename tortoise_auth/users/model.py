@@ -14,16 +14,8 @@ from tortoise.models import Model
 
 from tortoise_auth.clock import utc_now
 from tortoise_auth.context import current_context, sanitize_text
-from tortoise_auth.database import (
-    connection_for,
-    guarded,
-    is_unique_violation,
-    violated_columns,
-)
-from tortoise_auth.events.catalog import (
-    PasswordChanged,
-    UserRegistered,
-)
+from tortoise_auth.database import connection_for, guarded, is_unique_violation, violated_columns
+from tortoise_auth.events.catalog import PasswordChanged, UserRegistered
 from tortoise_auth.events.emitting import EventEmitter, emitter
 from tortoise_auth.events.unit_of_work import UnitOfWork
 from tortoise_auth.exceptions import (
@@ -33,12 +25,7 @@ from tortoise_auth.exceptions import (
 )
 from tortoise_auth.fields import EmailField, UtcDatetimeField, normalize_email
 from tortoise_auth.models import Session, user_table
-from tortoise_auth.passwords import (
-    PasswordHasher,
-    PasswordPolicy,
-    is_usable_hash,
-    unusable_hash,
-)
+from tortoise_auth.passwords import PasswordHasher, PasswordPolicy, is_usable_hash, unusable_hash
 from tortoise_auth.users.changes import replace_outdated_hash, shared_connection, store_password
 
 UserT = TypeVar("UserT", bound="AbstractUser")

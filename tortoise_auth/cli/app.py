@@ -1,0 +1,43 @@
+"""The command ``tortoise-auth`` and its parts, put together."""
+
+from __future__ import annotations
+
+import io
+import sys
+import traceback
+from pathlib import Path
+
+import typer
+
+from tortoise_auth.cli import outbox as outbox_commands
+from tortoise_auth.cli import relay
+from tortoise_auth.cli.loading import CommandError
+from tortoise_auth.cli.output import printable
+
+app = typer.Typer(
+    help="Look after the events of tortoise_auth.",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+app.command()(relay.relay)
+app.command()(relay.events)
+app.add_typer(outbox_commands.commands, name="outbox", help="Look into the outbox, and mend it.")
+
+
+def main() -> None:
+    """Run the command line, and end the process."""
+    sys.path.insert(0, str(Path.cwd()))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        app(prog_name="tortoise-auth")
+    except CommandError as error:
+        if error.__cause__ is not None:
+            traceback.print_exception(error.__cause__)
+        print(f"tortoise-auth: {printable(str(error))}", file=sys.stderr)
+        raise SystemExit(error.exit_code) from None
