@@ -18,13 +18,11 @@ class Threads:
     Args:
         size: The maximum number of threads.
         name: The prefix of their names.
-        initializer: Called by each thread when it starts.
     """
 
-    def __init__(self, size: int, name: str, initializer: Callable[[], None] | None = None) -> None:
+    def __init__(self, size: int, name: str) -> None:
         self._size = size
         self._name = name
-        self._initializer = initializer
         self._pool: ThreadPoolExecutor | None = None
         self._process = 0
         self._lock = threading.Lock()
@@ -44,8 +42,6 @@ class Threads:
         with self._lock:
             # A pool that a forked child inherits has a queue and no threads: it would wait forever.
             if self._pool is None or self._process != os.getpid():
-                self._pool = ThreadPoolExecutor(
-                    self._size, self._name, initializer=self._initializer
-                )
+                self._pool = ThreadPoolExecutor(self._size, self._name)
                 self._process = os.getpid()
             return self._pool
