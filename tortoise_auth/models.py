@@ -26,13 +26,13 @@ class Session(Model):
     """One login: a chain of refresh tokens, at most one of which is unspent.
 
     There is no foreign key to the user: the host may use any primary key, and its migrations stay
-    independent of ours. A session whose user is gone authenticates nobody.
+    independent of ours. A session whose user is gone authenticates no one.
 
     Attributes:
         id: The public id; may be shown and logged. It opens nothing.
         user_table: The table of the user model, so that two models may share this table.
         user_id: ``str(user.pk)``.
-        session_version: ``user.session_version`` when the session was opened, or last confirmed by
+        session_version: ``user.session_version`` when the session was opened, or last carried over by
             a password change that kept it. A session with another version than its user is over.
         family_hash: SHA-256 of the part that all refresh tokens of the session share.
         refresh_hash: SHA-256 of the unspent refresh token.
@@ -102,7 +102,7 @@ class Session(Model):
 class OutboxEntry(Model):
     """One event on its way to one durable subscription.
 
-    Written in the transaction of the change it tells of, deleted when the handler has succeeded.
+    Written in the transaction of the change, deleted when the handler has succeeded.
 
     Attributes:
         id: Rises in the order of writing.
@@ -164,7 +164,7 @@ class AttemptCount(Model):
 
 
 def user_table(model: type[Model]) -> str:
-    """Return what tells the users of *model* from those of another model."""
+    """Return the name that distinguishes the users of *model* from those of another model."""
     meta = model._meta
     return f"{meta.schema}.{meta.db_table}" if meta.schema else meta.db_table
 

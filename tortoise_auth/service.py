@@ -1,4 +1,4 @@
-"""`AuthService`: the one front object. It puts the mechanisms in order and owns none."""
+"""`AuthService`: the front object. Each method is one call into a flow."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class AuthService(Generic[UserT]):
         passwords: What hashes; by default the hasher of the user model.
         policy: Which new passwords are accepted; by default the policy of the user model.
         throttle: How often passwords may be tried; by default a `DatabaseThrottle`. Warning: with
-            ``None`` anybody may guess as fast as you can hash.
+            ``None`` passwords may be guessed as fast as you can hash.
         clock: The time.
 
     Raises:
@@ -124,7 +124,7 @@ class AuthService(Generic[UserT]):
             identifier: E-mail address, or what ``identifier_field`` names.
             password: As typed. Never trimmed.
             context: Circumstances of the request, for the session and the event.
-            claims: Further claims for this one access token. Warning: whoever holds the token can
+            claims: Further claims for this one access token. Warning: a holder of the token can
                 read them, and they stay true until it expires.
 
         Raises:
@@ -204,8 +204,8 @@ class AuthService(Generic[UserT]):
             How many sessions ended: 1 or 0.
 
         Raises:
-            TypeError: It is a result or a session, and not a token: a mistake that would else log
-                nobody out, silently.
+            TypeError: It is a result or a session, and not a token: a mistake that would
+                otherwise end no session, silently.
         """
         return await logout.logout(self._core, token, context)
 
@@ -223,7 +223,7 @@ class AuthService(Generic[UserT]):
         Args:
             user: The account.
             keep: A session, or its id, that goes on.
-            actor: Whom the event names: ``"admin"`` if it was not the user.
+            actor: The actor of the event: ``"admin"`` if it was not the user.
             context: Circumstances of the request.
 
         Returns:
@@ -243,14 +243,14 @@ class AuthService(Generic[UserT]):
     ) -> None:
         """Store a new password and end all other sessions. Emits ``password_changed``, once.
 
-        Nobody is asked for the current password: for password resets and administrators. A settings
-        page calls `change_password`.
+        The current password is not asked for: use this for password resets and administrators. A
+        settings page calls `change_password`.
 
         Args:
             user: The account.
             new_password: Checked by the policy.
             keep: A session, or its id, that goes on.
-            actor: Whom the event names: ``"admin"`` if it was not the user.
+            actor: The actor of the event: ``"admin"`` if it was not the user.
             context: Circumstances of the request.
 
         Raises:
@@ -309,8 +309,8 @@ class AuthService(Generic[UserT]):
         Args:
             session_id: ``session.id``, or the session.
             user: End it only if it belongs to this account. Warning: pass it whenever the id comes
-                from a visitor, who could name somebody else's session.
-            actor: Whom the event names: ``"admin"`` if it was not the user.
+                from a visitor, who could name another user's session.
+            actor: The actor of the event: ``"admin"`` if it was not the user.
             context: Circumstances of the request.
 
         Returns:
@@ -328,7 +328,7 @@ class AuthService(Generic[UserT]):
 
         Args:
             user: The account.
-            actor: Whom the event names: ``"user"`` if somebody closed their own account.
+            actor: The actor of the event: ``"user"`` if users close their own account.
             context: Circumstances of the request.
 
         Returns:
@@ -344,7 +344,7 @@ class AuthService(Generic[UserT]):
 
         Args:
             user: The account.
-            actor: Whom the event names.
+            actor: The actor of the event.
             context: Circumstances of the request.
         """
         await account_status.activate(self._core, user, actor, context)

@@ -630,7 +630,7 @@ class TestPurge:
 
 
 class TestEvents:
-    """``tortoise-auth events``: who hears what."""
+    """``tortoise-auth events``: the subscriptions of each event."""
 
     async def test_table(self, shop: Project) -> None:
         """Each line is one handler: event, turn, delivery, priority and what is special about it."""
@@ -659,7 +659,7 @@ class TestEvents:
     async def test_nobody(self, shop: Project) -> None:
         """Where nobody listens it says so."""
         shop.write()
-        assert shop.run("events", "shop:auth").stdout == "Nobody listens to anything.\n"
+        assert shop.run("events", "shop:auth").stdout == "There are no subscriptions.\n"
 
 
 MISTAKES = {

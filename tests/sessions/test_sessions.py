@@ -874,7 +874,7 @@ class TestJoinedRead:
     ) -> None:
         """Two reads refuse what one refuses."""
         service = AuthService(User, auth.config, clock=clock)
-        service._core.sessions._join._may_join = False
+        service._core.sessions._reader._may_join = False
         other = await User.create_user(email="bob@example.com", password=PASSWORD)
         result = await log_in(auth)
         assert await service.authenticate(result.access_token) == ada

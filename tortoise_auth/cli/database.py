@@ -65,7 +65,7 @@ def with_database(
         return asyncio.run(run())
     except CommandError:
         raise
-    except Exception as error:  # noqa: BLE001 - whatever the driver raises: the operator is told
+    except Exception as error:  # noqa: BLE001 - whatever the driver raises: the operator reads it
         raise CommandError(
             f"The database failed: {type(error).__name__}: {describe(error)}", FAILED
         ) from None

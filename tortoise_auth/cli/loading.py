@@ -25,7 +25,7 @@ WRONG = 2
 
 
 class CommandError(Exception):
-    """A command cannot do what it was told; the message says why, and what to type instead."""
+    """A command cannot run; the message says why, and what to type instead."""
 
     def __init__(self, message: str, exit_code: int = WRONG) -> None:
         super().__init__(message)
@@ -34,9 +34,9 @@ class CommandError(Exception):
 
 def load_service(path: str) -> Service:
     """Return the `AuthService` that *path* names."""
-    found = _load(path, AuthService, "an AuthService, as in myapp.main:auth")
-    assert isinstance(found, AuthService)  # noqa: S101 - for the type checker; `_load` has looked
-    return found
+    loaded = _load(path, AuthService, "an AuthService, as in myapp.main:auth")
+    assert isinstance(loaded, AuthService)  # noqa: S101 - for the type checker; `_load` has looked
+    return loaded
 
 
 def durable_subscriptions(auth: Service) -> set[str]:
@@ -46,19 +46,19 @@ def durable_subscriptions(auth: Service) -> set[str]:
 
 def load_lifespan(path: str) -> Lifespan:
     """Return the function that opens what the handlers of the host need."""
-    found = _load(path, FunctionType, "a function made by @asynccontextmanager")
-    assert isinstance(found, FunctionType)  # noqa: S101 - as above
-    wrapped = inspect.unwrap(found)
-    if found is wrapped or not inspect.isasyncgenfunction(wrapped):
+    loaded = _load(path, FunctionType, "a function made by @asynccontextmanager")
+    assert isinstance(loaded, FunctionType)  # noqa: S101 - as above
+    wrapped = inspect.unwrap(loaded)
+    if loaded is wrapped or not inspect.isasyncgenfunction(wrapped):
         raise CommandError(f"{path!r} is not made by @asynccontextmanager")
     needed = [
         each.name
-        for each in inspect.signature(found).parameters.values()
+        for each in inspect.signature(loaded).parameters.values()
         if each.default is each.empty and each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)
     ]
     if needed:
         raise CommandError(f"{path!r} must need no arguments, and it needs: {', '.join(needed)}")
-    return found
+    return loaded
 
 
 def load_settings(path: str | None) -> dict[str, object] | TortoiseConfig:
@@ -87,19 +87,19 @@ def _load(path: str, kind: type | tuple[type, ...], wanted: str) -> object:
     if not module_name or not name:
         raise CommandError(f"{path!r} does not name {wanted}")
     module = _import(module_name)
-    found: object = module
+    loaded: object = module
     for part in name.split("."):
-        if not hasattr(found, part):
+        if not hasattr(loaded, part):
             raise CommandError(
                 f"{module_name!r} has no {name!r}; wanted is {wanted}{_there_is(module, kind)}"
             )
-        found = getattr(found, part)
-    if not isinstance(found, kind):
+        loaded = getattr(loaded, part)
+    if not isinstance(loaded, kind):
         raise CommandError(
-            f"{path!r} is of type {type(found).__name__}; wanted is {wanted}"
+            f"{path!r} is of type {type(loaded).__name__}; wanted is {wanted}"
             f"{_there_is(module, kind)}"
         )
-    return found
+    return loaded
 
 
 def _import(name: str) -> ModuleType:

@@ -37,28 +37,28 @@ def status(
 ) -> None:
     """Count what waits, what is due, what is dead, and say how old the oldest waiting row is."""
     auth = load_service(service) if service is not None else None
-    found = with_database(config, lambda connection: outbox.status(connection, utc_now()))
+    counts = with_database(config, lambda connection: outbox.status(connection, utc_now()))
     unknown = (
-        sorted(found.subscriptions.keys() - durable_subscriptions(auth))
+        sorted(counts.subscriptions.keys() - durable_subscriptions(auth))
         if auth is not None
         else None
     )
     numbers: dict[str, object] = {
-        "waiting": found.waiting,
-        "due": found.due,
-        "dead": found.dead,
-        "oldest_waiting_seconds": round(found.oldest_waiting, 3),
+        "waiting": counts.waiting,
+        "due": counts.due,
+        "dead": counts.dead,
+        "oldest_waiting_seconds": round(counts.oldest_waiting, 3),
     }
     if as_json:
-        by_name = {"subscriptions": found.subscriptions, "unknown_subscriptions": unknown}
+        by_name = {"subscriptions": counts.subscriptions, "unknown_subscriptions": unknown}
         print(json.dumps(numbers | by_name))
         return
     for name, number in numbers.items():
         print(f"{name:<22}  {number}")
     table = new_table("Subscription", "Waiting", "")
-    for name, rows in sorted(found.subscriptions.items()):
+    for name, rows in sorted(counts.subscriptions.items()):
         add_row(table, name, rows, "no handler here" if name in (unknown or ()) else "")
-    if found.subscriptions:
+    if counts.subscriptions:
         print()
         show(table)
 

@@ -1,4 +1,4 @@
-"""``tortoise-auth relay`` and ``events``: deliver outbox rows, show who listens to what."""
+"""``tortoise-auth relay`` and ``events``: deliver outbox rows, list the subscriptions."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ logger = logging.getLogger("tortoise_auth.relay")
 
 
 _TIME_TO_CLOSE = 2.0
-"""Seconds, after those that handlers get, until a relay that was told to stop has ended."""
+"""Seconds, after those that handlers get, until a relay that was asked to stop has ended."""
 
 
 _LONGEST = 86_400.0
@@ -80,7 +80,7 @@ def relay(
     stop_timeout: Annotated[
         float,
         typer.Option(
-            min=0, max=_LONGEST, help="Seconds that running handlers get when told to stop."
+            min=0, max=_LONGEST, help="Seconds that running handlers get when the relay stops."
         ),
     ] = _DEFAULTS.stop_timeout.total_seconds(),
 ) -> None:
@@ -111,7 +111,7 @@ def relay(
 
 
 def events(service: ServicePath) -> None:
-    """Show who hears which event, in which order, by which delivery."""
+    """List the subscriptions of each event, in order, with their delivery."""
     table = new_table("Event", "Turn", "Handler", "Delivery", "Priority", "Options")
     for each in load_service(service).emitter.describe():
         options = {
@@ -125,7 +125,7 @@ def events(service: ServicePath) -> None:
             *(each.event, each.position, each.handler, each.delivery, each.priority),
             ", ".join(text for text, given in options.items() if given),
         )
-    show(table, if_empty="Nobody listens to anything.")
+    show(table, if_empty="There are no subscriptions.")
 
 
 async def _carry(
@@ -170,16 +170,16 @@ def _stop_on_signals(seconds: float) -> asyncio.Event:
     database may not answer to a goodbye; so a thread of its own keeps the deadline. A second
     signal ends the process at once.
     """
-    loop, stopping, told = asyncio.get_running_loop(), asyncio.Event(), threading.Event()
+    loop, stopping, signalled = asyncio.get_running_loop(), asyncio.Event(), threading.Event()
     signals = (signal.SIGTERM, signal.SIGINT)
 
-    def tell(*_: object) -> None:
+    def on_signal(*_: object) -> None:
         for each in signals:
             signal.signal(each, signal.SIG_DFL)
-        told.set()
+        signalled.set()
 
     def keep_the_deadline() -> None:
-        told.wait()
+        signalled.wait()
         loop.call_soon_threadsafe(stopping.set)
         time.sleep(seconds)
         logger.warning("Ended with handlers still running; their rows will be delivered again")
@@ -187,5 +187,5 @@ def _stop_on_signals(seconds: float) -> asyncio.Event:
 
     threading.Thread(target=keep_the_deadline, name="relay deadline", daemon=True).start()
     for each in signals:
-        signal.signal(each, tell)
+        signal.signal(each, on_signal)
     return stopping

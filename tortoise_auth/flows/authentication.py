@@ -10,8 +10,8 @@ from tortoise_auth.users import UserT
 async def authenticate(core: Core[UserT], access_token: str) -> UserT:
     """Return the user of an access token, if token, session and user are alive now."""
     claims = core.tokens.read(access_token)
-    found = await core.sessions.find(claims.session_id, claims.subject)
-    if found is None:
+    pair = await core.sessions.find(claims.session_id, claims.subject)
+    if pair is None:
         raise TokenRevokedError
-    found.require_alive(core.clock())
-    return found.user
+    pair.require_alive(core.clock())
+    return pair.user

@@ -12,7 +12,7 @@ from tortoise_auth.exceptions import TokenError
 from tortoise_auth.flows.core import Core, require_actor, session_id_of
 from tortoise_auth.flows.signin import AuthResult
 from tortoise_auth.models import Session
-from tortoise_auth.sessions import Found, RefreshToken
+from tortoise_auth.sessions import RefreshToken, SessionWithUser
 from tortoise_auth.users import UserT
 
 
@@ -32,10 +32,10 @@ class Revocation:
 async def logout(core: Core[UserT], token: str, context: RequestContext | None) -> Revocation:
     """End the session of an access or refresh token. Emits ``user_logout``."""
     _reject_what_holds_tokens(token, "logout")
-    found = await _session_of(core, token)
-    if found is None:
+    pair = await _session_of(core, token)
+    if pair is None:
         return Revocation(0, None)
-    return await _end(core, found, UserLogout, context, actor="user")
+    return await _end(core, pair, UserLogout, context, actor="user")
 
 
 async def logout_all(
@@ -72,15 +72,15 @@ async def revoke_session(
     if isinstance(session_id, Session):
         session_id = session_id.id
     _reject_what_holds_tokens(session_id, "revoke_session")
-    found = await core.sessions.find_by_id(session_id)
-    if found is None or (user is not None and found.session.user_id != str(user.pk)):
+    pair = await core.sessions.find_by_id(session_id)
+    if pair is None or (user is not None and pair.session.user_id != str(user.pk)):
         return Revocation(0, None)
-    return await _end(core, found, SessionRevoked, context, actor=actor)
+    return await _end(core, pair, SessionRevoked, context, actor=actor)
 
 
 async def _end(
     core: Core[UserT],
-    found: Found[UserT],
+    pair: SessionWithUser[UserT],
     kind: Callable[..., Event],
     context: RequestContext | None,
     *,
@@ -88,19 +88,19 @@ async def _end(
 ) -> Revocation:
     """Revoke one session; emit and count that only if the session was alive."""
     ended = False
-    if found.session.revoked_at is None:
+    if pair.session.revoked_at is None:
         async with core.unit_of_work() as unit:
-            revoked = await core.sessions.revoke(found.session, unit.connection)
-            ended = revoked and found.is_alive(core.clock())
+            revoked = await core.sessions.revoke(pair.session, unit.connection)
+            ended = revoked and pair.is_alive(core.clock())
             if ended:
-                session_id = str(found.session.id)
+                session_id = str(pair.session.id)
                 unit.record(
-                    core.event(kind, found.user, context, session_id=session_id, actor=actor)
+                    core.event(kind, pair.user, context, session_id=session_id, actor=actor)
                 )
-    return Revocation(int(ended), found.session.user_id)
+    return Revocation(int(ended), pair.session.user_id)
 
 
-async def _session_of(core: Core[UserT], token: str) -> Found[UserT] | None:
+async def _session_of(core: Core[UserT], token: str) -> SessionWithUser[UserT] | None:
     try:
         if isinstance(token, str) and RefreshToken.looks_like(token):
             return await core.sessions.find_by_refresh_token(RefreshToken.parse(token))

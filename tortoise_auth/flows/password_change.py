@@ -66,7 +66,7 @@ async def _replace(
         if version is not None:
             ended = await core.sessions.revoke_all(user, unit.connection, keep=kept)
             if kept is not None:
-                await core.sessions.confirm(kept, user, version, unit.connection)
+                await core.sessions.carry_over(kept, user, version, unit.connection)
             unit.record(
                 core.event(PasswordChanged, user, context, sessions_ended=ended, actor=actor)
             )

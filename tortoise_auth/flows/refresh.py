@@ -17,7 +17,7 @@ from tortoise_auth.exceptions import (
 from tortoise_auth.flows.core import Core
 from tortoise_auth.flows.signin import AuthResult, result_of
 from tortoise_auth.models import Session
-from tortoise_auth.sessions import Found, RefreshToken
+from tortoise_auth.sessions import RefreshToken, SessionWithUser
 from tortoise_auth.users import UserT
 
 
@@ -32,24 +32,27 @@ async def refresh(
     context = current_context(context)
     presented = RefreshToken.parse(refresh_token)
     while True:
-        found = await core.sessions.find_by_refresh_token(presented)
-        if found is None:
+        pair = await core.sessions.find_by_refresh_token(presented)
+        if pair is None:
             raise TokenInvalidError
-        following = await _rotate(core, found, presented, context)
+        following = await _rotate(core, pair, presented, context)
         if following is not None:
-            return result_of(core, found.user, found.session, following, claims)
+            return result_of(core, pair.user, pair.session, following, claims)
         # Another caller was first: the next look sees a spent token.
 
 
 async def _rotate(
-    core: Core[UserT], found: Found[UserT], presented: RefreshToken, context: RequestContext
+    core: Core[UserT],
+    pair: SessionWithUser[UserT],
+    presented: RefreshToken,
+    context: RequestContext,
 ) -> RefreshToken | None:
-    session, user, now = found.session, found.user, core.clock()
+    session, user, now = pair.session, pair.user, core.clock()
     if session.refresh_expires_at <= now or session.expires_at <= now:
         raise TokenExpiredError
     if not core.sessions.is_spendable(session, presented):
-        raise await _reused(core, found, context)
-    found.require_alive(now)
+        raise await _reused(core, pair, context)
+    pair.require_alive(now)
     following: RefreshToken | None = None
     unit = core.unit_of_work()
     try:
@@ -75,29 +78,29 @@ async def _rotate(
 
 
 async def _reused(
-    core: Core[UserT], found: Found[UserT], context: RequestContext
+    core: Core[UserT], pair: SessionWithUser[UserT], context: RequestContext
 ) -> TokenReusedError:
     """End the session of a spent token; emit that once, and only if the session was alive."""
-    if not found.is_alive(core.clock()):
+    if not pair.is_alive(core.clock()):
         return TokenReusedError()
-    session_id = str(found.session.id)
-    event = core.event(RefreshTokenReused, found.user, context, session_id=session_id)
+    session_id = str(pair.session.id)
+    event = core.event(RefreshTokenReused, pair.user, context, session_id=session_id)
     connection = core.sessions.connection()
     if is_transaction(connection):
         # The caller's transaction sees the session end now, and it ends for good even if that
         # transaction is rolled back, most likely because of the error that is raised next.
-        if await core.sessions.revoke(found.session, connection):
-            core.emitter.detach(_revoke_for_good(core, found.session), "session revocation")
+        if await core.sessions.revoke(pair.session, connection):
+            core.emitter.detach(_revoke_for_good(core, pair.session), "session revocation")
             await report(event, connection=connection, emitter=core.emitter, clock=core.clock)
         return TokenReusedError()
     unit = core.unit_of_work()
     try:
         async with unit:
-            if await core.sessions.revoke(found.session, unit.connection):
+            if await core.sessions.revoke(pair.session, unit.connection):
                 unit.record(event)
     except EventError:
         if not unit.committed:  # a handler may veto the event, but keeps no session alive
-            await _revoke_for_good(core, found.session)
+            await _revoke_for_good(core, pair.session)
         raise
     return TokenReusedError()
 

@@ -19,9 +19,9 @@ from tortoise_auth.sessions.encoding import base64url, from_base64url
 class RefreshToken:
     """A refresh token: 128 random bits that its session keeps, 256 that change with every refresh.
 
-    The first part finds the session; since nobody but a holder of one of its tokens knows it, an
+    The first part finds the session; only a holder of one of its tokens knows it. So an
     unknown second part behind a known first one is a spent token, however old. Four bytes of
-    checksum tell damage in transit from reuse, and spare the database a look-up for garbage.
+    checksum distinguish damage in transit from reuse, and spare the database a look-up for garbage.
 
     Attributes:
         text: What the client holds. Never stored.
@@ -42,7 +42,7 @@ class RefreshToken:
         return cls._made_of(secrets.token_bytes(cls._FAMILY_SIZE))
 
     def next(self) -> RefreshToken:
-        """Return the token that follows this one in its session."""
+        """Return the next token of the same session."""
         return self._made_of(self._decoded(self.text)[: self._FAMILY_SIZE])
 
     @classmethod
@@ -60,7 +60,7 @@ class RefreshToken:
 
     @classmethod
     def looks_like(cls, text: str) -> bool:
-        """Tell refresh tokens from access tokens."""
+        """Return whether *text* has the prefix of refresh tokens."""
         return text.startswith(cls._PREFIX)
 
     @classmethod

@@ -16,7 +16,7 @@ from tortoise_auth.context import RequestContext
 from tortoise_auth.events.unit_of_work import UnitOfWork
 from tortoise_auth.exceptions import TokenRevokedError
 from tortoise_auth.models import Session, primary_key, user_table
-from tortoise_auth.sessions.lookup import Found, SessionWithUser
+from tortoise_auth.sessions.lookup import SessionReader, SessionWithUser
 from tortoise_auth.sessions.refresh_tokens import RefreshToken
 from tortoise_auth.throttling import source_of
 from tortoise_auth.users.changes import shared_connection
@@ -38,7 +38,7 @@ class Sessions(Generic[UserT]):
         self._user_model = user_model
         self._config = config
         self._clock = clock
-        self._join = SessionWithUser(user_model)
+        self._reader = SessionReader(user_model)
 
     def connection(self) -> BaseDBAsyncClient:
         """Return the connection of sessions and users; see `shared_connection`."""
@@ -55,7 +55,7 @@ class Sessions(Generic[UserT]):
     ) -> tuple[Session, RefreshToken]:
         """Insert a new session and return it with its first refresh token.
 
-        Warning: whoever calls this vouches for the user. Only the gate does, `flows.signin`.
+        Warning: the caller vouches for the user. Only the gate does so, `flows.signin`.
         """
         now = self._clock()
         token = RefreshToken.new()
@@ -78,14 +78,14 @@ class Sessions(Generic[UserT]):
         )
         return session, token
 
-    async def find(self, session_id: str, user_id: str) -> Found[UserT] | None:
+    async def find(self, session_id: str, user_id: str) -> SessionWithUser[UserT] | None:
         """Return a session with its user, in one statement."""
         sid, pk = _uuid(session_id), primary_key(self._user_model, user_id)
         if sid is None or pk is None:
             return None
-        return await self._join.read(self.connection(), sid, user_id, pk)
+        return await self._reader.read(self.connection(), sid, user_id, pk)
 
-    async def find_by_refresh_token(self, token: RefreshToken) -> Found[UserT] | None:
+    async def find_by_refresh_token(self, token: RefreshToken) -> SessionWithUser[UserT] | None:
         """Return the session that *token* belongs or belonged to, with its user.
 
         Raises:
@@ -94,12 +94,12 @@ class Sessions(Generic[UserT]):
         session = await self._one(family_hash=token.family_hash)
         if session is None:
             return None
-        found = await self._with_user(session)
-        if found is None:
+        pair = await self._with_user(session)
+        if pair is None:
             raise TokenRevokedError
-        return found
+        return pair
 
-    async def find_by_id(self, session_id: object) -> Found[UserT] | None:
+    async def find_by_id(self, session_id: object) -> SessionWithUser[UserT] | None:
         """Return a session by its public id, with its user."""
         sid = _uuid(session_id)
         session = None if sid is None else await self._one(id=sid)
@@ -108,7 +108,7 @@ class Sessions(Generic[UserT]):
     async def rotate(
         self, session: Session, spent: RefreshToken, context: RequestContext, unit: UnitOfWork
     ) -> RefreshToken | None:
-        """Spend a refresh token for the next one; ``None`` if somebody else was first."""
+        """Spend a refresh token for the next one; ``None`` if another caller was first."""
         now, following = self._clock(), spent.next()
         changes = {
             "refresh_hash": following.hash,
@@ -133,7 +133,7 @@ class Sessions(Generic[UserT]):
         return following
 
     def is_spendable(self, session: Session, token: RefreshToken) -> bool:
-        """Tell whether *token* is the unspent one, or the one before within the grace period."""
+        """Return whether *token* is the unspent one, or the one before within the grace period."""
         if secrets.compare_digest(token.hash, session.refresh_hash):
             return True
         grace_ends = session.last_used_at + self._config.refresh_reuse_grace
@@ -157,7 +157,7 @@ class Sessions(Generic[UserT]):
             using_db=connection,
         )
 
-    async def confirm(
+    async def carry_over(
         self, keep: UUID, user: UserT, version: int, connection: BaseDBAsyncClient
     ) -> None:
         """Let a live session of *user* go on under the new ``session_version``."""
@@ -196,7 +196,7 @@ class Sessions(Generic[UserT]):
         )
 
     async def were_opened_from(self, user_id: str, source: str | None) -> bool:
-        """Tell whether a user has logged in from a source before, as far as we remember."""
+        """Return whether a user has a session that was opened from *source*, as far as rows are kept."""
         connection = self.connection()
         rows = await (
             Session.filter(user_id=user_id, user_table=user_table(self._user_model))
@@ -230,10 +230,10 @@ class Sessions(Generic[UserT]):
         matching = Session.filter(user_table=user_table(self._user_model), **which)
         return await matching.using_db(connection).first()
 
-    async def _with_user(self, session: Session) -> Found[UserT] | None:
+    async def _with_user(self, session: Session) -> SessionWithUser[UserT] | None:
         pk = primary_key(self._user_model, session.user_id)
         user = await self._user_model.filter(pk=pk).using_db(self.connection()).first()
-        return None if user is None else Found(session, user)
+        return None if user is None else SessionWithUser(session, user)
 
 
 def _uuid(value: object) -> UUID | None:
