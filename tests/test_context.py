@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from tortoise.context import TortoiseContext
 
-from tests.app import User
-from tests.conftest import PASSWORD
+from tests.support.accounts import PASSWORD
+from tests.support.app import User
 from tortoise_auth import AuthService, EventEmitter, RequestContext
 from tortoise_auth.context import current_context, request_context
 from tortoise_auth.exceptions import AuthenticationError, TokenReusedError

@@ -35,7 +35,7 @@ ON_WHICH_THREAD = """
 import asyncio, json, sys, threading
 from importlib.abc import MetaPathFinder
 from tortoise import Tortoise
-from tests.app import User
+from tests.support.app import User
 from tortoise_auth import PasswordHasher
 
 main, loaded_there = threading.get_ident(), []
@@ -47,7 +47,7 @@ class Noting(MetaPathFinder):
 
 async def sign_up():
     await Tortoise.init(
-        db_url="sqlite://:memory:", modules={{"models": ["tests.app", "tortoise_auth.models"]}}
+        db_url="sqlite://:memory:", modules={{"models": ["tests.support.app", "tortoise_auth.models"]}}
     )
     await Tortoise.generate_schemas()
     user = await User.create_user(email="ada@example.com", password="correct horse battery staple")

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.app import User
-from tests.conftest import PASSWORD
+from tests.support.accounts import PASSWORD
+from tests.support.app import User
 from tortoise_auth.events import (
     Event,
     EventEmitter,

@@ -13,8 +13,8 @@ from unittest.mock import AsyncMock, MagicMock, Mock
 import pytest
 from tortoise.context import TortoiseContext
 
-from tests.app import User
-from tests.conftest import PASSWORD, SECRET
+from tests.support.accounts import PASSWORD, SECRET
+from tests.support.app import User
 from tortoise_auth import AuthConfig, AuthService
 from tortoise_auth.events import EventEmitter
 from tortoise_auth.testing import FakeClock

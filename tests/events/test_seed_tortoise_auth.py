@@ -20,8 +20,8 @@ import pytest
 from tortoise.context import TortoiseContext
 
 import tortoise_auth
-from tests.app import AuditRow, User
-from tests.conftest import PASSWORD, SECRET
+from tests.support.accounts import PASSWORD, SECRET
+from tests.support.app import AuditRow, User
 from tortoise_auth import AuthConfig, AuthenticationError, AuthService, events
 from tortoise_auth.events import (
     EventEmitter,
