@@ -93,7 +93,7 @@ class TestEveryEvent:
 
 
 class TestRequestContext:
-    def test_is_bounded_and_storable(self) -> None:
+    def test_is_bounded_and_sanitized(self) -> None:
         """Clients choose most of it, so it is cut, and what no database stores is replaced."""
         hostile = RequestContext(ip="1" * 1000, user_agent="a\0\ud800" * 1000, request_id="r" * 999)
         assert hostile.ip == "1" * 64

@@ -83,7 +83,7 @@ class TestCapture:
             await emitter.emit("b")
         events.assert_emitted("a", "b")
         for wrong in (("b", "a"), ("a",), ("a", "b", "c"), ()):
-            with pytest.raises(AssertionError, match=r"emitted were \['a', 'b'\], not "):
+            with pytest.raises(AssertionError, match=r"emitted: \['a', 'b'\], expected: "):
                 events.assert_emitted(*wrong)
         events.clear()
         events.assert_emitted()

@@ -45,7 +45,7 @@ from tortoise_auth import (
     RequestContext,
     Revocation,
 )
-from tortoise_auth.context import storable
+from tortoise_auth.context import sanitize_text
 from tortoise_auth.events import (
     Actor,
     PasswordChanged,
@@ -439,7 +439,7 @@ class TestRefusedLogin:
         assert await rows(User) == before
         ((typed, told_reason),) = told
         assert told_reason == reason
-        assert typed == (storable(identifier, 320) if isinstance(identifier, str) else "")
+        assert typed == (sanitize_text(identifier, 320) if isinstance(identifier, str) else "")
 
     async def test_one_statement_whoever_it_is(
         self, db: TortoiseContext, auth: AuthService[User], ada: User, bob: User

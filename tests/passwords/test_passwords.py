@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import copy
 import hashlib
 import importlib.util
 import os
+import pickle
 import subprocess
 import sys
 import threading
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -173,9 +175,9 @@ def workers(monkeypatch: pytest.MonkeyPatch) -> Iterator[Workers]:
 @contextmanager
 def new_threads() -> Iterator[set[threading.Thread]]:
     """Collect the hashing threads that are started in the block, and still run at its end."""
-    before, found = set(threading.enumerate()), set[threading.Thread]()
-    yield found
-    found |= {
+    before, started = set(threading.enumerate()), set[threading.Thread]()
+    yield started
+    started |= {
         thread
         for thread in set(threading.enumerate()) - before
         if thread.name.startswith("tortoise_auth_hash")
@@ -289,8 +291,17 @@ class TestSettings:
         with pytest.raises(ConfigurationError, match="PasswordHasher"):
             PasswordHasher(**numbers)
 
+    @pytest.mark.parametrize("value", [65536.0, "65536", None, [65536]])
+    @pytest.mark.parametrize("name", ["memory_cost", "time_cost", "parallelism", "threads"])
+    def test_no_number(self, name: str, value: Any) -> None:
+        """A setting that is no whole number is refused when it is given, and named."""
+        if (name, value) == ("threads", None):
+            return  # which asks for the default
+        with pytest.raises(TypeError, match=f"PasswordHasher: {name} must be a whole number"):
+            PasswordHasher(**{name: value})
+
     def test_threads_by_default(self) -> None:
-        """There are as many threads as cores unless told otherwise."""
+        """By default there are as many threads as cores."""
         assert PasswordHasher().threads == os.cpu_count()
         assert PasswordHasher(threads=7).threads == 7
 
@@ -347,6 +358,19 @@ class TestVerify:
         )
         verification = await today.verify(PASSWORD, hashed.decode())
         assert verification == Verification(valid=True, outdated=True)
+
+    @pytest.mark.parametrize("known", [*LEGACY, "argon2"])
+    async def test_knows(self, hasher: PasswordHasher, known: str) -> None:
+        """A hash is known by its beginning, the same as to passlib, which is not loaded for it."""
+        hashed = await hasher.hash(PASSWORD) if known == "argon2" else LEGACY[known](PASSWORD)
+        assert hasher.knows(hashed)
+        assert hasher._crypt.identify(hashed) is not None
+
+    @pytest.mark.parametrize("unknown", ["", "!", PASSWORD, "$argon2$", "$9$abc$def", "$2", "$1$"])
+    def test_does_not_know(self, hasher: PasswordHasher, unknown: str) -> None:
+        """What no scheme of ours has made is not known."""
+        assert not hasher.knows(unknown)
+        assert hasher._crypt.identify(unknown) is None
 
     @pytest.mark.parametrize("size", [72, 73, 1024, 4096])
     async def test_bcrypt_knows_72_bytes(self, hasher: PasswordHasher, size: int) -> None:
@@ -479,6 +503,7 @@ class TestCostOfFailure:
         )
         without = TodaysHasher()
         assert await without.verify(PASSWORD, LEGACY["bcrypt"](PASSWORD)) == WRONG
+        assert not without.knows(LEGACY["bcrypt"](PASSWORD))
         assert computed == [TODAY]
         assert (await without.verify(PASSWORD, LEGACY["pbkdf2_sha256"](PASSWORD))).valid
 
@@ -509,7 +534,7 @@ class TestCostOfFailure:
         hashed = DAMAGEABLE[scheme]
         at = data.draw(st.integers(0, len(hashed) - 1))
         replaced = data.draw(st.integers(0, 1))
-        # No digits: costs of years are refused by nobody and not what this is about.
+        # No digits: a hash may ask for a cost of years, which no check refuses and no test awaits.
         put_in = data.draw(st.text(st.characters(exclude_categories=["Nd"]), max_size=2))
         damaged = hashed[:at] + put_in + hashed[at + replaced :]
         if damaged != hashed:
@@ -577,7 +602,7 @@ class TestThreads:
         hasher.close()
 
     async def test_cancelled_in_the_queue(self, workers: Workers) -> None:
-        """A caller who leaves while it waits has no hash computed, and others go on."""
+        """No hash is computed for a caller that leaves while it waits, and others go on."""
         hasher = cheap_hasher(threads=1)
         workers.go_on.clear()
         first, second, third = (
@@ -593,7 +618,7 @@ class TestThreads:
         hasher.close()
 
     async def test_cancelled_while_computing(self, workers: Workers) -> None:
-        """A caller who leaves during the computation need not wait for it; the thread goes on."""
+        """A caller that leaves during the computation does not wait for it; the thread goes on."""
         hasher = cheap_hasher(threads=1)
         workers.go_on.clear()
         task = asyncio.create_task(hasher.verify(PASSWORD, None))
@@ -779,6 +804,36 @@ class TestPolicyWords:
         assert all(codes(PasswordPolicy(), word) == ["common"] for word in long_enough)
         assert "" not in COMMON_PASSWORDS
 
+    def test_common_passwords_are_a_set(self) -> None:
+        """The list that is read on first use is a set like any other, and shows none of it."""
+        words = frozenset(COMMON_PASSWORDS)
+        assert len(COMMON_PASSWORDS) == len(words) > 33_000
+        assert words == set(COMMON_PASSWORDS)
+        assert (words - {"dragon"} < COMMON_PASSWORDS <= words) and "dragon" in COMMON_PASSWORDS
+        assert hash(words) == hash(COMMON_PASSWORDS)
+        assert COMMON_PASSWORDS | {"tortoise sanctuary"} == words | {"tortoise sanctuary"}
+        assert isinstance(COMMON_PASSWORDS & words, frozenset)
+        assert repr(COMMON_PASSWORDS) == "COMMON_PASSWORDS"
+
+    def test_common_passwords_are_not_copied(self) -> None:
+        """A copy of a policy, here or in another process, reads no list of its own."""
+        policy = PasswordPolicy(min_length=20)
+        for copied in (copy.deepcopy(policy), pickle.loads(pickle.dumps(policy))):
+            assert copied == policy
+            assert copied.blocklist is COMMON_PASSWORDS
+        assert len(pickle.dumps(policy)) < 1000
+
+    @pytest.mark.parametrize("blocklist", [COMMON_PASSWORDS, {"dragon"}])
+    async def test_awaited(self, blocklist: Collection[str]) -> None:
+        """`acheck` refuses what `check` refuses, whether the lists have been read or not."""
+        policy = PasswordPolicy(blocklist=blocklist)
+        for _ in range(2):
+            with pytest.raises(PasswordPolicyError) as refused:
+                await policy.acheck("dragon", about=["dragon@example.com"])
+            codes = [failure.code for failure in refused.value.failures]
+            assert codes == ["too_short", "common", "context"]
+            await policy.acheck(PASSWORD)
+
     def test_repr_lists_none(self) -> None:
         """A policy in a traceback or a log is one line."""
         assert len(repr(PasswordPolicy(blocklist={"tortoise sanctuary"}))) < 100
@@ -854,10 +909,10 @@ class TestPolicyWords:
 
         sys.setprofile(count)
         try:
-            found = codes(PasswordPolicy(context_words=words), "a" * 1023 + last)
+            broken = codes(PasswordPolicy(context_words=words), "a" * 1023 + last)
         finally:
             sys.setprofile(None)
-        assert found == (["context"] if last == "a" else [])
+        assert broken == (["context"] if last == "a" else [])
         assert 0 < compared <= 1024 * len(words)
 
 
@@ -868,7 +923,7 @@ class TestPolicyFailures:
         assert codes(PasswordPolicy(), UNFIT[what]) == [UNFIT_CODES.get(what, "not_a_string")]
 
     def test_all_at_once(self) -> None:
-        """Every broken rule is told, in a fixed order, each with a sentence."""
+        """Every broken rule is reported, in a fixed order, each with a sentence."""
         with pytest.raises(PasswordPolicyError) as refused:
             PasswordPolicy().check("dragon", about=["dragon@example.com"])
         failures = refused.value.failures
