@@ -33,15 +33,14 @@ class ThreadsStuckError(RuntimeError):
 
 
 class Threads:
-    """Threads of one purpose, started on first use, and again after a fork, whose threads are gone.
+    """Threads of one purpose, started on first use, and again after a fork, which ends them.
 
     They are daemons, unlike those of `concurrent.futures.ThreadPoolExecutor`, which the
     interpreter joins when it ends: one function that hangs would keep the process for ever.
 
     Args:
-        size: How many there are at most.
-        name: What their names begin with.
-        begin: Called by each thread when it begins.
+        size: The maximum number of threads.
+        name: The prefix of their names.
         idle: Seconds after which a thread without work ends.
     """
 
@@ -49,18 +48,15 @@ class Threads:
     _closed: bool
     _refusing: bool
 
-    def __init__(
-        self, size: int, name: str, begin: Callable[[], None] | None = None, *, idle: float = 10.0
-    ) -> None:
+    def __init__(self, size: int, name: str, *, idle: float = 10.0) -> None:
         self._size = size
         self._name = name
-        self._begin = begin
         self._idle_time = idle
         self._reset()
         _all.add(self)
 
     def submit(self, work: Callable[[], ResultT]) -> Future[ResultT]:
-        """Do *work* on one of the threads, as soon as one is free.
+        """Run *work* on one of the threads, as soon as one is free.
 
         Raises:
             ThreadsStuckError: No thread will be free before a call ends that was given up.
@@ -89,7 +85,7 @@ class Threads:
             call.add_done_callback(self._end_stuck)
 
     def close(self) -> None:
-        """Stop the threads once they are idle. They come back with the next call."""
+        """Stop the threads once they are idle. The next call starts new ones."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -121,8 +117,6 @@ class Threads:
                 raise
 
     def _work(self) -> None:
-        if self._begin is not None:
-            self._begin()
         while self._work_once():
             pass
 

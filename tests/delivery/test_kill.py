@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 from tortoise.context import TortoiseContext
 
-from tests.app import User
-from tests.conftest import PASSWORD, POSTGRES_URL, database, needs_postgres
 from tests.delivery import victim
-from tests.delivery.witness import look, root
+from tests.support.accounts import PASSWORD
+from tests.support.app import User
+from tests.support.database import POSTGRES_URL, database, look, needs_postgres, root
 from tortoise_auth.clock import utc_now
 from tortoise_auth.events.relay import Relay
 from tortoise_auth.models import Session

@@ -15,9 +15,8 @@ from pathlib import Path
 import pytest
 from tortoise.context import TortoiseContext
 
-from tests.app import AuditRow, User
-from tests.conftest import MODULES, POSTGRES_URL, database, needs_postgres
-from tests.delivery.witness import root
+from tests.support.app import AuditRow, User
+from tests.support.database import MODULES, POSTGRES_URL, database, needs_postgres, root
 from tortoise_auth import EventEmitter
 from tortoise_auth.clock import utc_now
 from tortoise_auth.events import Event

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from tests.app import User
+from tests.support.app import User
 from tortoise_auth import events
 from tortoise_auth.events import (
     Event,
@@ -624,7 +624,7 @@ class TestGrowth:
             heard.append(wanted)
 
         emitter.on("evt", handler)
-        table = emitter._table("evt")
+        table = deliverer_of(emitter).registry.table("evt")
         assert table is not None
         for number in range(10 * _MAX_SHAPES):
             await emitter.emit("evt", wanted=number, **{f"made up {number}": 0})

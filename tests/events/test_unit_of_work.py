@@ -19,40 +19,23 @@ from tortoise.context import TortoiseContext
 from tortoise.exceptions import IntegrityError, OperationalError
 from tortoise.transactions import in_transaction
 
-from tests.app import AuditRow, User
-from tests.conftest import (
+from tests.support.accounts import EMAIL, NEW_PASSWORD, PASSWORD, SECRET, log_in
+from tests.support.app import AuditRow, User
+from tests.support.concurrency import Cancelled, finished
+from tests.support.database import (
     DATABASES,
     MODULES,
-    PASSWORD,
     POSTGRES_URL,
-    SECRET,
+    assert_no_connection_is_held,
+    connection_of,
     database,
+    look,
     needs_postgres,
 )
-from tests.delivery.ledger import Ledger
-from tests.delivery.witness import (
-    Cancelled,
-    Ears,
-    Undo,
-    assert_no_connection_is_held,
-    everywhere,
-    finished,
-    inline_alone,
-    look,
-    quiet,
-    transaction_class,
-)
-from tests.probes import (
-    EMAIL,
-    NEW_PASSWORD,
-    changed,
-    columns,
-    connection_of,
-    log_in,
-    row,
-    rows,
-    statements,
-)
+from tests.support.deliveries import Ears, Undo, everywhere, inline_alone, quiet
+from tests.support.ledger import Ledger
+from tests.support.rows import changed, columns, row, rows
+from tests.support.statements import statements, transaction_class
 from tortoise_auth import AuthConfig, AuthenticationError, AuthResult, AuthService, EventEmitter
 from tortoise_auth.clock import utc_now
 from tortoise_auth.database import connection_for, is_transaction
@@ -835,7 +818,7 @@ class TestTwoDatabases:
             "connections": dict(zip(names, urls[kind], strict=True)),
             "apps": {
                 "models": {"models": MODULES, "default_connection": names[0]},
-                "host": {"models": ["tests.delivery.ledger"], "default_connection": names[1]},
+                "host": {"models": ["tests.support.ledger"], "default_connection": names[1]},
             },
         }
         async with TortoiseContext() as context:

@@ -37,10 +37,10 @@ from redis.asyncio import Redis
 from tortoise.context import TortoiseContext
 from typing_extensions import override
 
-from tests.app import User
-from tests.conftest import PASSWORD, SECRET, listens
-from tests.probes import EMAIL
-from tests.test_docs import run
+from tests.support.accounts import EMAIL, PASSWORD, SECRET
+from tests.support.app import User
+from tests.support.database import listens
+from tests.support.snippets import run
 from tortoise_auth import (
     AbstractUser,
     AuthConfig,

@@ -21,11 +21,12 @@ from limits.aio.storage import MemoryStorage, RedisStorage, Storage
 from limits.storage import storage_from_string
 from tortoise.context import TortoiseContext
 
-from tests.app import User
-from tests.conftest import PASSWORD, SECRET, listens
-from tests.probes import EMAIL, argon2_costs, assert_goes_on, log_in
-from tests.test_docs import run, snippets
-from tests.test_throttling import (
+from tests.support.accounts import EMAIL, PASSWORD, SECRET, assert_goes_on, log_in
+from tests.support.app import User
+from tests.support.database import listens
+from tests.support.hashing import argon2_costs
+from tests.support.snippets import run, snippets
+from tests.support.throttles import (
     ABROAD,
     BUDGET,
     BURST,

@@ -21,9 +21,9 @@ import pytest
 from passlib.hash import pbkdf2_sha256
 from tortoise.context import TortoiseContext
 
-from tests.app import User
-from tests.conftest import MODULES, PASSWORD, POSTGRES_URL, SECRET, needs_postgres
-from tests.probes import EMAIL, NEW_PASSWORD, connection_of, log_in
+from tests.support.accounts import EMAIL, NEW_PASSWORD, PASSWORD, SECRET, log_in
+from tests.support.app import User
+from tests.support.database import MODULES, POSTGRES_URL, connection_of, needs_postgres
 from tortoise_auth import AuthResult, AuthService
 from tortoise_auth.exceptions import TokenReusedError, TokenRevokedError
 

@@ -21,18 +21,18 @@ from passlib.hash import pbkdf2_sha256
 from tortoise.context import TortoiseContext
 from tortoise.exceptions import OperationalError
 
-from tests.app import User
-from tests.conftest import PASSWORD, POSTGRES_URL, SECRET, database, needs_postgres
-from tests.delivery.witness import (
-    Cancelled,
+from tests.support.accounts import EMAIL, NEW_PASSWORD, PASSWORD, SECRET
+from tests.support.app import User
+from tests.support.concurrency import Cancelled, Steps, finished
+from tests.support.database import (
+    POSTGRES_URL,
     assert_no_connection_is_held,
-    finished,
-    quiet,
+    database,
+    needs_postgres,
     root,
-    transaction_class,
 )
-from tests.probes import EMAIL, NEW_PASSWORD
-from tests.test_database import Steps
+from tests.support.deliveries import quiet
+from tests.support.statements import transaction_class
 from tortoise_auth import (
     AuthConfig,
     AuthResult,
@@ -578,7 +578,7 @@ FAILURES = {"user_login_failed", "login_throttled"}
 
 
 class TestDatabaseFailure:
-    """`tests.test_service` fails every statement of a service without handlers or addresses.
+    """`tests.flows.test_service` fails every statement of a service without handlers or addresses.
 
     Here the throttle counts sources, too, and every event is to be stored.
     """
