@@ -13,7 +13,7 @@ from typing import Any, TypeAlias, TypedDict, TypeVar, overload
 
 from typing_extensions import Unpack
 
-from tortoise_auth.events.catalog import Event, declared_events
+from tortoise_auth.events.event import Event, declared_events
 from tortoise_auth.events.subscription import (
     EVERYTHING,
     Delivery,

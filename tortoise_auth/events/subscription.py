@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, TypeAlias, get_args, get_origin
 
-from tortoise_auth.events.catalog import Event, NamedEvent, UserEvent
+from tortoise_auth.events.event import Event, NamedEvent, UserEvent
 from tortoise_auth.exceptions import SubscriptionError
 
 Delivery: TypeAlias = Literal["inline", "transaction", "background", "durable"]

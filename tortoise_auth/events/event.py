@@ -1,0 +1,193 @@
+"""What an event is: `Event`, its bases, and which classes of events there are.
+
+An event names something that *did* happen. It carries ids and plain values; the live ``user`` is
+along for handlers in this process and never part of ``to_dict()``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from datetime import datetime
+from types import MappingProxyType
+from typing import Any, ClassVar, Generic, Literal, Self, TypeAlias
+from uuid import UUID, uuid4
+
+from tortoise.models import Model
+from typing_extensions import TypeVar
+
+from tortoise_auth.clock import utc_now
+from tortoise_auth.context import RequestContext
+from tortoise_auth.events.serialization import plain, restored
+
+UserT = TypeVar("UserT", bound=Model, default=Model)
+"""The host's user model: annotate a handler with ``UserLogin[User]`` to have ``event.user`` typed."""
+
+Actor: TypeAlias = Literal["user", "admin", "system", "unauthenticated"]
+FailureReason: TypeAlias = Literal["not_found", "inactive", "bad_password", "throttled", "locked"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """Something that happened.
+
+    Attributes:
+        id: Unique; recognise a repeated delivery by it.
+        occurred_at: When it happened, aware UTC.
+        subject_id: ``str(user.pk)`` of the account it happened to, if there is one.
+        actor: Who did it.
+        context: Circumstances of the request.
+    """
+
+    name: ClassVar[str] = "event"
+    schema_version: ClassVar[int] = 1
+    positional: ClassVar[tuple[str, ...]] = ()
+    """Fields that a handler subscribed by name receives as positional arguments."""
+    keywords: ClassVar[tuple[str, ...]] = ()
+    """Fields that it receives as keyword arguments. By default all that the class adds."""
+
+    id: UUID = field(default_factory=uuid4)
+    occurred_at: datetime = field(default_factory=utc_now)
+    subject_id: str | None = None
+    actor: Actor = "system"
+    context: RequestContext = field(default_factory=RequestContext)
+
+    def __init_subclass__(cls, **kwargs: object) -> None:
+        super().__init_subclass__(**kwargs)
+        if "name" not in cls.__dict__:
+            cls.name = re.sub(r"(?<!^)(?=[A-Z])", "_", cls.__name__).lower()
+
+    def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return what a handler subscribed by name is called with."""
+        return (
+            tuple(getattr(self, name) for name in self.positional),
+            {name: getattr(self, name) for name in self.keywords or self._added_fields()},
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the event as plain values for JSON: ``name``, ``schema_version``, every field.
+
+        Raises:
+            TypeError: A field holds something that JSON cannot.
+        """
+        values = {name: plain(getattr(self, name), f"{self.name}.{name}") for name in _stored(self)}
+        return {"name": self.name, "schema_version": self.schema_version, **values}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """Return the event that ``to_dict`` was called on, without the live user.
+
+        It is equal to it if its fields hold the types that they are declared with. JSON does not
+        say what a list was: a field declared as a ``Sequence`` or ``Collection`` comes back as a
+        tuple, an abstract ``Set`` as a frozenset, a ``Mapping`` as a dict. Declare ``list[...]``
+        if it is to be a list.
+
+        Called on `Event` it finds the class by the name. Fields it does not know are left out, so
+        that an older program reads what a newer one wrote.
+
+        Raises:
+            ValueError: It is not an event, nobody declared its name, or a field is missing or wrong.
+        """
+        name = data.get("name") if isinstance(data, Mapping) else None
+        named = (each for each in declared_events() if each.name == name)
+        found = next((each for each in named if issubclass(each, cls)), None)
+        if found is None:
+            raise ValueError(f"{name!r} is not the name of a declared {cls.__name__}")
+        if type(version := data.get("schema_version")) is not int or version > found.schema_version:
+            raise ValueError(f"{name} has schema version {version!r}, not {found.schema_version}")
+        values: dict[str, Any] = dict.fromkeys(_live(found))
+        values |= restored(found, _stored(found), data)
+        return found(**values)
+
+    @classmethod
+    def _added_fields(cls) -> tuple[str, ...]:
+        if cls.positional:
+            return ()
+        common = {each.name for each in fields(Event)}
+        return tuple(each.name for each in fields(cls) if each.name not in common)
+
+
+@dataclass(frozen=True, kw_only=True)
+class UserEvent(Event, Generic[UserT]):
+    """Something that happened to an account.
+
+    Attributes:
+        user: The account. ``None`` only in an event that was rebuilt from JSON after the account
+            was deleted.
+    """
+
+    positional: ClassVar[tuple[str, ...]] = ("user",)
+
+    user: UserT = field(repr=False, compare=False, metadata={"live": True})
+    actor: Actor = "user"
+
+
+@dataclass(frozen=True, kw_only=True)
+class NamedEvent(Event):
+    """What a listener to everything receives for an event that was emitted by name alone.
+
+    Attributes:
+        args, kwargs: The payload. In ``to_dict()`` whatever JSON cannot hold is named by its type;
+            ``repr()`` leaves it out, since nobody knows what is in it.
+    """
+
+    args: Sequence[Any] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> NamedEvent:
+        """Return the event *name* with a payload."""
+        event = cls(args=tuple(args), kwargs=MappingProxyType(dict(kwargs)))
+        object.__setattr__(event, "name", name)
+        return event
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.name!r} {self.id}>"
+
+    def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return the payload."""
+        return tuple(self.args), dict(self.kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the event as plain values for JSON."""
+        bare = Event(
+            id=self.id,
+            occurred_at=self.occurred_at,
+            subject_id=self.subject_id,
+            actor=self.actor,
+            context=self.context,
+        )
+        return {
+            **bare.to_dict(),
+            "name": self.name,
+            "args": [_plain_or_type(value) for value in self.args],
+            "kwargs": {name: _plain_or_type(value) for name, value in self.kwargs.items()},
+        }
+
+
+def declared_events() -> list[type[Event]]:
+    """Return every class of event there is: the library's and the host's."""
+    found: list[type[Event]] = []
+    waiting = Event.__subclasses__()
+    while waiting:
+        each = waiting.pop(0)
+        waiting += each.__subclasses__()
+        if each not in (UserEvent, NamedEvent):
+            found.append(each)
+    return found
+
+
+def _stored(event: Event | type[Event]) -> list[str]:
+    return [each.name for each in fields(event) if not each.metadata.get("live")]
+
+
+def _live(event: type[Event]) -> list[str]:
+    return [each.name for each in fields(event) if each.metadata.get("live")]
+
+
+def _plain_or_type(value: object) -> object:
+    try:
+        return plain(value, "payload")
+    except TypeError:
+        return f"<{type(value).__name__}>"
