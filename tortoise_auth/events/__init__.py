@@ -21,6 +21,7 @@ from tortoise_auth.events.catalog import (
     UserLogout,
     UserRegistered,
 )
+from tortoise_auth.events.classification import Classification
 from tortoise_auth.events.emitting import (
     EventEmitter,
     add_listener,
@@ -43,6 +44,7 @@ __all__ = [
     "Backend",
     "BackgroundQueue",
     "BackgroundQueueFull",
+    "Classification",
     "Delivery",
     "Event",
     "EventEmitter",

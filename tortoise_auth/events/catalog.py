@@ -13,13 +13,13 @@ Define your own events the same way::
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
+from tortoise_auth.events.classification import Classification, FailureReason
 from tortoise_auth.events.event import (
     Actor,
     Event,
-    FailureReason,
     NamedEvent,
     UserEvent,
     UserT,
@@ -60,6 +60,10 @@ class UserLogin(UserEvent[UserT]):
         method: How the person proved who they are.
     """
 
+    classification = Classification(
+        activity="logon", message="A session was opened", signal="session-established"
+    )
+
     session_id: str
     method: str = "password"
 
@@ -74,6 +78,10 @@ class UserLoginFailed(Event):
         reason: Why. Warning: for your audit, never for the visitor.
         user_id: ``str(user.pk)`` if such an account exists.
     """
+
+    classification = Classification(
+        activity="logon", message="A login was refused", outcome="failure", severity="low"
+    )
 
     keywords: ClassVar[tuple[str, ...]] = ("identifier", "reason")
 
@@ -93,9 +101,19 @@ class UserLogout(UserEvent[UserT]):
         everywhere: It was ``logout_all``.
     """
 
+    classification = Classification(
+        activity="logoff", message="The user logged out", signal="session-revoked"
+    )
+
     session_id: str | None = None
     sessions_ended: int = 1
     everywhere: bool = False
+
+    def classify(self) -> Classification:
+        """Return a logout by somebody else with a sentence of its own."""
+        if self.actor == "user":
+            return self.classification
+        return replace(self.classification, message="The sessions of the user were ended")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +123,10 @@ class PasswordChanged(UserEvent[UserT]):
     Attributes:
         sessions_ended: How many sessions ended for it.
     """
+
+    classification = Classification(
+        activity="password.change", message="The password was changed", signal="credential-change"
+    )
 
     sessions_ended: int = 0
 
@@ -119,6 +141,13 @@ class PasswordChangeFailed(UserEvent[UserT]):
         reason: Why.
     """
 
+    classification = Classification(
+        activity="password.change",
+        message="A password change was refused",
+        outcome="failure",
+        severity="medium",
+    )
+
     keywords: ClassVar[tuple[str, ...]] = ("reason",)
 
     reason: FailureReason
@@ -127,6 +156,10 @@ class PasswordChangeFailed(UserEvent[UserT]):
 @dataclass(frozen=True, kw_only=True)
 class PasswordRehashed(UserEvent[UserT]):
     """The password is the same, its stored hash was replaced by one of today's cost."""
+
+    classification = Classification(
+        activity="password.rehash", message="The stored hash of the password was renewed"
+    )
 
     actor: Actor = "system"
 
@@ -140,6 +173,8 @@ class SessionRefreshed(UserEvent[UserT]):
         generation: How often it has been refreshed.
     """
 
+    classification = Classification(activity="session.refresh", message="A session was refreshed")
+
     session_id: str
     generation: int
 
@@ -152,6 +187,10 @@ class SessionRevoked(UserEvent[UserT]):
         session_id: The public id of the session.
     """
 
+    classification = Classification(
+        activity="session.revoke", message="A session was ended", signal="session-revoked"
+    )
+
     session_id: str
 
 
@@ -163,6 +202,14 @@ class RefreshTokenReused(UserEvent[UserT]):
         session_id: The public id of the session that ended.
     """
 
+    classification = Classification(
+        activity="token.reuse",
+        message="A session was ended because a spent refresh token was presented",
+        outcome="failure",
+        severity="high",
+        signal="session-revoked",
+    )
+
     session_id: str
     actor: Actor = "unauthenticated"
 
@@ -170,6 +217,8 @@ class RefreshTokenReused(UserEvent[UserT]):
 @dataclass(frozen=True, kw_only=True)
 class UserRegistered(UserEvent[UserT]):
     """An account was created by ``create_user``."""
+
+    classification = Classification(activity="account.create", message="The account was created")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,6 +229,10 @@ class UserDeactivated(UserEvent[UserT]):
         sessions_ended: How many.
     """
 
+    classification = Classification(
+        activity="account.disable", message="The account was deactivated", signal="account-disabled"
+    )
+
     sessions_ended: int
     actor: Actor = "admin"
 
@@ -187,6 +240,12 @@ class UserDeactivated(UserEvent[UserT]):
 @dataclass(frozen=True, kw_only=True)
 class UserActivated(UserEvent[UserT]):
     """An account was activated again. No session came back."""
+
+    classification = Classification(
+        activity="account.enable",
+        message="The account was activated again",
+        signal="account-enabled",
+    )
 
     actor: Actor = "admin"
 
@@ -201,12 +260,26 @@ class LoginThrottled(Event):
         attempted: What was refused.
     """
 
+    classification = Classification(
+        activity="logon",
+        message="A login was refused because there had been too many",
+        outcome="failure",
+        severity="medium",
+        reason="throttled",
+    )
+
     keywords: ClassVar[tuple[str, ...]] = ("identifier", "retry_after")
 
     identifier: str = field(repr=False)
     retry_after: float
     attempted: Literal["login", "password_change"] = "login"
     actor: Actor = "unauthenticated"
+
+    def classify(self) -> Classification:
+        """Return a throttled password change as a password change that was refused."""
+        if self.attempted == "login":
+            return self.classification
+        return replace(PasswordChangeFailed.classification, reason=self.classification.reason)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,5 +288,11 @@ class AccountLocked(UserEvent[UserT]):
 
     Sessions go on, and a password reset opens the account again (NIST SP 800-63B-4, 3.2.2).
     """
+
+    classification = Classification(
+        activity="account.lock",
+        message="The password was disabled after too many failed logins",
+        severity="medium",
+    )
 
     actor: Actor = "unauthenticated"

@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from datetime import datetime
+from inspect import get_annotations
 from types import MappingProxyType
 from typing import Any, ClassVar, Generic, Literal, Self, TypeAlias
 from uuid import UUID, uuid4
@@ -19,13 +20,13 @@ from typing_extensions import TypeVar
 
 from tortoise_auth.clock import utc_now
 from tortoise_auth.context import RequestContext
+from tortoise_auth.events.classification import Classification
 from tortoise_auth.events.serialization import plain, restored
 
 UserT = TypeVar("UserT", bound=Model, default=Model)
 """The host's user model: annotate a handler with ``UserLogin[User]`` to have ``event.user`` typed."""
 
 Actor: TypeAlias = Literal["user", "admin", "system", "unauthenticated"]
-FailureReason: TypeAlias = Literal["not_found", "inactive", "bad_password", "throttled", "locked"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +47,8 @@ class Event:
     """Fields that a handler subscribed by name receives as positional arguments."""
     keywords: ClassVar[tuple[str, ...]] = ()
     """Fields that it receives as keyword arguments. By default all that the class adds."""
+    classification: ClassVar[Classification | None] = None
+    """What kind of thing it names. `tortoise_auth.events.formats` covers events that have one."""
 
     id: UUID = field(default_factory=uuid4)
     occurred_at: datetime = field(default_factory=utc_now)
@@ -57,6 +60,12 @@ class Event:
         super().__init_subclass__(**kwargs)
         if "name" not in cls.__dict__:
             cls.name = re.sub(r"(?<!^)(?=[A-Z])", "_", cls.__name__).lower()
+        if "classification" in cls.__dict__:
+            _check_classification(cls)
+
+    def classify(self) -> Classification | None:
+        """Return the classification of this one event; override it where that depends on a field."""
+        return self.classification
 
     def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return what a handler subscribed by name is called with."""
@@ -176,6 +185,21 @@ def declared_events() -> list[type[Event]]:
         if each not in (UserEvent, NamedEvent):
             found.append(each)
     return found
+
+
+def _check_classification(cls: type[Event]) -> None:
+    """Refuse a classification with a word that no format knows, when the class is defined."""
+    declared: object = cls.classification
+    if declared is None:
+        return
+    where = f"{cls.__qualname__}.classification"
+    if not isinstance(declared, Classification):
+        raise TypeError(f"{where} must be a Classification(...), not {type(declared).__name__}")
+    annotations = (get_annotations(each) for each in cls.__mro__)
+    names = {name for each in annotations for name in each if "ClassVar" not in str(each[name])}
+    problem = declared.problem(names)
+    if problem:
+        raise ValueError(f"{where}: {problem}")
 
 
 def _stored(event: Event | type[Event]) -> list[str]:
