@@ -1,4 +1,4 @@
-"""Who listens to what: order, refusals at registration, threads, growth."""
+"""Subscriptions to names: order, refusals at registration, threads, growth."""
 
 from __future__ import annotations
 
@@ -74,14 +74,14 @@ class TestOrder:
         assert order == [0, -1, -2, -3, -4, 0, 1, 2, 3, 4]
 
     async def test_listeners_to_everything_take_their_turn(self, emitter: EventEmitter) -> None:
-        """``*`` is ordered by priority among the others, and runs after them when they are equal."""
+        """``*`` is ordered among the others: by priority, and equals by registration."""
         order: list[Any] = []
         emitter.on("*", noting(order, "all"))
         emitter.on("*", noting(order, "all, early"), priority=1)
         emitter.on("evt", noting(order, "evt"))
         emitter.on("evt", noting(order, "evt, late"), priority=20)
         await emitter.emit("evt")
-        assert order == ["all, early", "evt", "all", "evt, late"]
+        assert order == ["all, early", "all", "evt", "evt, late"]
 
 
 class TestForms:
@@ -414,10 +414,10 @@ class TestLooking:
         all_, own = noting([], 1), partial(noting([], 2))
         emitter.on("*", all_)
         emitter.on("evt", own)
-        assert emitter.listeners("evt") == [own, all_]
+        assert emitter.listeners("evt") == [all_, own]
         assert emitter.listeners("other") == [all_]
         emitter.listeners("evt").clear()
-        assert emitter.listeners("evt") == [own, all_]
+        assert emitter.listeners("evt") == [all_, own]
 
     def test_subscriptions_by_delivery(self, emitter: EventEmitter) -> None:
         """Subscriptions can be asked for by how they are delivered."""

@@ -110,7 +110,7 @@ class UserLogout(UserEvent[UserT]):
     everywhere: bool = False
 
     def classify(self) -> Classification:
-        """Return a logout by somebody else with a sentence of its own."""
+        """Return a logout that the user did not do with a sentence of its own."""
         if self.actor == "user":
             return self.classification
         return replace(self.classification, message="The sessions of the user were ended")
@@ -252,7 +252,7 @@ class UserActivated(UserEvent[UserT]):
 
 @dataclass(frozen=True, kw_only=True)
 class LoginThrottled(Event):
-    """A login, or a password change, was refused unheard because there had been too many.
+    """A login, or a password change, was rejected before any check because there had been too many.
 
     Attributes:
         identifier: What was typed, see `UserLoginFailed`; at a password change that of the account.

@@ -7,13 +7,15 @@ along for handlers in this process and never part of ``to_dict()``.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import KeysView, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from datetime import datetime
 from inspect import get_annotations
 from types import MappingProxyType
-from typing import Any, ClassVar, Generic, Literal, Self, TypeAlias
+from typing import Any, ClassVar, Generic, Literal, Protocol, Self, TypeAlias
 from uuid import UUID, uuid4
+from weakref import WeakSet
 
 from tortoise.models import Model
 from typing_extensions import TypeVar
@@ -28,13 +30,21 @@ UserT = TypeVar("UserT", bound=Model, default=Model)
 
 Actor: TypeAlias = Literal["user", "admin", "system", "unauthenticated"]
 
+# Weak, so that classes and emitters that tests make and drop do not pile up.
+_classes: dict[str, WeakSet[type[Event]]] = {}
+class_names: KeysView[str] = _classes.keys()
+"""The names of all classes of events: a live view, without a lock, for the path of every emit."""
+
+_observers: WeakSet[DeclarationObserver] = WeakSet()
+_declaring = threading.Lock()
+
 
 @dataclass(frozen=True, kw_only=True)
 class Event:
     """Something that happened.
 
     Attributes:
-        id: Unique; recognise a repeated delivery by it.
+        id: Unique, also for a delivery that is repeated: deduplicate by it.
         occurred_at: When it happened, aware UTC.
         subject_id: ``str(user.pk)`` of the account it happened to, if there is one.
         actor: Who did it.
@@ -62,6 +72,7 @@ class Event:
             cls.name = re.sub(r"(?<!^)(?=[A-Z])", "_", cls.__name__).lower()
         if "classification" in cls.__dict__:
             _check_classification(cls)
+        _declare(cls)
 
     def classify(self) -> Classification | None:
         """Return the classification of this one event; override it where that depends on a field."""
@@ -92,22 +103,22 @@ class Event:
         tuple, an abstract ``Set`` as a frozenset, a ``Mapping`` as a dict. Declare ``list[...]``
         if it is to be a list.
 
-        Called on `Event` it finds the class by the name. Fields it does not know are left out, so
-        that an older program reads what a newer one wrote.
+        Called on `Event` it looks the class up by the name. Unknown fields are left out, so that an
+        older program reads what a newer one wrote.
 
         Raises:
-            ValueError: It is not an event, nobody declared its name, or a field is missing or wrong.
+            ValueError: It is not an event, its name is not declared, or a field is missing or wrong.
         """
         name = data.get("name") if isinstance(data, Mapping) else None
         named = (each for each in declared_events() if each.name == name)
-        found = next((each for each in named if issubclass(each, cls)), None)
-        if found is None:
+        kind = next((each for each in named if issubclass(each, cls)), None)
+        if kind is None:
             raise ValueError(f"{name!r} is not the name of a declared {cls.__name__}")
-        if type(version := data.get("schema_version")) is not int or version > found.schema_version:
-            raise ValueError(f"{name} has schema version {version!r}, not {found.schema_version}")
-        values: dict[str, Any] = dict.fromkeys(_live(found))
-        values |= restored(found, _stored(found), data)
-        return found(**values)
+        if type(version := data.get("schema_version")) is not int or version > kind.schema_version:
+            raise ValueError(f"{name} has schema version {version!r}, not {kind.schema_version}")
+        values: dict[str, Any] = dict.fromkeys(_live(kind))
+        values |= restored(kind, _stored(kind), data)
+        return kind(**values)
 
     @classmethod
     def _added_fields(cls) -> tuple[str, ...]:
@@ -115,6 +126,29 @@ class Event:
             return ()
         common = {each.name for each in fields(Event)}
         return tuple(each.name for each in fields(cls) if each.name not in common)
+
+
+def _declare(cls: type[Event]) -> None:
+    with _declaring:
+        _classes.setdefault(cls.name, WeakSet()).add(cls)
+        observers = tuple(_observers)
+    for observer in observers:  # without the lock: they have their own
+        observer.event_declared()
+
+
+def _check_classification(cls: type[Event]) -> None:
+    """Refuse a classification with a word that no format knows, when the class is defined."""
+    declared: object = cls.classification
+    if declared is None:
+        return
+    where = f"{cls.__qualname__}.classification"
+    if not isinstance(declared, Classification):
+        raise TypeError(f"{where} must be a Classification(...), not {type(declared).__name__}")
+    annotations = (get_annotations(each) for each in cls.__mro__)
+    names = {name for each in annotations for name in each if "ClassVar" not in str(each[name])}
+    problem = declared.problem(names)
+    if problem:
+        raise ValueError(f"{where}: {problem}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,11 +168,11 @@ class UserEvent(Event, Generic[UserT]):
 
 @dataclass(frozen=True, kw_only=True)
 class NamedEvent(Event):
-    """What a listener to everything receives for an event that was emitted by name alone.
+    """The object for an event that was emitted by name alone, for subscribers to every event.
 
     Attributes:
         args, kwargs: The payload. In ``to_dict()`` whatever JSON cannot hold is named by its type;
-            ``repr()`` leaves it out, since nobody knows what is in it.
+            ``repr()`` leaves it out, since it may hold anything.
     """
 
     args: Sequence[Any] = ()
@@ -187,19 +221,23 @@ def declared_events() -> list[type[Event]]:
     return found
 
 
-def _check_classification(cls: type[Event]) -> None:
-    """Refuse a classification with a word that no format knows, when the class is defined."""
-    declared: object = cls.classification
-    if declared is None:
-        return
-    where = f"{cls.__qualname__}.classification"
-    if not isinstance(declared, Classification):
-        raise TypeError(f"{where} must be a Classification(...), not {type(declared).__name__}")
-    annotations = (get_annotations(each) for each in cls.__mro__)
-    names = {name for each in annotations for name in each if "ClassVar" not in str(each[name])}
-    problem = declared.problem(names)
-    if problem:
-        raise ValueError(f"{where}: {problem}")
+def classes_named(name: str) -> tuple[type[Event], ...]:
+    """Return the classes of events of one name: one, unless two modules chose the same name."""
+    with _declaring:
+        return tuple(_classes.get(name, ()))
+
+
+class DeclarationObserver(Protocol):
+    """Wants to know when there is a new class of events; the reference to it is weak."""
+
+    def event_declared(self) -> None:
+        """Take note that which class has which name has changed."""
+
+
+def observe_declarations(observer: DeclarationObserver) -> None:
+    """Call ``observer.event_declared()`` after each new class of events, as long as it lives."""
+    with _declaring:
+        _observers.add(observer)
 
 
 def _stored(event: Event | type[Event]) -> list[str]:

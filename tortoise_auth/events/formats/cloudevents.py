@@ -60,7 +60,7 @@ def event_from_cloudevent(envelope: Mapping[str, Any]) -> Event:
     """
     name, data = event_name(envelope), envelope.get("data")
     if name is None:
-        raise CloudEventError("The CloudEvent is of a type of somebody else's")
+        raise CloudEventError("The CloudEvent is of a type that is not ours")
     if not isinstance(data, Mapping):
         raise CloudEventError("The CloudEvent has no data")
     if envelope["type"] != _type(data.get("name"), data.get("schema_version")):
@@ -76,7 +76,7 @@ def event_from_cloudevent(envelope: Mapping[str, Any]) -> Event:
 
 
 def event_name(envelope: object) -> str | None:
-    """Return which of our events a CloudEvent carries; ``None`` if it is somebody else's.
+    """Return which of our events a CloudEvent carries; ``None`` if it is of another type.
 
     Raises:
         CloudEventError: It is no CloudEvent 1.0.
