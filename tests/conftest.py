@@ -1,21 +1,21 @@
-"""Databases for the tests: SQLite in memory, an SQLite file, and PostgreSQL where one listens."""
+"""Fixtures that every test can ask for; what they are made of is in ``tests/support``."""
+# ruff: noqa: E402 - pytest rewrites the assertions of modules that are imported afterwards
 
 from __future__ import annotations
 
-import os
-import secrets
-import socket
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
-from urllib.parse import urlsplit
 
 import pytest
 from hypothesis import settings
 from tortoise.context import TortoiseContext
 
-from tests.app import User
+pytest.register_assert_rewrite("tests.support")
+
+from tests.support.accounts import SECRET
+from tests.support.app import User
+from tests.support.database import DATABASES, database
+from tests.support.services import missing, needs_postgres
 from tortoise_auth import AuthConfig, AuthService, EventEmitter
 from tortoise_auth.passwords import PasswordHasher
 from tortoise_auth.testing import FakeClock, cheap_hasher
@@ -25,67 +25,24 @@ from tortoise_auth.testing import FakeClock, cheap_hasher
 settings.register_profile("same-every-time", derandomize=True, deadline=None)
 settings.load_profile("same-every-time")
 
-POSTGRES_URL = os.environ.get(
-    "TORTOISE_AUTH_TEST_POSTGRES", "postgres://postgres@127.0.0.1:5432/test"
-)
-MODULES = ["tests.app", "tortoise_auth.models"]
-PASSWORD = "correct horse battery staple"
-SECRET = "q3Vt8mXw0cJr5ZbLh2Ny7uKd4PsAoE1gTfIi6RvUkHxMzQjWaB9DlYnSpGeFrOtC"
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Mark the tests that need a server because one of their fixtures does."""
+    if "postgres" in getattr(item, "fixturenames", ()):
+        item.add_marker(needs_postgres)
 
 
-def listens(url: str) -> bool:
-    """Tell whether a server answers at the host and port of *url*."""
-    parts = urlsplit(url)
-    try:
-        with socket.create_connection((parts.hostname or "127.0.0.1", parts.port or 0), timeout=1):
-            return True
-    except OSError:
-        return False
-
-
-needs_postgres = pytest.mark.skipif(
-    not listens(POSTGRES_URL), reason=f"no PostgreSQL listens at {POSTGRES_URL}"
-)
-
-DATABASES = [
-    pytest.param("memory", id="memory"),
-    pytest.param("file", id="file"),
-    pytest.param("postgres", id="postgres", marks=needs_postgres),
-]
-
-
-@asynccontextmanager
-async def database(
-    kind: str, folder: Path, *, modules: list[str] | None = None, maxsize: int = 5, **options: Any
-) -> AsyncIterator[TortoiseContext]:
-    """Open an empty database with every table; on PostgreSQL in a schema of its own."""
-    schema = f"t_{secrets.token_hex(8)}"
-    urls = {
-        "memory": "sqlite://:memory:",
-        "file": f"sqlite://{folder / 'test.sqlite3'}",
-        "postgres": f"{POSTGRES_URL}?schema={schema}&maxsize={maxsize}",
-    }
-    config = {
-        # Tortoise caches statements by connection name, so each dialect has its own.
-        "connections": {kind: urls[kind]},
-        "apps": {"models": {"models": modules or MODULES, "default_connection": kind}},
-    }
-    async with TortoiseContext() as context:
-        await context.init(config=config, **options)
-        connection = context.connections.get(kind)
-        if kind == "postgres":
-            await connection.execute_script(f'CREATE SCHEMA "{schema}"')
-        try:
-            await context.generate_schemas()
-            yield context
-        finally:
-            if kind == "postgres":
-                await connection.execute_script(f'DROP SCHEMA "{schema}" CASCADE')
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip a test whose server does not listen, and say which."""
+    for mark in item.iter_markers("service"):
+        reason = missing(*mark.args)
+        if reason:
+            pytest.skip(reason)
 
 
 @pytest.fixture(params=DATABASES)
 async def db(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[TortoiseContext]:
-    """Every database there is, one test for each."""
+    """A database of each dialect, one test for each."""
     async with database(request.param, tmp_path) as context:
         yield context
 
@@ -99,7 +56,7 @@ async def sqlite(tmp_path: Path) -> AsyncIterator[TortoiseContext]:
 
 @pytest.fixture
 async def postgres(tmp_path: Path) -> AsyncIterator[TortoiseContext]:
-    """PostgreSQL with a pool of 30 connections; mark the test with ``needs_postgres``."""
+    """PostgreSQL with a pool of 30 connections."""
     async with database("postgres", tmp_path, maxsize=30) as context:
         yield context
 
@@ -123,7 +80,7 @@ def emitter() -> EventEmitter:
 def _cheap_models(
     monkeypatch: pytest.MonkeyPatch, hasher: PasswordHasher, emitter: EventEmitter
 ) -> None:
-    """The models of ``tests.app`` hash cheaply and emit to the test's own emitter."""
+    """The models of ``tests.support.app`` hash cheaply and emit to the test's own emitter."""
     from tortoise_auth import AbstractUser  # noqa: PLC0415 - after the models of the tests
 
     monkeypatch.setattr(AbstractUser, "password_hasher", hasher)

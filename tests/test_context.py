@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from tortoise.context import TortoiseContext
 
-from tests.app import User
-from tests.conftest import PASSWORD
+from tests.support.accounts import PASSWORD
+from tests.support.app import User
 from tortoise_auth import AuthService, EventEmitter, RequestContext
 from tortoise_auth.context import current_context, request_context
 from tortoise_auth.exceptions import AuthenticationError, TokenReusedError
@@ -93,7 +93,7 @@ class TestEveryEvent:
 
 
 class TestRequestContext:
-    def test_is_bounded_and_storable(self) -> None:
+    def test_is_bounded_and_sanitized(self) -> None:
         """Clients choose most of it, so it is cut, and what no database stores is replaced."""
         hostile = RequestContext(ip="1" * 1000, user_agent="a\0\ud800" * 1000, request_id="r" * 999)
         assert hostile.ip == "1" * 64

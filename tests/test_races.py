@@ -17,9 +17,18 @@ from passlib.hash import pbkdf2_sha256
 from tortoise.backends.asyncpg.client import TransactionWrapper
 from tortoise.context import TortoiseContext
 
-from tests.app import User
-from tests.conftest import PASSWORD, POSTGRES_URL, SECRET, needs_postgres
-from tests.probes import EMAIL, NEW_PASSWORD, assert_goes_on, assert_over, connection_of, log_in
+from tests.support.accounts import (
+    EMAIL,
+    NEW_PASSWORD,
+    PASSWORD,
+    SECRET,
+    assert_goes_on,
+    assert_over,
+    log_in,
+)
+from tests.support.app import User
+from tests.support.database import connection_of
+from tests.support.services import POSTGRES_URL, needs_postgres
 from tortoise_auth import (
     AuthConfig,
     AuthenticationError,

@@ -16,9 +16,9 @@ from tortoise import fields
 from tortoise.context import TortoiseContext
 from tortoise.models import Model
 
-from tests.app import NamedUser, User
-from tests.conftest import PASSWORD, SECRET
-from tests.probes import EMAIL, NEW_PASSWORD, connection_of, log_in
+from tests.support.accounts import EMAIL, NEW_PASSWORD, PASSWORD, SECRET, log_in
+from tests.support.app import NamedUser, User
+from tests.support.database import connection_of
 from tortoise_auth import (
     AbstractUser,
     AuthConfig,

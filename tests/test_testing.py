@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.app import User
-from tests.conftest import PASSWORD
+from tests.support.accounts import PASSWORD
+from tests.support.app import User
 from tortoise_auth.events import (
     Event,
     EventEmitter,
@@ -83,7 +83,7 @@ class TestCapture:
             await emitter.emit("b")
         events.assert_emitted("a", "b")
         for wrong in (("b", "a"), ("a",), ("a", "b", "c"), ()):
-            with pytest.raises(AssertionError, match=r"emitted were \['a', 'b'\], not "):
+            with pytest.raises(AssertionError, match=r"emitted: \['a', 'b'\], expected: "):
                 events.assert_emitted(*wrong)
         events.clear()
         events.assert_emitted()

@@ -1,4 +1,4 @@
-"""`AuthConfig`: keys and lifetimes of one service, checked when they are given."""
+"""`AuthConfig`: keys and lifetimes of one service, validated at construction."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from tortoise_auth.keys import MAKE_ONE, SigningKey
 
 
 def checked_clock(clock: Clock) -> Clock:
-    """Return *clock* if it tells an aware time.
+    """Return *clock* if it returns aware datetimes.
 
     Raises:
-        ConfigurationError: It does not.
+        ConfigurationError: It returns something else, or cannot be called.
     """
     now = clock() if callable(clock) else None
     if not isinstance(now, datetime) or now.tzinfo is None:
@@ -30,26 +30,27 @@ def checked_clock(clock: Clock) -> Clock:
 
 @dataclass(frozen=True, kw_only=True)
 class AuthConfig:
-    """Settings of one `AuthService`, checked when they are made.
+    """Settings of one `AuthService`, validated at construction.
 
     Attributes:
-        secret: What signs access tokens: a random string of at least 32 bytes, or a list of
-            `SigningKey`, newest first. Warning: who knows it can be anybody. Keep it out of the
-            code, read it from the environment.
-        issuer, audience: Written into access tokens and required in them. Give each service of
-            yours an audience of its own.
+        secret: Signs access tokens: a random string of at least 32 bytes, or a list of
+            `SigningKey`, newest first. Warning: the secret lets its holder sign in as any user.
+            Keep it out of the code; read it from the environment.
+        issuer, audience: Written into access tokens and required in them. Give each of your
+            services an audience of its own.
         access_token_lifetime: 15 minutes by default, at most a day. ``AuthService.authenticate``
-            sees a logout at once; ``decode``, which asks no database, only when the token expires.
-        refresh_token_lifetime: How long a session may lie idle (7 days).
-        session_lifetime: When a session ends however busy it is (30 days; NIST SP 800-63B-4,
-            2.1.3, asks for no more).
+            rejects the tokens of a session that has ended; ``decode`` reads no database and accepts
+            them until they expire.
+        refresh_token_lifetime: How long a session may be idle (7 days).
+        session_lifetime: When a session expires even if it is used (30 days, the maximum of
+            NIST SP 800-63B-4, 2.1.3).
         leeway: How far the clocks of two machines may differ (10 seconds, at most 5 minutes).
-        refresh_reuse_grace: For how long after a refresh the spent token is still exchanged, for
+        refresh_reuse_grace: How long after a refresh the spent token is still exchanged, for
             clients that refresh twice at the same time. Off by default.
             Warning: within this window a stolen token goes unnoticed (RFC 9700, 4.14.2).
 
     Raises:
-        ConfigurationError: A setting is missing, weak or makes no sense; the message says what to do.
+        ConfigurationError: A setting is missing, weak or out of range; the message says what to do.
     """
 
     secret: str | bytes | Sequence[SigningKey] = field(repr=False)

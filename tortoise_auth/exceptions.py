@@ -10,16 +10,16 @@
     ├── InvalidIdentifierError    an e-mail address or user name that cannot be one
     ├── IdentifierTakenError      an account with this identifier exists
     ├── TokenError
-    │   ├── TokenInvalidError     not a token of ours
-    │   ├── TokenExpiredError     genuine, but its time is over
-    │   ├── TokenRevokedError     its session ended, or its user is inactive or gone
+    │   ├── TokenInvalidError     not a token of this service
+    │   ├── TokenExpiredError     genuine, but expired
+    │   ├── TokenRevokedError     its session ended, or its user is inactive or deleted
     │   └── TokenReusedError      a refresh token that was already spent
-    ├── EventError                a handler failed and the emitter was told to raise
-    ├── SubscriptionError         a handler cannot be registered so
-    └── ServiceUnavailableError   the database failed; says nothing about the credentials
+    ├── EventError                a handler failed, and the error policy is to raise
+    ├── SubscriptionError         a handler cannot be registered like this
+    └── ServiceUnavailableError   the database failed; the credentials may be right
 
-Every class has a stable ``code`` for APIs and logs. Facts are attributes. No message carries a password, token,
-key, hash or SQL.
+Every class has a stable ``code`` for APIs and logs. Details are attributes. No message carries a
+password, token, key, hash or SQL.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from typing import ClassVar
 
 
 class TortoiseAuthError(Exception):
-    """The root of every error the library raises.
+    """The base class of every error the library raises.
 
     Attributes:
         code: A stable machine-readable word, safe to send to clients.
@@ -41,7 +41,7 @@ class TortoiseAuthError(Exception):
 
 
 class ConfigurationError(TortoiseAuthError):
-    """Settings, models or tables are not as they must be; the message says what to do."""
+    """Settings, models or tables are wrong; the message says what to do."""
 
     code = "configuration_error"
 
@@ -49,7 +49,7 @@ class ConfigurationError(TortoiseAuthError):
 class AuthenticationError(TortoiseAuthError):
     """The credentials were refused.
 
-    The same text and code whatever the reason, so that nobody learns which accounts exist
+    Text and code are the same for every reason, so that they do not reveal which accounts exist
     (OWASP ASVS 6.3.8).
     """
 
@@ -78,7 +78,7 @@ class ThrottledError(TortoiseAuthError):
 
 @dataclass(frozen=True, slots=True)
 class PolicyFailure:
-    """One rule that a new password broke.
+    """One rule that a new password breaks.
 
     Attributes:
         code: A stable machine-readable word, for example ``too_short``.
@@ -107,7 +107,7 @@ class PasswordPolicyError(TortoiseAuthError):
 
 
 class InvalidIdentifierError(TortoiseAuthError, ValueError):
-    """This cannot be an identifier: not a valid e-mail address, empty, too long, not text."""
+    """The value cannot be an identifier: no valid e-mail address, empty, too long, or not text."""
 
     code = "invalid_identifier"
 
@@ -116,8 +116,8 @@ class IdentifierTakenError(TortoiseAuthError):
     """An account with this identifier exists already.
 
     Warning:
-        To tell an anonymous visitor so is to tell which accounts exist. Answer a sign-up form the
-        same way in both cases, and send the difference by e-mail (OWASP ASVS 6.3.8).
+        Shown to an anonymous visitor, this error reveals which accounts exist. Answer a sign-up
+        form the same way in both cases, and send the difference by e-mail (OWASP ASVS 6.3.8).
     """
 
     code = "identifier_taken"
@@ -133,7 +133,7 @@ class TokenError(TortoiseAuthError):
 
 
 class TokenInvalidError(TokenError):
-    """Not a token of ours: malformed, forged, of another kind, for another audience."""
+    """Not a token of this service: malformed, forged, of another kind or for another audience."""
 
     code = "token_invalid"
 
@@ -142,7 +142,7 @@ class TokenInvalidError(TokenError):
 
 
 class TokenExpiredError(TokenError):
-    """The token or its session is genuine, but its time is over."""
+    """The token is genuine, but it or its session has expired."""
 
     code = "token_expired"
 
@@ -151,7 +151,7 @@ class TokenExpiredError(TokenError):
 
 
 class TokenRevokedError(TokenError):
-    """The token is genuine, but its session ended or its user is inactive or gone."""
+    """The token is genuine, but its session ended, or its user is inactive or deleted."""
 
     code = "token_revoked"
 
@@ -160,9 +160,9 @@ class TokenRevokedError(TokenError):
 
 
 class TokenReusedError(TokenError):
-    """A refresh token was presented that had been spent before.
+    """A refresh token was presented that was already spent.
 
-    Either the client lost its newest token or somebody copied an older one, and nobody can tell
+    Either the client lost its newest token or an older one was stolen. The server cannot tell
     which, so the whole session ended (RFC 9700, 4.14.2).
     """
 
@@ -197,16 +197,19 @@ class EventError(TortoiseAuthError):
 
 
 class SubscriptionError(TortoiseAuthError, TypeError):
-    """A handler cannot be registered so: it asks for arguments that its event never has, or an
-    option makes no sense. The message names the handler, the event and what there is."""
+    """A handler cannot be registered like this.
+
+    It takes arguments that its event does not have, or an option is wrong. The message names the
+    handler, the event and the arguments there are.
+    """
 
     code = "subscription_error"
 
 
 class ServiceUnavailableError(TortoiseAuthError):
-    """The database failed, the throttle's store, or the machine had no memory left to hash with.
+    """The database or the throttle's store failed, or there was no memory to compute a hash.
 
-    The credentials or token may well be good; try again later.
+    The credentials or the token may be valid; try again later.
     """
 
     code = "service_unavailable"

@@ -1,4 +1,4 @@
-"""Keys that sign access tokens, each bound to one algorithm and refused if it is weak."""
+"""Keys that sign access tokens. Each is bound to one algorithm; weak ones are refused."""
 
 from __future__ import annotations
 
@@ -9,19 +9,23 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal, TypeAlias
-
-import jwt
-from cryptography.exceptions import UnsupportedAlgorithm
-from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
-from cryptography.hazmat.primitives.serialization import (
-    Encoding,
-    PublicFormat,
-    load_pem_private_key,
-    load_pem_public_key,
-)
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from tortoise_auth.exceptions import ConfigurationError
+from tortoise_auth.lazy import LazyModule
+
+if TYPE_CHECKING:
+    import cryptography.exceptions as crypto_exceptions
+    import jwt
+    from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+else:
+    jwt = LazyModule("jwt")
+    crypto_exceptions = LazyModule("cryptography.exceptions")
+    serialization = LazyModule("cryptography.hazmat.primitives.serialization")
+    ec = LazyModule("cryptography.hazmat.primitives.asymmetric.ec")
+    ed25519 = LazyModule("cryptography.hazmat.primitives.asymmetric.ed25519")
+    rsa = LazyModule("cryptography.hazmat.primitives.asymmetric.rsa")
 
 Algorithm: TypeAlias = Literal["HS256", "HS384", "HS512", "EdDSA", "ES256", "RS256"]
 
@@ -39,8 +43,8 @@ _PLACEHOLDERS = frozenset(
     "supersecretkey topsecret changeme changethis changeit replaceme password default example "
     "placeholder insecure development django fixme todo yourbitsecret".split()
 )
-# What asks to be replaced, whatever is around it; a secret may say that it is one for tests. None has
-# less than eight letters, see `_is_written`.
+# These phrases mark a placeholder wherever they stand. "test" is not among them: a secret for tests
+# may say so. Each has at least eight letters, see `_contains_placeholder`.
 _PHRASES = tuple(
     "changeme changethis changeit replaceme replacethis yoursecret placeholder".split()
 )
@@ -50,7 +54,7 @@ _PUBLISHED = (
     b"a-string-secret-at-least-256-bits-long",  # jwt.io
 )
 _REPEATED = 12
-"""Bytes that may be repeated without end, at most: a row of keys, the ten digits, a word."""
+"""Bytes. A secret that repeats a unit of at most this length is refused: digits, keys, a word."""
 MAKE_ONE = 'Make one with: python -c "import secrets; print(secrets.token_urlsafe(48))"'
 
 
@@ -65,10 +69,10 @@ class SigningKey:
 
     Attributes:
         key: For HS256/384/512 a random secret of at least 32/48/64 bytes (RFC 7518, 3.2); for
-            EdDSA, ES256 and RS256 a PEM key. A private key signs and verifies, a public one only
-            verifies (RSA: at least 2048 bits).
-        kid: The name that tokens carry. By default derived from the key, so that a secret given
-            as a plain string today can be listed as an old key tomorrow.
+            EdDSA, ES256 and RS256 a PEM key (RSA: at least 2048 bits). A private key signs and
+            verifies, a public key only verifies.
+        kid: The key's name, which tokens carry. The default is derived from the key, so that a
+            secret given as a plain string today can be listed as an old key tomorrow.
         algorithm: ``HS256`` (default), ``HS384``, ``HS512``, ``EdDSA``, ``ES256`` or ``RS256``.
 
     Raises:
@@ -125,7 +129,7 @@ class SigningKey:
         return self._bytes if self.family == "HMAC" else self._private_key()
 
     def derive(self, purpose: str) -> bytes:
-        """Return 256 bits for another purpose than signing, from which this key cannot be found."""
+        """Return 256 bits for another purpose than signing. They do not reveal this key."""
         return hmac.digest(self._bytes, b"tortoise_auth " + purpose.encode(), "sha256")
 
     @property
@@ -133,10 +137,10 @@ class SigningKey:
         return self.key.encode("utf-8", "surrogatepass") if isinstance(self.key, str) else self.key
 
     def _private_key(self) -> Any:  # noqa: ANN401
-        return load_pem_private_key(self._bytes, password=None)
+        return serialization.load_pem_private_key(self._bytes, password=None)
 
     def _public_key(self) -> Any:  # noqa: ANN401
-        return load_pem_public_key(self._bytes)
+        return serialization.load_pem_public_key(self._bytes)
 
     def _check_asymmetric_key(self) -> None:
         wanted: dict[str, tuple[type, ...]] = {
@@ -146,7 +150,7 @@ class SigningKey:
         }
         try:
             public = self.verifying
-        except (ValueError, TypeError, UnsupportedAlgorithm):
+        except (ValueError, TypeError, crypto_exceptions.UnsupportedAlgorithm):
             raise ConfigurationError(
                 f"{self.algorithm} needs an unencrypted key in PEM form, private to sign or public to verify"
             ) from None
@@ -163,7 +167,9 @@ class SigningKey:
         if self.family == "HMAC":
             material = self._bytes
         else:
-            material = self.verifying.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+            material = self.verifying.public_bytes(
+                serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
+            )
         digest = hashlib.sha256(b"tortoise_auth kid " + material).digest()
         return base64.urlsafe_b64encode(digest[:9]).decode("ascii")
 
@@ -174,10 +180,11 @@ def _check_secret(secret: bytes, algorithm: str) -> None:
         raise ConfigurationError(
             f"The secret is empty. Is the environment variable set? {MAKE_ONE}"
         )
-    unit = _period(secret[:1024])  # whose time grows with the square, and whose answer is there
-    stem = unit.rstrip(unit[-1:])  # without what it was filled up with
+    unit = _period(secret[:1024])  # quadratic time; a repetition shows in that much text
+    stem = unit.rstrip(unit[-1:])  # "changeme0000" without its padding
     known = {_letters(unit), _letters(stem)} & _PLACEHOLDERS
-    if known or secret.strip().lower().startswith(_PUBLISHED) or _is_written(secret):
+    published = secret.strip().lower().startswith(_PUBLISHED)
+    if known or published or _contains_placeholder(secret):
         raise ConfigurationError(f"The secret is a placeholder. {MAKE_ONE}")
     if len(secret) < needed:
         raise ConfigurationError(
@@ -196,17 +203,17 @@ def _check_secret(secret: bytes, algorithm: str) -> None:
 
 
 def _period(text: bytes) -> bytes:
-    """Return the shortest beginning that *text* repeats, up to a last part of it."""
+    """Return the shortest prefix whose repetition is *text*; the last repeat may be cut off."""
     return next(text[:size] for size in range(1, len(text) + 1) if text.startswith(text[size:]))
 
 
-def _is_written(secret: bytes) -> bool:
-    """Tell whether it is a placeholder that somebody wrote: words, with a known phrase in them.
+def _contains_placeholder(secret: bytes) -> bool:
+    """Return whether *secret* is handwritten text that contains a placeholder phrase.
 
-    A random secret must never be refused. One of these phrases, all of eight letters or more, is
-    by chance in one of a thousand million secrets of 32 small letters, and never in hexadecimal.
-    Base64 has digits and capitals all over, unlike what is written by hand, which leaves one in
-    10^12. For the same reason words may stand before a random part.
+    A random secret must never be refused. A phrase of eight letters occurs by chance in one of 10^9
+    secrets of 32 lower-case letters, and never in hexadecimal. Base64 is full of digits and
+    capitals, which handwritten text is not; that leaves one in 10^12. For the same reason a random
+    secret may have words in front.
     """
     digits = len(re.findall(rb"[0-9]", secret))
     capitals, small = len(re.findall(rb"[A-Z]", secret)), len(re.findall(rb"[a-z]", secret))

@@ -1,4 +1,4 @@
-"""Fakes for tests: of hosts, and our own."""
+"""Fakes for the tests of an application."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _FIRST = -(1 << 31)
 
 
 class FakeClock:
-    """A clock that goes when it is told to.
+    """A clock that moves only when a test moves it.
 
     Example::
 
@@ -25,18 +25,18 @@ class FakeClock:
         clock.advance(timedelta(minutes=15))
 
     Args:
-        now: The time it shows at first: aware; 2026-01-01 12:00 UTC by default.
+        now: The first time it returns, an aware datetime; 2026-01-01 12:00 UTC by default.
     """
 
     def __init__(self, now: datetime = datetime(2026, 1, 1, 12, tzinfo=UTC)) -> None:
         self.now = now
 
     def __call__(self) -> datetime:
-        """Return the time it shows."""
+        """Return the current time of this clock."""
         return self.now
 
     def advance(self, by: timedelta) -> None:
-        """Go forward, or with a negative *by* back."""
+        """Move forward, or back if *by* is negative."""
         self.now += by
 
 
@@ -47,49 +47,49 @@ class _CheapHasher(PasswordHasher):
 def cheap_hasher(*, threads: int = 2) -> PasswordHasher:
     """Return a hasher of the lowest possible cost: a hash takes under a millisecond.
 
-    Warning: for tests alone. Its hashes protect nobody.
+    Warning: for tests alone. Its hashes protect no password.
     """
     return _CheapHasher(memory_cost=8, time_cost=1, parallelism=1, threads=threads)
 
 
 class Captured(Sequence[Event]):
-    """The events that were emitted, in order; what was emitted by name alone is a `NamedEvent`."""
+    """The events that were emitted, in order; one emitted by name alone is a `NamedEvent`."""
 
     def __init__(self) -> None:
         self._events: list[Event] = []
 
     @property
     def names(self) -> list[str]:
-        """Their names, in order."""
+        """The names of the events, in order."""
         return [event.name for event in self._events]
 
     def of(self, kind: type[EventT]) -> list[EventT]:
-        """Return those of one class."""
+        """Return the events of one class."""
         cls: type[EventT] = get_origin(kind) or kind  # UserLogin, also for UserLogin[User]
         return [event for event in self._events if isinstance(event, cls)]
 
     def one(self, kind: type[EventT]) -> EventT:
-        """Return the only one of its class.
+        """Return the only event of a class.
 
         Raises:
             AssertionError: There is none, or several.
         """
-        found = self.of(kind)
-        if len(found) != 1:
-            raise AssertionError(f"{len(found)} {kind.__name__} among {self.names or 'no events'}")
-        return found[0]
+        events = self.of(kind)
+        if len(events) != 1:
+            raise AssertionError(f"{len(events)} {kind.__name__} among {self.names or 'no events'}")
+        return events[0]
 
     def assert_emitted(self, *names: str) -> None:
-        """Check that exactly these were emitted, in this order.
+        """Check that exactly the events of these names were emitted, in this order.
 
         Raises:
-            AssertionError: With what was emitted instead.
+            AssertionError: Other events were emitted; the message lists them.
         """
         if self.names != list(names):
-            raise AssertionError(f"emitted were {self.names}, not {list(names)}")
+            raise AssertionError(f"emitted: {self.names}, expected: {list(names)}")
 
     def clear(self) -> None:
-        """Forget them."""
+        """Remove all recorded events."""
         self._events.clear()
 
     @overload
@@ -97,7 +97,7 @@ class Captured(Sequence[Event]):
     @overload
     def __getitem__(self, index: slice) -> Sequence[Event]: ...
     def __getitem__(self, index: int | slice) -> Event | Sequence[Event]:
-        """Return one, or some, by position."""
+        """Return one event, or several, by position."""
         return self._events[index]
 
     def __len__(self) -> int:
@@ -109,7 +109,7 @@ class Captured(Sequence[Event]):
 
 @contextmanager
 def capture(emitter: EventEmitter, *, mute: bool = False) -> Iterator[Captured]:
-    """Record what *emitter* emits; afterwards its listeners are as they were before.
+    """Record what *emitter* emits, and restore its subscriptions at the end.
 
     Example::
 
@@ -119,21 +119,21 @@ def capture(emitter: EventEmitter, *, mute: bool = False) -> Iterator[Captured]:
         assert events.one(UserLogin).user == ada
 
     Args:
-        emitter: The emitter to listen to.
-        mute: Keep all other handlers from running meanwhile.
+        emitter: The emitter to record.
+        mute: Do not run any other handler inside the block.
     """
     captured = Captured()
     with isolated(emitter):
         if mute:
             emitter.clear()
-        # On the loop's own thread and before all others: it records even what they raise about.
+        # First, and on the loop's own thread: an event is recorded even if its handlers raise.
         emitter.on("*", captured._events.append, priority=_FIRST, thread=False)
         yield captured
 
 
 @contextmanager
 def isolated(emitter: EventEmitter) -> Iterator[EventEmitter]:
-    """Restore the listeners of *emitter* at the end, whatever was registered or removed."""
+    """Restore the subscriptions of *emitter* at the end, whatever was added or removed."""
     before = emitter.snapshot()
     try:
         yield emitter

@@ -15,14 +15,16 @@ from pathlib import Path
 import pytest
 from tortoise.context import TortoiseContext
 
-from tests.app import AuditRow, User
-from tests.conftest import MODULES, POSTGRES_URL, database, needs_postgres
-from tests.delivery.witness import root
+from tests.support.app import AuditRow, User
+from tests.support.database import MODULES, database, root
+from tests.support.services import POSTGRES_URL, needs_postgres
 from tortoise_auth import EventEmitter
 from tortoise_auth.clock import utc_now
 from tortoise_auth.events import Event
 from tortoise_auth.events.relay import Relay, RelaySettings
 from tortoise_auth.models import OutboxEntry
+
+pytestmark = pytest.mark.slow
 
 ROWS = 2000
 SUBJECTS = 100

@@ -12,8 +12,9 @@ from pathlib import Path
 
 from tortoise.context import TortoiseContext
 
-from tests.app import User
-from tests.conftest import MODULES, PASSWORD, SECRET
+from tests.support.accounts import PASSWORD, SECRET
+from tests.support.app import User
+from tests.support.database import MODULES
 from tortoise_auth import AuthConfig, AuthService, EventEmitter
 from tortoise_auth.events import PasswordChanged, UserLogin
 from tortoise_auth.models import Session

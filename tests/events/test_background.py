@@ -16,9 +16,9 @@ import pytest
 from tortoise.context import TortoiseContext
 from tortoise.transactions import in_transaction
 
-from tests.app import AuditRow, User
-from tests.conftest import PASSWORD, SECRET
-from tests.probes import connection_of
+from tests.support.accounts import PASSWORD, SECRET
+from tests.support.app import AuditRow, User
+from tests.support.database import connection_of
 from tortoise_auth import AuthConfig, AuthenticationError, AuthService
 from tortoise_auth.events import (
     BackgroundQueue,

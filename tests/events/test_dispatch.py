@@ -19,8 +19,8 @@ import pytest
 from tortoise.context import TortoiseContext
 from tortoise.transactions import in_transaction
 
-from tests.app import AuditRow, User
-from tests.probes import connection_of
+from tests.support.app import AuditRow, User
+from tests.support.database import connection_of
 from tortoise_auth.events import (
     Event,
     EventEmitter,

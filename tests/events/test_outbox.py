@@ -17,10 +17,12 @@ from tortoise.backends.base.client import BaseDBAsyncClient
 from tortoise.context import TortoiseContext
 from tortoise.transactions import in_transaction
 
-from tests.app import NamedUser, User
-from tests.conftest import PASSWORD, needs_postgres
-from tests.delivery.witness import Undo, every_statement, look, quiet, root
-from tests.probes import EMAIL, NEW_PASSWORD, connection_of, log_in
+from tests.support.accounts import EMAIL, NEW_PASSWORD, PASSWORD, log_in
+from tests.support.app import NamedUser, User
+from tests.support.database import connection_of, look, root
+from tests.support.deliveries import Undo, quiet
+from tests.support.services import needs_postgres
+from tests.support.statements import every_statement
 from tortoise_auth import AuthenticationError, AuthService, EventEmitter, RequestContext
 from tortoise_auth.database import transaction
 from tortoise_auth.events import Event, SessionRefreshed, UserEvent, UserLogin, outbox
@@ -241,7 +243,7 @@ class TestWriting:
         emitter.on(PageTurned, hear, delivery="durable")
         async with TortoiseContext() as context:
             await context.init(
-                db_url="sqlite://:memory:", modules={"models": ["tests.delivery.ledger"]}
+                db_url="sqlite://:memory:", modules={"models": ["tests.support.ledger"]}
             )
             with pytest.raises(ConfigurationError, match=r"tortoise_auth\.models"):
                 await emitter.emit(PageTurned(page=1))

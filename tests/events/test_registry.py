@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from tests.app import User
+from tests.support.app import User
 from tortoise_auth import events
 from tortoise_auth.events import (
     Event,

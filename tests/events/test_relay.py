@@ -21,10 +21,11 @@ from tortoise.context import TortoiseContext
 from tortoise.exceptions import OperationalError
 from tortoise.transactions import in_transaction
 
-from tests.app import NamedUser, User
-from tests.conftest import PASSWORD, POSTGRES_URL, SECRET, database, needs_postgres
-from tests.delivery.witness import assert_no_connection_is_held, finished, root
-from tests.probes import EMAIL, NEW_PASSWORD, connection_of, log_in
+from tests.support.accounts import EMAIL, NEW_PASSWORD, PASSWORD, SECRET, log_in
+from tests.support.app import NamedUser, User
+from tests.support.concurrency import finished
+from tests.support.database import assert_no_connection_is_held, connection_of, database, root
+from tests.support.services import POSTGRES_URL, needs_postgres
 from tortoise_auth import AuthConfig, AuthService, EventEmitter, RequestContext
 from tortoise_auth.database import Listener, connection_for, in_caller_transaction
 from tortoise_auth.events import Event, UserEvent, UserLogin, UserLogout, outbox

@@ -23,8 +23,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.app import User
-from tests.events.test_catalog import CATALOGUE, as_json, by_name, example_of
+from tests.support.app import User
+from tests.support.catalogue import CATALOGUE, as_json, by_name, example_of
 from tortoise_auth.context import RequestContext
 from tortoise_auth.events import Event
 from tortoise_auth.events.serialization import plain

@@ -9,7 +9,7 @@ from unittest.mock import AsyncMock, Mock, create_autospec
 
 import pytest
 
-from tests.app import User
+from tests.support.app import User
 from tortoise_auth.context import RequestContext
 from tortoise_auth.events import (
     Event,

@@ -19,40 +19,22 @@ from tortoise.context import TortoiseContext
 from tortoise.exceptions import IntegrityError, OperationalError
 from tortoise.transactions import in_transaction
 
-from tests.app import AuditRow, User
-from tests.conftest import (
-    DATABASES,
+from tests.support.accounts import EMAIL, NEW_PASSWORD, PASSWORD, SECRET, log_in
+from tests.support.app import AuditRow, User
+from tests.support.concurrency import Cancelled, finished
+from tests.support.database import (
     MODULES,
-    PASSWORD,
-    POSTGRES_URL,
-    SECRET,
-    database,
-    needs_postgres,
-)
-from tests.delivery.ledger import Ledger
-from tests.delivery.witness import (
-    Cancelled,
-    Ears,
-    Undo,
+    SHARED_DATABASES,
     assert_no_connection_is_held,
-    everywhere,
-    finished,
-    inline_alone,
-    look,
-    quiet,
-    transaction_class,
-)
-from tests.probes import (
-    EMAIL,
-    NEW_PASSWORD,
-    changed,
-    columns,
     connection_of,
-    log_in,
-    row,
-    rows,
-    statements,
+    database,
+    look,
 )
+from tests.support.deliveries import Ears, Undo, everywhere, inline_alone, quiet
+from tests.support.ledger import Ledger
+from tests.support.rows import changed, columns, row, rows
+from tests.support.services import POSTGRES_URL, needs_postgres
+from tests.support.statements import statements, transaction_class
 from tortoise_auth import AuthConfig, AuthenticationError, AuthResult, AuthService, EventEmitter
 from tortoise_auth.clock import utc_now
 from tortoise_auth.database import connection_for, is_transaction
@@ -109,7 +91,7 @@ def relay(emitter: EventEmitter) -> Relay[User]:
     return Relay(emitter, User, clock=FakeClock(datetime(2100, 1, 1, tzinfo=UTC)))
 
 
-@pytest.fixture(params=DATABASES)
+@pytest.fixture(params=SHARED_DATABASES)
 async def narrow(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[TortoiseContext]:
     """Every database, PostgreSQL with a pool of one connection: a second one is a deadlock."""
     async with database(request.param, tmp_path, maxsize=1) as context:
@@ -818,7 +800,7 @@ class TestFailures:
 class TestTwoDatabases:
     """Users and sessions on one, rows of the host on the other."""
 
-    @pytest.fixture(params=DATABASES)
+    @pytest.fixture(params=SHARED_DATABASES)
     async def pair(
         self, request: pytest.FixtureRequest, tmp_path: Path
     ) -> AsyncIterator[tuple[str, str]]:
@@ -835,7 +817,7 @@ class TestTwoDatabases:
             "connections": dict(zip(names, urls[kind], strict=True)),
             "apps": {
                 "models": {"models": MODULES, "default_connection": names[0]},
-                "host": {"models": ["tests.delivery.ledger"], "default_connection": names[1]},
+                "host": {"models": ["tests.support.ledger"], "default_connection": names[1]},
             },
         }
         async with TortoiseContext() as context:

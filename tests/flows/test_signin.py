@@ -11,8 +11,8 @@ import pytest
 from tortoise.context import TortoiseContext
 
 import tortoise_auth
-from tests.app import User
-from tests.conftest import PASSWORD
+from tests.support.accounts import PASSWORD
+from tests.support.app import User
 from tortoise_auth import AuthService
 from tortoise_auth.context import RequestContext
 from tortoise_auth.events.unit_of_work import UnitOfWork

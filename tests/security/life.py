@@ -17,7 +17,7 @@ from typing import Any
 
 from tortoise.context import TortoiseContext
 
-from tests.app import User
+from tests.support.app import User
 from tortoise_auth import AbstractUser, AuthConfig, AuthService, EventEmitter, SigningKey
 from tortoise_auth.events import Event
 from tortoise_auth.exceptions import PasswordPolicyError, TortoiseAuthError
@@ -32,7 +32,7 @@ EMAIL, PASSWORD, NEW = (
 )
 CONFIG = {
     "connections": {"default": "sqlite://:memory:"},
-    "apps": {"models": {"models": ["tests.app", "tortoise_auth.models"]}},
+    "apps": {"models": {"models": ["tests.support.app", "tortoise_auth.models"]}},
 }
 
 

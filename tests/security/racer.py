@@ -17,8 +17,8 @@ from typing import Any
 from tortoise.backends.asyncpg.client import TransactionWrapper
 from tortoise.context import TortoiseContext
 
-from tests.app import User
-from tests.probes import Cost, argon2_costs
+from tests.support.app import User
+from tests.support.hashing import Cost, argon2_costs
 from tortoise_auth import (
     AbstractUser,
     AuthConfig,

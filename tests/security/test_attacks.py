@@ -10,9 +10,9 @@ import argon2.low_level
 import pytest
 from tortoise.context import TortoiseContext
 
-from tests.app import User
-from tests.conftest import PASSWORD, SECRET
-from tests.probes import EMAIL, assert_goes_on, log_in, row, rows
+from tests.support.accounts import EMAIL, PASSWORD, SECRET, assert_goes_on, log_in
+from tests.support.app import User
+from tests.support.rows import row, rows
 from tortoise_auth import AuthConfig, AuthenticationError, AuthService, PasswordHasher
 from tortoise_auth.exceptions import IdentifierTakenError
 from tortoise_auth.models import Session

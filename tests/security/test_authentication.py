@@ -7,16 +7,10 @@ from collections.abc import Awaitable, Callable
 import pytest
 from tortoise.context import TortoiseContext
 
-from tests.app import User
-from tests.conftest import PASSWORD, SECRET
-from tests.probes import (
-    EMAIL,
-    NEW_PASSWORD,
-    argon2_costs,
-    full_cost,
-    log_in,
-    statements,
-)
+from tests.support.accounts import EMAIL, NEW_PASSWORD, PASSWORD, SECRET, log_in
+from tests.support.app import User
+from tests.support.hashing import argon2_costs, full_cost
+from tests.support.statements import statements
 from tortoise_auth import (
     AuthConfig,
     AuthenticationError,

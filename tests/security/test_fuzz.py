@@ -18,18 +18,12 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from tortoise.context import TortoiseContext
 
-from tests.app import NamedUser, User
-from tests.conftest import PASSWORD, SECRET, database, needs_postgres
-from tests.probes import (
-    EMAIL,
-    NEW_PASSWORD,
-    Cost,
-    argon2_costs,
-    assert_goes_on,
-    full_cost,
-    log_in,
-    statements,
-)
+from tests.support.accounts import EMAIL, NEW_PASSWORD, PASSWORD, SECRET, assert_goes_on, log_in
+from tests.support.app import NamedUser, User
+from tests.support.database import database
+from tests.support.hashing import Cost, argon2_costs, full_cost
+from tests.support.services import needs_postgres
+from tests.support.statements import statements
 from tortoise_auth import (
     AuthConfig,
     AuthenticationError,
@@ -53,6 +47,8 @@ from tortoise_auth.models import Session
 from tortoise_auth.passwords import MAX_PASSWORD_LENGTH
 from tortoise_auth.sessions.access_tokens import MAX_TOKEN_LENGTH, AccessTokens
 from tortoise_auth.testing import FakeClock
+
+pytestmark = pytest.mark.slow
 
 MEGABYTE = 1_000_000
 DAY = timedelta(days=1)

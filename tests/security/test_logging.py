@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 from tortoise.context import TortoiseContext
 
-from tests.app import User
-from tests.conftest import PASSWORD, SECRET
-from tests.probes import EMAIL, NEW_PASSWORD, log_in
+from tests.support.accounts import EMAIL, NEW_PASSWORD, PASSWORD, SECRET, log_in
+from tests.support.app import User
 from tortoise_auth import (
     AuthConfig,
     AuthService,

@@ -15,17 +15,17 @@ from argon2.exceptions import HashingError, VerificationError
 from tortoise.context import TortoiseContext
 
 import tortoise_auth
-from tests.app import User
-from tests.conftest import PASSWORD
-from tests.probes import (
+from tests.support.accounts import (
     EMAIL,
     NEW_PASSWORD,
-    argon2_costs,
+    PASSWORD,
     assert_goes_on,
     assert_over,
     log_in,
-    rows,
 )
+from tests.support.app import User
+from tests.support.hashing import argon2_costs
+from tests.support.rows import rows
 from tortoise_auth import AuthenticationError, AuthService, EventEmitter, PasswordPolicyError
 from tortoise_auth.events import PasswordChangeFailed
 from tortoise_auth.exceptions import ServiceUnavailableError

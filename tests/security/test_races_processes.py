@@ -21,13 +21,14 @@ import pytest
 from passlib.hash import pbkdf2_sha256
 from tortoise.context import TortoiseContext
 
-from tests.app import User
-from tests.conftest import MODULES, PASSWORD, POSTGRES_URL, SECRET, needs_postgres
-from tests.probes import EMAIL, NEW_PASSWORD, connection_of, log_in
+from tests.support.accounts import EMAIL, NEW_PASSWORD, PASSWORD, SECRET, log_in
+from tests.support.app import User
+from tests.support.database import MODULES, connection_of
+from tests.support.services import POSTGRES_URL, needs_postgres
 from tortoise_auth import AuthResult, AuthService
 from tortoise_auth.exceptions import TokenReusedError, TokenRevokedError
 
-pytestmark = needs_postgres
+pytestmark = [needs_postgres, pytest.mark.slow]
 
 ROOT = Path(__file__).parents[2]
 LIMIT = 60

@@ -17,8 +17,6 @@ from passlib.hash import pbkdf2_sha256
 from tortoise.context import TortoiseContext
 from tortoise.exceptions import BaseORMException, OperationalError
 
-from tests.app import User
-from tests.probes import statements
 from tests.security.canaries import (
     EVENTS,
     OTHERS,
@@ -29,6 +27,8 @@ from tests.security.canaries import (
     listening,
     new_secret,
 )
+from tests.support.app import User
+from tests.support.statements import statements
 from tortoise_auth import (
     AuthConfig,
     AuthResult,

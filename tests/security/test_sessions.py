@@ -19,18 +19,20 @@ from tortoise.context import TortoiseContext
 from tortoise.exceptions import OperationalError
 
 import tortoise_auth
-from tests.app import StrUser, User, UuidUser
-from tests.conftest import DATABASES, PASSWORD, POSTGRES_URL, SECRET, database
-from tests.probes import (
+from tests.support.accounts import (
     EMAIL,
     NEW_PASSWORD,
+    PASSWORD,
+    SECRET,
     assert_goes_on,
     assert_over,
-    connection_of,
     log_in,
     signed,
-    statements,
 )
+from tests.support.app import StrUser, User, UuidUser
+from tests.support.database import SHARED_DATABASES, connection_of, database
+from tests.support.services import POSTGRES_URL
+from tests.support.statements import statements
 from tortoise_auth import AbstractUser, AuthConfig, AuthResult, AuthService, EventEmitter
 from tortoise_auth.clock import utc_now
 from tortoise_auth.exceptions import (
@@ -296,7 +298,7 @@ class TestLostReply:
 SECOND_NODE = """
 import asyncio, json, os, sys
 from tortoise.context import TortoiseContext
-from tests.app import User
+from tests.support.app import User
 from tortoise_auth import AuthConfig, AuthService, TortoiseAuthError
 
 async def answer(auth, order):
@@ -311,7 +313,7 @@ async def main():
     orders = json.load(sys.stdin)
     config = {
         "connections": {"node": os.environ["NODE_URL"]},
-        "apps": {"models": {"models": ["tests.app", "tortoise_auth.models"], "default_connection": "node"}},
+        "apps": {"models": {"models": ["tests.support.app", "tortoise_auth.models"], "default_connection": "node"}},
     }
     async with TortoiseContext() as context:
         await context.init(config=config)
@@ -345,7 +347,7 @@ class Node:
         self.url = url
 
 
-@pytest.fixture(params=DATABASES[1:])
+@pytest.fixture(params=SHARED_DATABASES)
 async def node(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Node]:
     """A database that a second process can open: the file and PostgreSQL."""
     async with database(request.param, tmp_path) as context:

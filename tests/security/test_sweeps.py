@@ -21,18 +21,13 @@ from passlib.hash import pbkdf2_sha256
 from tortoise.context import TortoiseContext
 from tortoise.exceptions import OperationalError
 
-from tests.app import User
-from tests.conftest import PASSWORD, POSTGRES_URL, SECRET, database, needs_postgres
-from tests.delivery.witness import (
-    Cancelled,
-    assert_no_connection_is_held,
-    finished,
-    quiet,
-    root,
-    transaction_class,
-)
-from tests.probes import EMAIL, NEW_PASSWORD
-from tests.test_database import Steps
+from tests.support.accounts import EMAIL, NEW_PASSWORD, PASSWORD, SECRET
+from tests.support.app import User
+from tests.support.concurrency import Cancelled, Steps, finished
+from tests.support.database import assert_no_connection_is_held, database, root
+from tests.support.deliveries import quiet
+from tests.support.services import POSTGRES_URL, needs_postgres
+from tests.support.statements import transaction_class
 from tortoise_auth import (
     AuthConfig,
     AuthResult,
@@ -53,6 +48,8 @@ from tortoise_auth.models import AttemptCount, OutboxEntry, Session
 from tortoise_auth.passwords import PasswordHasher
 from tortoise_auth.testing import FakeClock
 from tortoise_auth.throttling.protocol import LOCKED
+
+pytestmark = pytest.mark.slow
 
 Row: TypeAlias = dict[str, Any]
 Work: TypeAlias = Callable[[], Coroutine[Any, Any, object]]
@@ -578,7 +575,7 @@ FAILURES = {"user_login_failed", "login_throttled"}
 
 
 class TestDatabaseFailure:
-    """`tests.test_service` fails every statement of a service without handlers or addresses.
+    """`tests.flows.test_service` fails every statement of a service without handlers or addresses.
 
     Here the throttle counts sources, too, and every event is to be stored.
     """

@@ -6,7 +6,7 @@ Reasons are measured in turn, in random order, so that whatever slows the machin
 them; medians are compared with that of a wrong password. The first login of a process is measured
 in processes of its own. A reason passes if its median is within 10 % of that of a wrong password.
 That one hash of full cost is computed, whatever the reason, is proven without a clock by
-``tests/test_service.py``.
+``tests/flows/test_service.py``.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from statistics import median
 
 from tortoise.context import TortoiseContext
 
-from tests.app import User
+from tests.support.app import User
 from tortoise_auth import AbstractUser, AuthConfig, AuthenticationError, AuthService, PasswordHasher
 from tortoise_auth.models import AttemptCount
 from tortoise_auth.passwords import unusable_hash
@@ -40,7 +40,7 @@ HASHER = PasswordHasher(memory_cost=19456, time_cost=2, parallelism=1)
 
 CONFIG = {
     "connections": {"default": "sqlite://:memory:"},
-    "apps": {"models": {"models": ["tests.app", "tortoise_auth.models"]}},
+    "apps": {"models": {"models": ["tests.support.app", "tortoise_auth.models"]}},
 }
 
 

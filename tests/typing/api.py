@@ -9,7 +9,7 @@ from datetime import datetime
 from typing import assert_type
 from uuid import UUID
 
-from tests.app import NamedUser, StrUser, User, UuidUser
+from tests.support.app import NamedUser, StrUser, User, UuidUser
 from tortoise_auth import (
     AbstractUser,
     AccessClaims,

@@ -13,7 +13,7 @@ from uuid import UUID
 import pytest
 from tortoise.models import Model
 
-from tests.app import User, UuidUser
+from tests.support.app import User, UuidUser
 from tortoise_auth import events
 from tortoise_auth.context import RequestContext
 from tortoise_auth.events import (

@@ -17,7 +17,7 @@ from typing import Generic, Self
 from tortoise.backends.base.client import BaseDBAsyncClient
 
 from tortoise_auth.clock import Clock, utc_now
-from tortoise_auth.context import storable
+from tortoise_auth.context import sanitize_text
 from tortoise_auth.database import (
     Listener,
     connection_for,
@@ -393,7 +393,7 @@ class _Batch(Generic[UserT]):
 
     async def _failed(self, row: Claimed, failure: Exception) -> None:
         cause = failure.original if isinstance(failure, EventError) else failure
-        error = storable(f"{type(cause).__name__}: {describe(cause)}", _MAX_ERROR_LENGTH)
+        error = sanitize_text(f"{type(cause).__name__}: {describe(cause)}", _MAX_ERROR_LENGTH)
         now = self._relay._clock()
         if isinstance(failure, UserGoneError) or row.attempts >= self._settings.max_attempts:
             logger.error(

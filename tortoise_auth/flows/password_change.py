@@ -23,7 +23,7 @@ async def set_password(
 ) -> None:
     """Store a new password without asking for the current one. Emits ``password_changed``."""
     core.require_own(user, actor)
-    core.policy.check(new_password, about=user.words_about())
+    await core.policy.acheck(new_password, about=user.words_about())
     hashed = await core.passwords.hash(new_password)
     await _replace(core, user, hashed, keep=keep, instead_of=None, actor=actor, context=context)
 
@@ -41,7 +41,7 @@ async def change_password(
     core.require_own(user)
     context = current_context(context)
     stored = await passwords.check_current(user, current_password, context)
-    core.policy.check(new_password, about=user.words_about())
+    await core.policy.acheck(new_password, about=user.words_about())
     hashed = await core.passwords.hash(new_password)
     changed = await _replace(
         core, user, hashed, keep=keep, instead_of=stored, actor="user", context=context

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Generic, TypeVar
 
-from tortoise_auth.context import RequestContext, storable
+from tortoise_auth.context import RequestContext, sanitize_text
 from tortoise_auth.database import is_missing_table, is_transaction, to_the_end, translated
 from tortoise_auth.events.catalog import (
     AccountLocked,
@@ -450,8 +450,8 @@ async def _available(
 
 
 def _shown(identifier: object) -> str:
-    """Return an identifier as events carry it: text, bounded, storable."""
-    return storable(identifier if isinstance(identifier, str) else "", _MAX_IDENTIFIER_LENGTH)
+    """Return an identifier as events carry it: text, bounded and sanitized."""
+    return sanitize_text(identifier if isinstance(identifier, str) else "", _MAX_IDENTIFIER_LENGTH)
 
 
 def _id(user: UserT | None) -> str | None:

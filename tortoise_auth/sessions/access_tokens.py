@@ -13,14 +13,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from types import MappingProxyType
-from typing import Any
-
-import jwt
+from typing import TYPE_CHECKING, Any
 
 from tortoise_auth.clock import Clock
 from tortoise_auth.config import AuthConfig
 from tortoise_auth.exceptions import TokenExpiredError, TokenInvalidError
+from tortoise_auth.lazy import LazyModule
 from tortoise_auth.sessions.encoding import from_base64url
+
+if TYPE_CHECKING:
+    import jwt
+else:
+    jwt = LazyModule("jwt")
 
 MAX_TOKEN_LENGTH = 8192
 """Characters. Longer input is refused before it is decoded."""

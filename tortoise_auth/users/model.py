@@ -13,7 +13,7 @@ from tortoise.fields.relational import RelationalField
 from tortoise.models import Model
 
 from tortoise_auth.clock import utc_now
-from tortoise_auth.context import current_context, storable
+from tortoise_auth.context import current_context, sanitize_text
 from tortoise_auth.database import connection_for, guarded, is_unique_violation, violated_columns
 from tortoise_auth.events.catalog import PasswordChanged, UserRegistered
 from tortoise_auth.events.emitting import EventEmitter, emitter
@@ -122,7 +122,7 @@ class AbstractUser(Model):
         if password is None:
             hashed = unusable_hash()
         else:
-            cls.password_policy.check(password, about=cls._words_about(values))
+            await cls.password_policy.acheck(password, about=cls._words_about(values))
             hashed = await cls.password_hasher.hash(password)
         try:
             async with UnitOfWork(connection_for(cls), cls.emitter) as unit:
@@ -326,7 +326,7 @@ def _fits(field: Field[Any], value: object) -> bool:
 
 
 def _is_storable(text: str) -> bool:
-    return storable(text, len(text)) == text
+    return sanitize_text(text, len(text)) == text
 
 
 def _legible(key: str) -> str:

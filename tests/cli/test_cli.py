@@ -1,0 +1,876 @@
+"""The command line: real processes, on a project in a folder, on an SQLite file and on PostgreSQL."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import pytest
+from tortoise.context import TortoiseContext
+
+from tests.support.accounts import PASSWORD, SECRET
+from tests.support.app import AuditRow, User
+from tests.support.database import SHARED_DATABASES, connection_of, database
+from tests.support.services import POSTGRES_URL
+from tortoise_auth import AuthConfig, AuthService, EventEmitter
+from tortoise_auth.clock import utc_now
+from tortoise_auth.events import outbox
+from tortoise_auth.models import OutboxEntry
+
+ROOT = Path(__file__).parents[2]
+COMMAND = Path(sys.executable).with_name("tortoise-auth")
+EMAIL = "ada@example.com"
+DEADLINE = 60
+"""Seconds until a test gives up waiting for another process; nothing takes that long."""
+
+SHOP = """
+import asyncio, os, pathlib, sys, time
+from tests.support.app import AuditRow, User
+from tortoise_auth import AuthConfig, AuthService, EventEmitter
+from tortoise_auth.events import UserLogin
+from tortoise_auth.testing import cheap_hasher
+
+TORTOISE_ORM = {
+    "connections": {"default": os.environ["SHOP_DATABASE"]},
+    "apps": {"models": {"models": ["tests.support.app", "tortoise_auth.models"]}},
+}
+emitter = EventEmitter()
+config = AuthConfig(secret=os.environ["SHOP_SECRET"])
+auth = AuthService(User, config, emitter=emitter, passwords=cheap_hasher())
+
+
+class Container:
+    service = auth
+
+
+def say(text):
+    print(text, file=sys.stderr, flush=True)
+"""
+
+RECORD = """
+@emitter.on("user_login", delivery="durable", name="shop:record")
+async def record(user, event):
+    await AuditRow.create(event=f"{event.name} {event.id}", subject=user.email, at=event.occurred_at)
+    say("recorded")
+"""
+
+BROKEN = """
+@emitter.on("user_login", delivery="durable", name="shop:record")
+async def record(user):
+    raise RuntimeError("no mail \\x1b[2J today\\nnor tomorrow")
+"""
+
+
+@dataclass
+class Project:
+    """A host's program in a folder, and its database, in which this process writes, too.
+
+    Attributes:
+        folder: Where ``shop.py`` is, and where commands run.
+        context: The database.
+        environment: What commands find in theirs.
+    """
+
+    folder: Path
+    context: TortoiseContext
+    environment: dict[str, str] = field(default_factory=dict)
+
+    def write(self, *code: str) -> None:
+        """Write ``shop.py``, with handlers."""
+        (self.folder / "shop.py").write_text("\n".join((SHOP, *code)))
+
+    def run(
+        self, *arguments: str, stdin: int = subprocess.DEVNULL
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a command to its end, with the database that belongs to the project."""
+        return run(*arguments, folder=self.folder, values=self.environment, stdin=stdin)
+
+    def outbox(self, *arguments: str) -> str:
+        """Return what a command for the outbox prints when all is well."""
+        finished = self.run("outbox", *arguments)
+        assert (finished.returncode, finished.stderr) == (0, "")
+        return finished.stdout
+
+    @asynccontextmanager
+    async def relay(self, *options: str) -> AsyncIterator[RelayProcess]:
+        """Run a relay process, and see to it that it is gone afterwards."""
+        process = await asyncio.create_subprocess_exec(
+            *(str(COMMAND), "relay", "shop:auth", "--poll-interval", "0.05", *options),
+            cwd=self.folder,
+            env=environment(self.environment),
+            stdout=asyncio.subprocess.DEVNULL,
+            stderr=asyncio.subprocess.PIPE,
+        )
+        relay = RelayProcess(process)
+        try:
+            yield relay
+        finally:
+            if process.returncode is None:
+                process.kill()
+            await process.wait()
+
+    async def log_in(self, subscription: str = "shop:record") -> None:
+        """Log in as Ada, as a web process of the host that knows the subscription by name."""
+        emitter = EventEmitter()
+
+        @emitter.on("user_login", delivery="durable", name=subscription)
+        async def elsewhere(user: User) -> None:
+            raise AssertionError("the relay process delivers")
+
+        if not await User.exists(email=EMAIL):
+            await User.create_user(email=EMAIL, password=PASSWORD)
+        auth = AuthService(User, AuthConfig(secret=SECRET), emitter=emitter)
+        await auth.login(EMAIL, PASSWORD)
+
+    async def entry(self, **values: Any) -> OutboxEntry:
+        """Write a row as if it had been there for an hour."""
+        hour_ago = utc_now() - timedelta(hours=1)
+        defaults: dict[str, Any] = {
+            "event_id": uuid4(),
+            "event_name": "user_login",
+            "subscription": "shop:record",
+            "subject_id": "7",
+            "payload": {},
+            "created_at": hour_ago,
+        }
+        return await OutboxEntry.create(**defaults | values)
+
+    async def dead_letter(self, *, days: int = 0, **values: Any) -> OutboxEntry:
+        """Write a dead letter that died some days and an hour ago."""
+        died = utc_now() - timedelta(days=days, hours=1)
+        return await self.entry(dead_at=died, attempts=10, last_error="KeyError: 'x'", **values)
+
+
+@dataclass
+class RelayProcess:
+    """A running ``tortoise-auth relay``."""
+
+    process: asyncio.subprocess.Process
+    log: list[str] = field(default_factory=list)
+
+    async def says(self, text: str) -> str:
+        """Wait for a line with *text* on its standard error."""
+        assert self.process.stderr is not None
+        async with asyncio.timeout(DEADLINE):
+            while line := (await self.process.stderr.readline()).decode():
+                self.log.append(line)
+                if text in line:
+                    return line
+        raise AssertionError(f"it ended without saying {text!r}:\n{''.join(self.log)}")
+
+    async def ends(self, number: signal.Signals) -> tuple[int, float]:
+        """Send a signal; return the exit code, and how many seconds it took."""
+        began = time.monotonic()
+        self.process.send_signal(number)
+        assert self.process.stderr is not None
+        async with asyncio.timeout(DEADLINE):
+            self.log.append((await self.process.stderr.read()).decode())
+            return await self.process.wait(), time.monotonic() - began
+
+
+def environment(values: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment of a command: ours without settings, and *values*."""
+    inherited = {name: value for name, value in os.environ.items() if name != "TORTOISE_ORM"}
+    return {**inherited, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1", **values}
+
+
+def run(
+    *arguments: str, folder: Path, values: Mapping[str, str], stdin: int = subprocess.DEVNULL
+) -> subprocess.CompletedProcess[str]:
+    """Run the installed command to its end."""
+    return subprocess.run(
+        [COMMAND, *arguments],
+        cwd=folder,
+        env=environment(values),
+        stdin=stdin,
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE,
+    )
+
+
+async def eventually(true: Callable[[], Awaitable[bool]]) -> None:
+    """Wait until something is true of the database."""
+    async with asyncio.timeout(DEADLINE):
+        while not await true():  # noqa: ASYNC110 - the database of another process tells nobody
+            await asyncio.sleep(0.02)
+
+
+@asynccontextmanager
+async def project_on(kind: str, folder: Path) -> AsyncIterator[Project]:
+    """Make a project with an empty database."""
+    async with database(kind, folder) as context:
+        connection: Any = connection_of(context)
+        url = {
+            "file": f"sqlite://{folder / 'test.sqlite3'}",
+            "postgres": f"{POSTGRES_URL}?schema={getattr(connection, 'schema', None)}",
+        }[kind]
+        found = Project(
+            folder,
+            context,
+            {"SHOP_DATABASE": url, "SHOP_SECRET": SECRET, "TORTOISE_ORM": "shop:TORTOISE_ORM"},
+        )
+        found.write(RECORD)
+        yield found
+
+
+@pytest.fixture(params=SHARED_DATABASES)
+async def project(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Project]:
+    """A project on each database that two processes can share."""
+    async with project_on(request.param, tmp_path) as found:
+        yield found
+
+
+@pytest.fixture
+async def shop(tmp_path: Path) -> AsyncIterator[Project]:
+    """A project on an SQLite file, for what no database changes."""
+    async with project_on("file", tmp_path) as found:
+        yield found
+
+
+class TestRelay:
+    """``tortoise-auth relay``: a relay as a process."""
+
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda each: each.name)
+    async def test_delivers(self, project: Project, number: signal.Signals) -> None:
+        """Rows that other processes write are delivered once each, and a signal ends it with 0."""
+        await project.log_in()
+        async with project.relay() as relay:
+            await relay.says("delivers to shop:record")
+            await relay.says("recorded")
+            await project.log_in()
+            await relay.says("recorded")
+            await eventually(lambda: _is_empty())
+            code, seconds = await relay.ends(number)
+        assert code == 0
+        assert seconds < 10
+        rows = await AuditRow.all()
+        assert [row.subject for row in rows] == [EMAIL, EMAIL]
+        assert len({row.event for row in rows}) == 2
+        assert "Traceback" not in "".join(relay.log)
+
+    @pytest.mark.parametrize(
+        "handler",
+        [
+            'def record(user):\n    say("working")\n    time.sleep(600)',
+            'async def record(user):\n    say("working")\n    time.sleep(600)',
+            'async def record(user):\n    say("working")\n    await asyncio.sleep(600)',
+            'async def record(user):\n    say("working")\n    while True:\n        try:\n'
+            "            await asyncio.sleep(600)\n        except asyncio.CancelledError: pass",
+        ],
+        ids=["thread", "blocks-the-loop", "sleeps", "refuses"],
+    )
+    async def test_ends_in_time(self, shop: Project, handler: str) -> None:
+        """A handler that hangs, however, does not hold it up: its row is left to the lease."""
+        shop.write(
+            f'@emitter.on("user_login", delivery="durable", name="shop:record")\n{handler}\n'
+        )
+        await shop.log_in()
+        async with shop.relay("--stop-timeout", "0.5", "--lease", "300") as relay:
+            await relay.says("working")
+            code, seconds = await relay.ends(signal.SIGTERM)
+        row = await OutboxEntry.get()
+        assert code == 0
+        assert seconds < 10
+        assert row.attempts == 1
+        assert row.last_error is None
+        assert row.due_at is not None
+        assert row.due_at - utc_now() > timedelta(seconds=200)
+
+    async def test_waits_for_a_handler(self, shop: Project) -> None:
+        """A handler that ends within the time to stop is waited for, and its row is gone."""
+        shop.write(
+            '@emitter.on("user_login", delivery="durable", name="shop:record")\n'
+            "async def record(user):\n"
+            '    say("working")\n'
+            '    while not pathlib.Path("go").exists():\n'
+            "        await asyncio.sleep(0.01)\n"
+            '    say("finished")\n'
+        )
+        await shop.log_in()
+        async with shop.relay("--stop-timeout", str(DEADLINE)) as relay:
+            await relay.says("working")
+            relay.process.send_signal(signal.SIGTERM)
+            await relay.says("stops")
+            (shop.folder / "go").touch()
+            await relay.says("finished")
+            async with asyncio.timeout(DEADLINE):
+                assert await relay.process.wait() == 0
+        assert await _is_empty()
+
+    async def test_second_signal(self, shop: Project) -> None:
+        """A second signal ends it at once."""
+        shop.write(
+            '@emitter.on("user_login", delivery="durable", name="shop:record")\n'
+            'async def record(user):\n    say("working")\n    await asyncio.sleep(600)\n'
+        )
+        await shop.log_in()
+        async with shop.relay("--stop-timeout", "600") as relay:
+            await relay.says("working")
+            relay.process.send_signal(signal.SIGINT)
+            await relay.says("stops")
+            code, seconds = await relay.ends(signal.SIGINT)
+        assert code == -signal.SIGINT
+        assert seconds < 10
+
+    async def test_finishes_the_background(self, shop: Project) -> None:
+        """What a durable handler emitted into the background is done before it ends."""
+        shop.write(
+            '@emitter.on("user_login", delivery="durable", name="shop:record")\n'
+            'async def record(user):\n    await emitter.emit("greeted")\n    say("emitted")\n'
+            '@emitter.on("greeted", delivery="background")\n'
+            "async def greet():\n"
+            '    while not pathlib.Path("go").exists():\n'
+            "        await asyncio.sleep(0.01)\n"
+            '    say("greeted")\n'
+        )
+        await shop.log_in()
+        async with shop.relay("--stop-timeout", str(DEADLINE)) as relay:
+            await relay.says("emitted")
+            relay.process.send_signal(signal.SIGTERM)
+            await relay.says("stops")
+            (shop.folder / "go").touch()
+            await relay.says("greeted")
+            async with asyncio.timeout(DEADLINE):
+                assert await relay.process.wait() == 0
+
+    async def test_options(self, project: Project) -> None:
+        """``--max-attempts`` decides when a row is a dead letter, and the log says so readably."""
+        project.write(BROKEN)
+        await project.log_in()
+        async with project.relay("--max-attempts", "1") as relay:
+            line = await relay.says("is a dead letter after 1 attempts")
+            await eventually(lambda: OutboxEntry.exists(dead_at__isnull=False))
+            assert (await relay.ends(signal.SIGTERM))[0] == 0
+        assert re.match(r"20\d\d-\d\d-\d\d \d\d:\d\d:\d\d,\d+ ERROR tortoise_auth.relay: ", line)
+        assert "RuntimeError: no mail \\x1b[2J today\\nnor tomorrow" in line
+
+    async def test_survives_a_missing_table(self, tmp_path: Path) -> None:
+        """Started before the database is ready, it tries again, and delivers when it is."""
+        async with project_on("file", tmp_path) as shop:
+            await connection_of(shop.context).execute_script("DROP TABLE tortoise_auth_outbox")
+            async with shop.relay() as relay:
+                await relay.says("could not work; it will try again")
+                await shop.context.generate_schemas()
+                await shop.log_in()
+                await relay.says("recorded")
+                assert (await relay.ends(signal.SIGTERM))[0] == 0
+
+    async def test_lifespan(self, shop: Project) -> None:
+        """What the handlers need is open before the first delivery and closed after the last."""
+        shop.write(
+            "from contextlib import asynccontextmanager\n"
+            "@asynccontextmanager\n"
+            "async def lifespan():\n"
+            "    await User.all().count()\n"
+            '    say("opened")\n'
+            "    yield\n"
+            '    say("closed")\n',
+            RECORD,
+        )
+        await shop.log_in()
+        async with shop.relay("--lifespan", "shop:lifespan") as relay:
+            await relay.says("recorded")
+            assert (await relay.ends(signal.SIGTERM))[0] == 0
+        said = "".join(relay.log)
+        assert said.index("opened") < said.index("recorded") < said.index("closed")
+
+    async def test_lifespan_that_fails(self, shop: Project) -> None:
+        """A broker that is down ends the command with a reason; whoever started it starts it again."""
+        shop.write(
+            "from contextlib import asynccontextmanager\n"
+            "@asynccontextmanager\n"
+            "async def lifespan():\n"
+            '    raise OSError("no broker")\n'
+            "    yield\n",
+        )
+        relay = shop.run("relay", "shop:auth", "--lifespan", "shop:lifespan")
+        assert relay.returncode == 1
+        last = relay.stderr.splitlines()[-1]
+        assert last == "tortoise-auth: The lifespan could not begin: OSError: no broker"
+        assert "shop.py" in relay.stderr
+
+    @pytest.mark.parametrize(
+        ("name", "told"),
+        [
+            ("emitter", "wanted is a function made by @asynccontextmanager"),
+            ("bare", "'shop:bare' is not made by @asynccontextmanager"),
+            ("plain", "'shop:plain' is not made by @asynccontextmanager"),
+            ("of_the_app", "'shop:of_the_app' must need no arguments, and it needs: app"),
+        ],
+    )
+    async def test_lifespan_that_is_none(self, shop: Project, name: str, told: str) -> None:
+        """A mistake is told before anything runs."""
+        shop.write(
+            "from contextlib import asynccontextmanager\n"
+            "async def bare():\n    yield\n"
+            "async def plain():\n    pass\n"
+            "@asynccontextmanager\nasync def of_the_app(app):\n    yield\n"
+        )
+        relay = shop.run("relay", "shop:auth", "--lifespan", f"shop:{name}")
+        assert relay.returncode == 2
+        assert told in relay.stderr
+        assert "Traceback" not in relay.stderr
+
+    async def test_nothing_to_do(self, shop: Project) -> None:
+        """A relay whose program registers no durable handler says so."""
+        shop.write()
+        async with shop.relay() as relay:
+            line = await relay.says("nothing to deliver to")
+            assert "importing shop:auth registers no durable handler" in line
+            assert (await relay.ends(signal.SIGTERM))[0] == 0
+
+
+class TestStatus:
+    """``tortoise-auth outbox status``: numbers for people and monitors."""
+
+    async def test_json(self, project: Project) -> None:
+        """A monitor reads counts, the oldest age, rows by subscription, and who is unknown here."""
+        now = utc_now()
+        await project.entry(due_at=now)
+        await project.entry(due_at=now + timedelta(hours=1))
+        await project.entry(due_at=now, subscription="old:gone")
+        await project.dead_letter()
+        numbers = json.loads(project.outbox("status", "shop:auth", "--json"))
+        age = numbers.pop("oldest_waiting_seconds")
+        assert 3600 <= age < 3600 + 2 * DEADLINE
+        assert numbers == {
+            "waiting": 3,
+            "due": 2,
+            "dead": 1,
+            "subscriptions": {"shop:record": 2, "old:gone": 1},
+            "unknown_subscriptions": ["old:gone"],
+        }
+
+    async def test_empty(self, project: Project) -> None:
+        """Of an empty outbox every number is 0, and without a service nothing is called unknown."""
+        assert json.loads(project.outbox("status", "--json")) == {
+            "waiting": 0,
+            "due": 0,
+            "dead": 0,
+            "oldest_waiting_seconds": 0.0,
+            "subscriptions": {},
+            "unknown_subscriptions": None,
+        }
+
+    async def test_text(self, shop: Project) -> None:
+        """A person reads the same, and sees which rows nobody in this program will deliver."""
+        await shop.entry(due_at=utc_now())
+        await shop.entry(due_at=utc_now(), subscription="old:\x1b[31mgone")
+        lines = [line.split() for line in shop.outbox("status", "shop:auth").splitlines()]
+        assert lines[:3] == [["waiting", "2"], ["due", "2"], ["dead", "0"]]
+        assert ["shop:record", "1"] in lines
+        assert ["old:\\x1b[31mgone", "1", "no", "handler", "here"] in lines
+
+
+class TestList:
+    """``tortoise-auth outbox list``: what waits, and what is dead."""
+
+    async def test_waiting(self, shop: Project) -> None:
+        """Each waiting row is one line: event, subscription, subject, attempts, age, when it is due."""
+        first = await shop.entry(due_at=utc_now(), attempts=2)
+        second = await shop.entry(due_at=utc_now() + timedelta(hours=3), subject_id=None)
+        await shop.dead_letter()
+        lines = shop.outbox("list").splitlines()
+        assert len(lines) == 3
+        assert lines[0].split()[:4] == ["Id", "Event", "Subscription", "Subject"]
+        cells = ("user_login", "shop:record", "7", "2", "1.0", "h", "due")
+        assert lines[1].split() == [str(first.id), *cells]
+        assert re.fullmatch(
+            rf"{second.id} +user_login +shop:record +0 +1\.0 h +in (3\.0|2\.9|2\.8) h", lines[2]
+        )
+
+    async def test_dead(self, shop: Project) -> None:
+        """``--dead`` shows the dead letters with their last error, and only those."""
+        await shop.entry(due_at=utc_now())
+        dead = await shop.dead_letter()
+        header, line = shop.outbox("list", "--dead").splitlines()
+        assert header.endswith("Last error")
+        assert line.split()[0] == str(dead.id)
+        assert line.endswith("dead   KeyError: 'x'")
+
+    async def test_escaped(self, shop: Project) -> None:
+        """Whatever a database holds, nothing that a terminal would obey is printed."""
+        hostile = "\x1b]0;owned\x07\x9b2J\r\n\x7f\u202e[red]\u2028\ud800\U000e0001é"
+        hostile_name = "a\x1b[8m\nb"
+        await shop.dead_letter(
+            event_name=hostile_name, subscription=hostile_name, subject_id=hostile_name
+        )
+        await connection_of(shop.context).execute_query(
+            "UPDATE tortoise_auth_outbox SET last_error = ?", [hostile.replace("\ud800", "")]
+        )
+        output = shop.outbox("list", "--dead")
+        assert all(each.isprintable() for line in output.split("\n") for each in line)
+        assert len(output.splitlines()) == 2
+        assert "\\x1b]0;owned\\x07\\x9b2J\\r\\n\\x7f\\u202e[red]\\u2028\\U000e0001é" in output
+        assert output.count("a\\x1b[8m\\nb") == 3
+
+    async def test_json(self, project: Project) -> None:
+        """``--json`` gives programs every value whole, errors of any length included."""
+        dead = await project.dead_letter()
+        error = "\x1b" + "e" * 1999
+        await OutboxEntry.filter(id=dead.id).update(last_error=error)
+        (row,) = json.loads(project.outbox("list", "--dead", "--json"))
+        assert row["id"] == dead.id
+        assert row["event_id"] == str(dead.event_id)
+        assert row["last_error"] == error
+        assert (row["event"], row["subscription"]) == ("user_login", "shop:record")
+        assert (row["subject_id"], row["attempts"], row["due_at"]) == ("7", 10, None)
+        assert "payload" not in row
+
+    async def test_limit(self, shop: Project) -> None:
+        """``--limit`` shows the oldest; an empty list says so."""
+        rows = [await shop.entry(due_at=utc_now()) for _ in range(3)]
+        shown = json.loads(shop.outbox("list", "--json", "--limit", "2"))
+        assert [row["id"] for row in shown] == [row.id for row in rows[:2]]
+        assert shop.outbox("list", "--dead") == "No dead letters.\n"
+
+
+class TestRetry:
+    """``tortoise-auth outbox retry``: a new start."""
+
+    async def test_ids(self, project: Project) -> None:
+        """The rows that are named start again with all attempts before them, and no others."""
+        chosen, backing_off, other = (
+            await project.dead_letter(),
+            await project.entry(due_at=utc_now() + timedelta(hours=1), attempts=4),
+            await project.dead_letter(),
+        )
+        output = project.outbox("retry", str(chosen.id), str(backing_off.id), str(chosen.id))
+        assert output == "Rows that start again: 2\n"
+        for row in (chosen, backing_off):
+            await row.refresh_from_db()
+            assert (row.attempts, row.dead_at) == (0, None)
+            assert row.due_at is not None
+            assert row.due_at <= utc_now()
+        await other.refresh_from_db()
+        assert (other.due_at, other.attempts) == (None, 10)
+
+    async def test_all_dead(self, project: Project) -> None:
+        """``--all-dead`` wakes every dead letter, and a relay then delivers it."""
+        project.write(BROKEN)
+        await project.log_in()
+        async with project.relay("--max-attempts", "1") as relay:
+            await relay.says("is a dead letter")
+            await eventually(lambda: OutboxEntry.exists(dead_at__isnull=False))
+            await relay.ends(signal.SIGTERM)
+        project.write(RECORD)
+        async with project.relay() as relay:
+            await relay.says("delivers to")
+            assert project.outbox("retry", "--all-dead") == "Rows that start again: 1\n"
+            await relay.says("recorded")
+            await eventually(lambda: _is_empty())
+        assert await AuditRow.all().count() == 1
+
+    async def test_all_dead_leaves_others(self, project: Project) -> None:
+        """``--all-dead`` touches neither what backs off nor the marks of background deliveries."""
+        later = utc_now() + timedelta(hours=1)
+        waiting = await project.entry(due_at=later, attempts=3)
+        mark = await project.entry(subscription=outbox.AFTER_COMMIT)
+        assert project.outbox("retry", "--all-dead") == "Rows that start again: 0\n"
+        await waiting.refresh_from_db()
+        await mark.refresh_from_db()
+        assert (waiting.attempts, waiting.due_at, mark.due_at) == (3, later, None)
+
+    async def test_missing(self, shop: Project) -> None:
+        """Ids that are not there are told, with exit code 1; the others start again."""
+        row = await shop.dead_letter()
+        finished = shop.run("outbox", "retry", str(row.id), "123456789")
+        assert finished.returncode == 1
+        assert finished.stdout == "Rows that start again: 1\n"
+        assert finished.stderr == "tortoise-auth: 1 of the ids are not in the outbox\n"
+
+
+class TestPurge:
+    """``tortoise-auth outbox purge``: the end of old dead letters."""
+
+    async def test_older_than(self, project: Project) -> None:
+        """Dead letters older than that are deleted, without a question where nobody sits; no others."""
+        old, young = await project.dead_letter(days=30), await project.dead_letter(days=29)
+        waiting = await project.entry(due_at=utc_now(), created_at=old.created_at)
+        assert project.outbox("purge", "--older-than", "30") == "Rows deleted: 1\n"
+        assert await OutboxEntry.all().order_by("id").values_list("id", flat=True) == [
+            young.id,
+            waiting.id,
+        ]
+
+    @pytest.mark.parametrize(
+        ("options", "answer", "code", "left"),
+        [((), b"n\n", 1, 1), ((), b"y\n", 0, 0), (("--yes",), b"", 0, 0)],
+        ids=["no", "yes", "not-asked"],
+    )
+    async def test_asks(
+        self, shop: Project, options: tuple[str, ...], answer: bytes, code: int, left: int
+    ) -> None:
+        """A person at a terminal is asked, and ``--yes`` says that they know."""
+        await shop.dead_letter(days=2)
+        ours, theirs = pty.openpty()
+        try:
+            os.write(ours, answer)
+            finished = shop.run("outbox", "purge", "--older-than", "1", *options, stdin=theirs)
+        finally:
+            os.close(ours)
+            os.close(theirs)
+        assert finished.returncode == code
+        assert ("Delete the dead letters" in finished.stdout) is not bool(options)
+        assert await OutboxEntry.all().count() == left
+
+
+class TestEvents:
+    """``tortoise-auth events``: the subscriptions of each event."""
+
+    async def test_table(self, shop: Project) -> None:
+        """Each line is one handler: event, turn, delivery, priority and what is special about it."""
+        shop.write(
+            RECORD,
+            '@emitter.on("user_login", priority=1, timeout=2.5, once=True)\n'
+            "async def first(user): ...\n"
+            '@emitter.on("password_changed", delivery="background")\n'
+            "def warn(user): ...\n",
+        )
+        finished = shop.run("events", "shop:Container.service")
+        assert (finished.returncode, finished.stderr) == (0, "")
+        assert [line.split() for line in finished.stdout.splitlines()] == [
+            ["Event", "Turn", "Handler", "Delivery", "Priority", "Options"],
+            ["password_changed", "1", "shop:warn", "background", "10", "on", "a", "thread"],
+            ["user_login", "1", "shop:first", "inline", "1", "once,", "timeout=2.5", "s"],
+            ["user_login", "2", "shop:record", "durable", "10"],
+        ]
+
+    async def test_named(self, shop: Project) -> None:
+        """A name that is not the function's own is shown, for rows are found by it."""
+        shop.write('@emitter.on("*", delivery="durable", name="mail")\nasync def f(event): ...')
+        output = shop.run("events", "shop:auth").stdout
+        assert output.splitlines()[1].split() == ["*", "1", "shop:f", "durable", "10", "name=mail"]
+
+    async def test_nobody(self, shop: Project) -> None:
+        """Where nobody listens it says so."""
+        shop.write()
+        assert shop.run("events", "shop:auth").stdout == "There are no subscriptions.\n"
+
+
+MISTAKES = {
+    "no colon": (["events", "shop"], "'shop' does not name an AuthService, as in myapp.main:auth"),
+    "no name": (["events", "shop:"], "'shop:' does not name an AuthService"),
+    "no module": (["events", "shpo:auth"], "There is no module 'shpo', neither in "),
+    "no submodule": (["events", "shop.main:auth"], "There is no module 'shop.main'"),
+    "no attribute": (["events", "shop:auht"], "'shop' has no 'auht'; wanted is an AuthService"),
+    "suggestion": (["events", "shop:auht"], "There is shop:auth"),
+    "no inner attribute": (["events", "shop:Container.auth"], "has no 'Container.auth'"),
+    "another type": (["relay", "shop:emitter"], "'shop:emitter' is of type EventEmitter; wanted"),
+    "no settings module": (["outbox", "list", "-c", "settings.TORTOISE_ORM"], "no module 'settin"),
+    "no settings": (["outbox", "list", "-c", "shop.TORTOISE"], "There is shop:TORTOISE_ORM"),
+    "settings type": (["outbox", "list", "-c", "shop:auth"], "is of type AuthService; wanted is"),
+    "settings path": (["outbox", "list", "-c", "shop"], "'shop' does not name Tortoise settings"),
+    "empty lease": (["relay", "shop:auth", "--lease", "0"], "lease must be a positive timedelta"),
+    "no rows": (["outbox", "retry"], "either their ids or --all-dead"),
+    "two kinds": (["outbox", "retry", "1", "--all-dead"], "either their ids or --all-dead"),
+}
+
+
+class TestMistakes:
+    """What is typed wrong is answered in one line that says what to type, and with exit code 2."""
+
+    @pytest.mark.parametrize("mistake", MISTAKES)
+    def test_typed(self, mistake: str, tmp_path: Path) -> None:
+        """Each mistake has one line that names it, and no traceback."""
+        arguments, message = MISTAKES[mistake]
+        finished = _in_a_folder(tmp_path, SHOP, *arguments, TORTOISE_ORM="shop:TORTOISE_ORM")
+        assert (finished.returncode, finished.stdout) == (2, "")
+        assert finished.stderr.startswith("tortoise-auth: ")
+        assert message in finished.stderr
+        assert finished.stderr.count("\n") == 1
+
+    @pytest.mark.parametrize(
+        "arguments",
+        [
+            ["outbox", "purge"],
+            ["outbox", "retry", "9223372036854775808"],
+            ["relay", "shop:auth", "--batch-size", "0"],
+            ["nonsense"],
+        ],
+        ids=" ".join,
+    )
+    def test_usage(self, arguments: list[str], tmp_path: Path) -> None:
+        """Wrong options and values are refused with exit code 2 before anything is touched."""
+        finished = _in_a_folder(tmp_path, SHOP, *arguments, TORTOISE_ORM="shop:TORTOISE_ORM")
+        assert (finished.returncode, finished.stdout) == (2, "")
+        assert "Error: " in finished.stderr
+        assert "Traceback" not in finished.stderr
+        assert not list(tmp_path.glob("*.sqlite3"))
+
+    def test_no_settings(self, tmp_path: Path) -> None:
+        """Without settings it says the three ways to give them."""
+        finished = _in_a_folder(tmp_path, SHOP, "outbox", "status")
+        assert finished.returncode == 2
+        assert finished.stderr.startswith("tortoise-auth: Which database? Say --config ")
+        assert "set TORTOISE_ORM" in finished.stderr
+        assert "[tool.tortoise]" in finished.stderr
+
+    def test_unreadable_pyproject(self, tmp_path: Path) -> None:
+        """A pyproject.toml that is none is told."""
+        (tmp_path / "pyproject.toml").write_text("[tool.tortoise\n")
+        finished = _in_a_folder(tmp_path, SHOP, "outbox", "status")
+        assert finished.returncode == 2
+        assert finished.stderr.startswith("tortoise-auth: pyproject.toml cannot be read: ")
+
+    @pytest.mark.parametrize(
+        ("code", "message"),
+        [
+            ("import shop_settings", "cannot be imported: No module named 'shop_settings'"),
+            ('{}["AUTH_SECRET"]', "The module 'shop' cannot be imported: KeyError: 'AUTH_SECRET'"),
+            ("x = (", "cannot be imported: SyntaxError"),
+        ],
+        ids=["import", "key", "syntax"],
+    )
+    def test_broken_module(self, tmp_path: Path, code: str, message: str) -> None:
+        """A module that fails when it is imported shows where, and then the one line."""
+        finished = _in_a_folder(tmp_path, code, "events", "shop:auth")
+        assert (finished.returncode, finished.stdout) == (2, "")
+        assert 'shop.py", line 1' in finished.stderr
+        assert message in finished.stderr.splitlines()[-1]
+
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            ({"apps": {}}, "Tortoise refuses its settings: ConfigurationError: "),
+            ({"connections": {"default": "nosql://x"}}, "Unknown DB scheme: nosql"),
+            (
+                {"apps": {"models": {"models": ["tests.support.app"]}}},
+                "OutboxEntry is not registered with",
+            ),
+            (
+                {"apps": {"models": {"models": ["tortoise_auth.models"]}}},
+                "User is not registered with Tortoise",
+            ),
+            (
+                {"apps": {"models": {"models": ["tests.support.ap", "tortoise_auth.models"]}}},
+                'Module "tests.support.ap" not found',
+            ),
+        ],
+        ids=["empty", "scheme", "no outbox", "no user", "no models"],
+    )
+    def test_refused_settings(
+        self, tmp_path: Path, settings: dict[str, object], message: str
+    ) -> None:
+        """Settings that Tortoise refuses, or that lack our tables or the users, are told."""
+        code = f"{SHOP}\nTORTOISE_ORM |= {settings!r}\n"
+        finished = _in_a_folder(tmp_path, code, "relay", "shop:auth", "-c", "shop:TORTOISE_ORM")
+        assert finished.returncode == 2
+        assert message in finished.stderr
+        assert "Traceback" not in finished.stderr
+
+    def test_missing_table(self, tmp_path: Path) -> None:
+        """A database that fails gives exit code 1, and its own words."""
+        finished = _in_a_folder(tmp_path, SHOP, "outbox", "list", "-c", "shop:TORTOISE_ORM")
+        assert finished.returncode == 1
+        assert finished.stderr == (
+            "tortoise-auth: The database failed: OperationalError: "
+            "no such table: tortoise_auth_outbox\n"
+        )
+
+    def test_no_server(self, tmp_path: Path) -> None:
+        """A database that cannot be reached is told without the password of its address."""
+        url = "postgres://shop:hunter2@127.0.0.1:1/shop"
+        code = f"{SHOP}\nTORTOISE_ORM['connections']['default'] = {url!r}\n"
+        finished = _in_a_folder(tmp_path, code, "outbox", "list", "-c", "shop:TORTOISE_ORM")
+        assert finished.returncode == 1
+        assert finished.stderr.startswith("tortoise-auth: The database failed: ")
+        assert "hunter2" not in finished.stderr
+
+
+class TestSettings:
+    """Where the database settings come from: the option, the environment, pyproject.toml."""
+
+    @pytest.mark.parametrize("source", ["option", "dotted", "environment", "pyproject"])
+    async def test_sources(self, shop: Project, source: str) -> None:
+        """Each source is found, written with a colon or as Tortoise writes it."""
+        del shop.environment["TORTOISE_ORM"]
+        options: tuple[str, ...] = ()
+        if source == "environment":
+            shop.environment["TORTOISE_ORM"] = "shop.TORTOISE_ORM"
+        elif source == "pyproject":
+            text = '[tool.tortoise]\ntortoise_orm = "shop.TORTOISE_ORM"\n'
+            (shop.folder / "pyproject.toml").write_text(text)
+        else:
+            options = ("-c", "shop:TORTOISE_ORM" if source == "option" else "shop.TORTOISE_ORM")
+        assert shop.outbox("list", *options) == "Nothing waits.\n"
+
+    async def test_option_first(self, shop: Project) -> None:
+        """The option wins over the environment."""
+        shop.environment["TORTOISE_ORM"] = "nowhere.TORTOISE_ORM"
+        assert shop.outbox("list", "--config", "shop:TORTOISE_ORM") == "Nothing waits.\n"
+
+
+class TestExtra:
+    """Typer and Rich are needed by the command alone."""
+
+    @pytest.mark.parametrize("package", ["typer", "rich"])
+    def test_missing(self, package: str) -> None:
+        """Without the extra the command is one line that says what to install."""
+        finished = _python(
+            f"import sys; sys.modules['{package}'] = None; from tortoise_auth.cli import main; main()"
+        )
+        assert finished.returncode == 1
+        assert finished.stderr == (
+            f'The command tortoise-auth needs {package}: pip install "tortoise-auth[cli]"\n'
+        )
+
+    def test_not_imported(self) -> None:
+        """Importing the library imports neither."""
+        finished = _python(
+            "import sys, tortoise_auth, tortoise_auth.service; "
+            "print(sorted({'typer', 'rich', 'tortoise_auth.cli'} & set(sys.modules)))"
+        )
+        assert (finished.stdout, finished.stderr) == ("[]\n", "")
+
+    def test_as_a_module(self, tmp_path: Path) -> None:
+        """``python -m tortoise_auth.cli`` is the same command."""
+        finished = subprocess.run(
+            [sys.executable, "-W", "error", "-m", "tortoise_auth.cli", "outbox", "--help"],
+            cwd=tmp_path,
+            env=environment({}),
+            capture_output=True,
+            text=True,
+            timeout=DEADLINE,
+        )
+        assert (finished.returncode, finished.stderr) == (0, "")
+        assert "Usage: tortoise-auth outbox" in finished.stdout
+
+
+async def _is_empty() -> bool:
+    return not await OutboxEntry.exists()
+
+
+def _in_a_folder(
+    folder: Path, code: str, *arguments: str, **values: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a command where ``shop.py`` is *code*, and the database a file that is not there yet."""
+    (folder / "shop.py").write_text(code)
+    settings = {"SHOP_DATABASE": f"sqlite://{folder / 'new.sqlite3'}", "SHOP_SECRET": SECRET}
+    return run(*arguments, folder=folder, values=settings | values)
+
+
+def _python(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=environment({}),
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE,
+    )

@@ -1,0 +1,996 @@
+"""The database layer: no cancellation, failure or finished transaction leaves anything behind."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import itertools
+import sqlite3
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+import pytest
+from tortoise import fields
+from tortoise.backends.asyncpg.client import AsyncpgDBClient, TransactionWrapper
+from tortoise.backends.base.client import (
+    BaseDBAsyncClient,
+    NestedTransactionContext,
+    TransactionalDBClient,
+    TransactionContextPooled,
+)
+from tortoise.backends.sqlite.client import (
+    SqliteClient,
+    SqliteTransactionContext,
+    SqliteTransactionWrapper,
+)
+from tortoise.connection import ConnectionHandler, get_connections
+from tortoise.context import TortoiseContext
+from tortoise.exceptions import (
+    DBConnectionError,
+    IntegrityError,
+    OperationalError,
+    TransactionManagementError,
+)
+from tortoise.models import Model
+from tortoise.transactions import in_transaction
+
+from tests.support.app import AuditRow, User
+from tests.support.concurrency import Steps, Work, settled
+from tests.support.database import SHARED_DATABASES, database
+from tests.support.services import needs_postgres
+from tortoise_auth.database import (
+    Listener,
+    connection_for,
+    context_outside_transactions,
+    current_connection,
+    guarded,
+    in_caller_transaction,
+    is_transaction,
+    notify,
+    root_of,
+    transaction,
+    when_committed,
+)
+from tortoise_auth.exceptions import (
+    AuthenticationError,
+    ConfigurationError,
+    ServiceUnavailableError,
+)
+from tortoise_auth.models import Session
+
+
+class Unregistered(Model):
+    """A model that no test tells Tortoise about."""
+
+    id = fields.IntField(primary_key=True)
+
+
+@pytest.fixture(params=SHARED_DATABASES)
+async def root(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[BaseDBAsyncClient]:
+    """Each database with one single connection, so that a lost one is missed at once."""
+    async with database(request.param, tmp_path, maxsize=1) as context:
+        yield context.connections.get(request.param)
+
+
+@pytest.fixture
+async def sqlite_root(sqlite: TortoiseContext) -> BaseDBAsyncClient:
+    return sqlite.connections.get("memory")
+
+
+async def write(connection: BaseDBAsyncClient, *names: str) -> None:
+    for name in names:
+        await AuditRow.create(event=name, using_db=connection)
+
+
+async def rows(connection: BaseDBAsyncClient) -> list[str]:
+    found = await AuditRow.all().using_db(connection).order_by("id")
+    return [row.event for row in found]
+
+
+async def expect_idle(root: BaseDBAsyncClient) -> None:
+    """Fail if a connection is out, a lock is held, or a transaction is open or current."""
+    await settled()
+    if isinstance(root, SqliteClient):
+        assert not root._lock.locked()
+        assert root._connection is None or not root._connection.in_transaction
+    else:
+        assert root._pool is None or root._pool.get_idle_size() == root._pool.get_size()
+    assert connection_for(AuditRow) is root
+    assert not in_caller_transaction()
+
+
+async def expect_nothing_left(root: BaseDBAsyncClient) -> None:
+    """Fail if anything is left of earlier transactions, or another one does not work."""
+    await expect_idle(root)
+    before = await rows(root)
+    async with asyncio.timeout(30), transaction(root) as connection:
+        await write(connection, "probe")
+    assert await rows(root) == [*before, "probe"]
+    await AuditRow.filter(event="probe").using_db(root).delete()
+
+
+async def cancelled_everywhere(
+    work: Work,
+    check: Callable[[asyncio.Task[Any]], Awaitable[object]],
+    *,
+    stubbornly: bool = False,
+) -> tuple[int, int]:
+    """Cancel *work* at each of its steps in turn, and *check* what is left each time.
+
+    Returns:
+        How many steps there were, and at how many of them the work was cut short.
+    """
+    cut_short = 0
+    for step in itertools.count(1):
+        steps = Steps(cancel_at=step, stubbornly=stubbornly)
+        task = await steps.run(work)
+        await check(task)
+        if steps.taken < step:
+            assert not task.cancelled()
+            return steps.taken, cut_short
+        cut_short += task.cancelled()
+    raise AssertionError
+
+
+class TestTransaction:
+    async def test_commit(self, root: BaseDBAsyncClient) -> None:
+        """What was written is there after the block, and the connection is back."""
+        block = transaction(root)
+        async with block as connection:
+            assert connection_for(AuditRow) is connection
+            assert not block.committed
+            await write(connection, "a", "b")
+        assert block.committed
+        assert await rows(root) == ["a", "b"]
+        await expect_nothing_left(root)
+
+    async def test_current_connection(self, root: BaseDBAsyncClient) -> None:
+        """Inside the block the models use it without being told."""
+        async with transaction(root):
+            await AuditRow.create(event="a")
+            assert await AuditRow.all().count() == 1
+        assert await AuditRow.all().count() == 1
+
+    async def test_rollback(self, root: BaseDBAsyncClient) -> None:
+        """An error in the block comes out as it is, and nothing that was written stays."""
+        error = LookupError("x")
+        block = transaction(root)
+        with pytest.raises(LookupError) as raised:
+            async with block as connection:
+                await write(connection, "a")
+                raise error
+        assert raised.value is error
+        assert not block.committed
+        assert await rows(root) == []
+        await expect_nothing_left(root)
+
+    @pytest.mark.parametrize("nested", [False, True])
+    async def test_error_of_tortoise(self, root: BaseDBAsyncClient, nested: bool) -> None:
+        """An error after which Tortoise itself does not roll back rolls back here."""
+        async with transaction(root) as outer:
+            await write(outer, "outer")
+            if nested:
+                with pytest.raises(TransactionManagementError):
+                    async with transaction(outer) as inner:
+                        await write(inner, "inner")
+                        raise TransactionManagementError("x")
+        if not nested:
+            with pytest.raises(TransactionManagementError):
+                async with transaction(root) as connection:
+                    await write(connection, "inner")
+                    raise TransactionManagementError("x")
+        await expect_nothing_left(root)
+        assert await rows(root) == ["outer"]
+
+    async def test_savepoint(self, root: BaseDBAsyncClient) -> None:
+        """A nested block is rolled back alone, and kept only if the outer one is."""
+        with pytest.raises(LookupError):
+            async with transaction(root) as outer:
+                async with transaction(outer) as inner:
+                    await write(inner, "lost with the outer one")
+                raise LookupError
+        async with transaction(root) as outer:
+            await write(outer, "a")
+            async with transaction(outer) as inner:
+                await write(inner, "b")
+            with pytest.raises(LookupError):
+                async with transaction(outer) as inner:
+                    await write(inner, "c")
+                    async with transaction(inner) as innermost:
+                        await write(innermost, "d")
+                    raise LookupError
+            with pytest.raises(IntegrityError):
+                async with transaction(outer) as inner:
+                    await AuditRow.create(id=1, event="e", using_db=inner)
+                    await AuditRow.create(id=1, event="e", using_db=inner)
+            await write(outer, "f")
+        assert await rows(root) == ["a", "b", "f"]
+        await expect_nothing_left(root)
+
+    async def test_in_a_transaction_of_the_caller(self, root: BaseDBAsyncClient) -> None:
+        """Inside Tortoise's own block ours is a savepoint of it."""
+        async with in_transaction(root.connection_name) as outer:
+            await AuditRow.create(event="a")
+            assert connection_for(AuditRow) is outer
+            block = transaction(connection_for(AuditRow))
+            assert block.nested
+            with pytest.raises(LookupError):
+                async with block as inner:
+                    await write(inner, "b")
+                    raise LookupError
+        assert await rows(root) == ["a"]
+        await expect_nothing_left(root)
+
+    async def test_one_after_the_other(self, root: BaseDBAsyncClient) -> None:
+        """Many callers at once take turns on one connection."""
+
+        async def add(name: str) -> None:
+            async with transaction(root) as connection:
+                await write(connection, name, name)
+
+        await asyncio.gather(*(add(str(number)) for number in range(10)))
+        found = await rows(root)
+        assert found[::2] == found[1::2]
+        assert set(found) == {str(number) for number in range(10)}
+        await expect_nothing_left(root)
+
+
+class TestCancellation:
+    @pytest.mark.parametrize("stubbornly", [False, True], ids=["once", "again and again"])
+    async def test_anywhere(self, root: BaseDBAsyncClient, stubbornly: bool) -> None:
+        """Cancelled at any step, all is written or nothing, and nothing is left behind."""
+        states: list[bool] = []
+
+        async def work() -> None:
+            block = transaction(root)
+            states.append(False)
+            try:
+                async with block as connection:
+                    await write(connection, "a", "b")
+            finally:
+                states[-1] = block.committed
+
+        async def check(task: asyncio.Task[Any]) -> None:
+            await expect_nothing_left(root)
+            written = await rows(root)
+            assert written == (["a", "b"] if states and states[-1] else [])
+            assert task.cancelled() or written
+            await AuditRow.all().using_db(root).delete()
+            states.clear()
+
+        steps, cut_short = await cancelled_everywhere(work, check, stubbornly=stubbornly)
+        assert steps >= cut_short >= 10
+
+    async def test_anywhere_in_a_savepoint(self, root: BaseDBAsyncClient) -> None:
+        """Cancelled at any step of a savepoint, the transaction around it can go on."""
+
+        async def work() -> None:
+            async with transaction(root) as outer:
+                await write(outer, "before")
+                with suppress(asyncio.CancelledError):
+                    async with transaction(outer) as inner:
+                        await write(inner, "a", "b")
+                await write(outer, "after")
+
+        async def check(task: asyncio.Task[Any]) -> None:
+            await expect_nothing_left(root)
+            assert await rows(root) in (
+                [],
+                ["before", "after"],
+                ["before", "a", "b", "after"],
+            )
+            assert task.cancelled() or await rows(root)
+            await AuditRow.all().using_db(root).delete()
+
+        steps, cut_short = await cancelled_everywhere(work, check)
+        assert steps > cut_short >= 10
+
+    async def test_anywhere_in_the_first_one(self, root: BaseDBAsyncClient) -> None:
+        """Cancelled while the database is connected to, the next caller finds it in order."""
+
+        async def work() -> None:
+            async with transaction(root) as connection:
+                await connection.execute_query_dict("SELECT 1")
+
+        async def check(task: asyncio.Task[Any]) -> None:
+            await expect_idle(root)
+            async with asyncio.timeout(30):
+                await work()
+            await expect_idle(root)
+            await root.close()
+
+        await root.close()
+        steps, cut_short = await cancelled_everywhere(work, check)
+        assert steps >= cut_short >= 10
+
+    @pytest.mark.parametrize("steps", range(1, 6))
+    async def test_in_the_queue(self, root: BaseDBAsyncClient, steps: int) -> None:
+        """Who is cancelled while another has the only connection need not wait for it."""
+        entered, leave = asyncio.Event(), asyncio.Event()
+
+        async def hold() -> None:
+            async with transaction(root) as connection:
+                entered.set()
+                await leave.wait()
+                await write(connection, "held")
+
+        async def queue() -> None:
+            async with transaction(root) as connection:
+                await write(connection, "queued")
+
+        holding = asyncio.create_task(hold())
+        await entered.wait()
+        queueing = asyncio.create_task(queue())
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        queueing.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await queueing
+        assert not holding.done()
+        leave.set()
+        await holding
+        await expect_nothing_left(root)
+        assert await rows(root) == ["held"]
+
+    async def test_while_it_commits(
+        self, root: BaseDBAsyncClient, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Cancelled during the commit, it is committed, and the caller is cancelled then."""
+        committing, go_on = asyncio.Event(), asyncio.Event()
+        block = transaction(root)
+
+        async def work() -> None:
+            async with block as connection:
+                await write(connection, "a")
+                commit = connection.commit
+
+                async def slow_commit() -> None:
+                    committing.set()
+                    await go_on.wait()
+                    await commit()
+
+                monkeypatch.setattr(connection, "commit", slow_commit)
+
+        task = asyncio.create_task(work())
+        await committing.wait()
+        for _ in range(3):
+            task.cancel()
+            await asyncio.sleep(0)
+        assert not task.done()
+        go_on.set()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert block.committed
+        await expect_nothing_left(root)
+        assert await rows(root) == ["a"]
+
+    async def test_timeout(self, root: BaseDBAsyncClient) -> None:
+        """A timeout around a block that waits for ever ends it."""
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.01), transaction(root) as connection:
+                await write(connection, "a")
+                await asyncio.Event().wait()
+        await expect_nothing_left(root)
+        assert await rows(root) == []
+
+
+@contextmanager
+def failing(
+    monkeypatch: pytest.MonkeyPatch, root: BaseDBAsyncClient, method: str, error: Exception
+) -> Iterator[None]:
+    """Let *method* of every transaction on *root* raise *error*."""
+
+    async def fail(self: object) -> None:
+        raise error
+
+    kind = SqliteTransactionWrapper if isinstance(root, SqliteClient) else TransactionWrapper
+    with monkeypatch.context() as patch:
+        patch.setattr(kind, method, fail)
+        yield
+
+
+class TestFailures:
+    @pytest.mark.parametrize(
+        "error", [OperationalError("x"), ConnectionResetError("x"), TransactionManagementError("x")]
+    )
+    async def test_begin(
+        self, root: BaseDBAsyncClient, monkeypatch: pytest.MonkeyPatch, error: Exception
+    ) -> None:
+        """If BEGIN fails, the error comes out, and connection and lock are free."""
+        with failing(monkeypatch, root, "begin", error), pytest.raises(type(error)) as raised:
+            async with transaction(root):
+                raise AssertionError("the block was entered")
+        assert raised.value is error
+        await expect_nothing_left(root)
+
+    async def test_savepoint(
+        self, root: BaseDBAsyncClient, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """If SAVEPOINT fails, the transaction around it is as it was."""
+        async with transaction(root) as outer:
+            await write(outer, "a")
+            with (
+                failing(monkeypatch, root, "savepoint", OperationalError("x")),
+                pytest.raises(OperationalError),
+            ):
+                async with transaction(outer):
+                    raise AssertionError("the block was entered")
+            await write(outer, "b")
+        await expect_nothing_left(root)
+        assert await rows(root) == ["a", "b"]
+
+    async def test_commit_that_does_nothing(
+        self, root: BaseDBAsyncClient, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """If COMMIT fails, its changes are rolled back and no later commit brings them in."""
+        block = transaction(root)
+        with failing(monkeypatch, root, "commit", OperationalError("x")):
+            with pytest.raises(OperationalError):
+                async with block as connection:
+                    await write(connection, "a")
+        assert not block.committed
+        await expect_nothing_left(root)
+        assert await rows(root) == []
+
+    async def test_commit_that_the_database_refuses(self, root: BaseDBAsyncClient) -> None:
+        """So it is when the database refuses the COMMIT for a constraint that it checks then."""
+        await root.execute_script(
+            "CREATE TABLE parent (id INT PRIMARY KEY);"
+            "CREATE TABLE child (id INT REFERENCES parent (id) DEFERRABLE INITIALLY DEFERRED)"
+        )
+        block = transaction(root)
+        with pytest.raises((sqlite3.IntegrityError, asyncpg.ForeignKeyViolationError)):
+            async with block as connection:
+                await write(connection, "a")
+                await connection.execute_query("INSERT INTO child VALUES (1)")
+        assert not block.committed
+        await expect_nothing_left(root)
+        assert await rows(root) == []
+        assert await root.execute_query_dict("SELECT * FROM child") == []
+
+    @pytest.mark.parametrize("nested", [False, True])
+    async def test_passed_over(self, root: BaseDBAsyncClient, nested: bool) -> None:
+        """PostgreSQL keeps nothing after a failed statement, and that is an error, not a commit."""
+
+        async def pass_over(connection: BaseDBAsyncClient) -> None:
+            await write(connection, "a")
+            with suppress(IntegrityError):
+                await connection.execute_query("INSERT INTO app_audit_row (id) VALUES (NULL)")
+
+        block = transaction(root)
+        keeps_on = isinstance(root, SqliteClient)
+        refused = (OperationalError, asyncpg.InFailedSQLTransactionError)
+        with nullcontext() if keeps_on else pytest.raises(refused):
+            async with block as outer:
+                if nested:
+                    async with transaction(outer) as inner:
+                        await pass_over(inner)
+                else:
+                    await pass_over(outer)
+        assert block.committed == keeps_on
+        await expect_nothing_left(root)
+        assert await rows(root) == (["a"] if keeps_on else [])
+
+    @needs_postgres
+    async def test_after_the_commit(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """What fails once it is committed is an error, and committed it is all the same."""
+        async with database("postgres", tmp_path, maxsize=1) as context:
+            root = context.connections.get("postgres")
+            block = transaction(root)
+            release = asyncpg.Pool.release
+
+            async def release_and_fail(*args: Any, **kwargs: Any) -> None:
+                await release(*args, **kwargs)
+                raise ConnectionResetError("x")
+
+            with monkeypatch.context() as patch, pytest.raises(ConnectionResetError):
+                async with block as connection:
+                    await write(connection, "a")
+                    patch.setattr(asyncpg.Pool, "release", release_and_fail)
+            assert block.committed
+            await expect_nothing_left(root)
+            assert await rows(root) == ["a"]
+
+    async def test_rollback(self, root: BaseDBAsyncClient, monkeypatch: pytest.MonkeyPatch) -> None:
+        """If ROLLBACK fails too, the connection is back, and the transaction is not current."""
+        started: list[asyncio.Task[BaseDBAsyncClient]] = []
+        over = asyncio.Event()
+
+        async def later() -> BaseDBAsyncClient:
+            await over.wait()
+            return connection_for(AuditRow)
+
+        with failing(monkeypatch, root, "rollback", ConnectionResetError("x")):
+            with pytest.raises(ConnectionResetError):
+                async with transaction(root) as connection:
+                    started.append(asyncio.create_task(later()))
+                    await connection.execute_query_dict("SELECT 1")
+                    raise LookupError
+        over.set()
+        assert await started[0] is root
+        if isinstance(root, SqliteClient):
+            assert root._connection is not None
+            await root._connection.rollback()
+        await expect_nothing_left(root)
+
+    @needs_postgres
+    async def test_connection_lost(self, tmp_path: Path) -> None:
+        """A connection that the server ends is replaced, and the caller is told."""
+        async with database("postgres", tmp_path, maxsize=1) as context:
+            root = context.connections.get("postgres")
+            with pytest.raises((asyncpg.PostgresError, asyncpg.InterfaceError, OSError)):
+                async with transaction(root) as connection:
+                    await write(connection, "a")
+                    await connection.execute_query_dict(
+                        "SELECT pg_terminate_backend(pg_backend_pid())"
+                    )
+            await expect_nothing_left(root)
+            assert await rows(root) == []
+
+    @needs_postgres
+    async def test_no_server(self) -> None:
+        """Where no server answers, opening fails, and the pool can be tried again."""
+        async with TortoiseContext() as context:
+            await context.init(
+                db_url="postgres://postgres@127.0.0.1:1/test",
+                modules={"models": ["tests.support.app"]},
+            )
+            root = next(iter(context.connections.all()))
+            for _ in range(2):
+                with pytest.raises(OSError):
+                    async with transaction(root):
+                        raise AssertionError("the block was entered")
+
+    async def test_no_such_folder(self, tmp_path: Path) -> None:
+        """An SQLite file that cannot be opened leaves no lock: each caller gets the error."""
+        async with TortoiseContext() as context:
+            await context.init(
+                db_url=f"sqlite://{tmp_path}/missing/x.sqlite3",
+                modules={"models": ["tests.support.app"]},
+            )
+            root = next(iter(context.connections.all()))
+            before = set(threading.enumerate())
+            for _ in range(2):
+                with pytest.raises(sqlite3.OperationalError):
+                    async with asyncio.timeout(30), transaction(root):
+                        raise AssertionError("the block was entered")
+            for thread in set(threading.enumerate()) - before:
+                await asyncio.to_thread(thread.join, 30)
+
+
+class TestConnectionFor:
+    def test_no_database(self) -> None:
+        """Without a context of Tortoise the error says what to call."""
+        with pytest.raises(ConfigurationError) as refused:
+            contextvars.Context().run(connection_for, User)
+        assert "Tortoise.init" in str(refused.value)
+        assert "RegisterTortoise" in str(refused.value)
+        assert contextvars.Context().run(current_connection, User) is None
+        assert contextvars.Context().run(in_caller_transaction) is False
+
+    async def test_not_registered(self, sqlite_root: BaseDBAsyncClient) -> None:
+        """A model that Tortoise does not know is named, with what to write where."""
+        with pytest.raises(ConfigurationError) as refused:
+            connection_for(Unregistered)
+        assert "Unregistered is not registered" in str(refused.value)
+        assert 'modules={"models": ["tests.database.test_database", ...]}' in str(refused.value)
+        assert '"tortoise_auth.models"' in str(refused.value)
+        assert refused.value.__cause__ is None
+        assert current_connection(Unregistered) is None
+        assert current_connection(AuditRow) is sqlite_root
+
+    async def test_outside(self, root: BaseDBAsyncClient) -> None:
+        """Outside a transaction it is the database."""
+        assert connection_for(User) is connection_for(Session) is root
+
+    async def test_task_that_outlives_a_transaction(self, root: BaseDBAsyncClient) -> None:
+        """A task that was started in a transaction which is over gets the living database."""
+        over = asyncio.Event()
+
+        async def later() -> BaseDBAsyncClient:
+            inside = connection_for(AuditRow)
+            assert isinstance(inside, TransactionalDBClient)
+            await over.wait()
+            connection = connection_for(AuditRow)
+            await write(connection, "later")
+            return connection
+
+        for end in (None, LookupError(), asyncio.CancelledError()):
+            for begin in (
+                lambda: transaction(root),
+                lambda: in_transaction(root.connection_name),
+            ):
+                over.clear()
+                with suppress(LookupError, asyncio.CancelledError):
+                    async with begin() as outer, transaction(outer):
+                        task = asyncio.create_task(later())
+                        await asyncio.sleep(0)
+                        if end is not None:
+                            raise end
+                over.set()
+                assert await task is root
+        assert await rows(root) == ["later"] * 6
+        await expect_nothing_left(root)
+
+    async def test_task_inside(self, root: BaseDBAsyncClient) -> None:
+        """While it is open, a task that was started in it belongs to it."""
+        async with transaction(root) as connection:
+
+            async def inside() -> None:
+                assert connection_for(AuditRow) is connection
+                await write(connection_for(AuditRow), "inside")
+
+            await asyncio.create_task(inside())
+        assert await rows(root) == ["inside"]
+
+
+class TestWhenCommitted:
+    async def test_outside(self, root: BaseDBAsyncClient) -> None:
+        """Where no transaction is, it happens at once."""
+        acted: list[str] = []
+        when_committed(root, lambda: acted.append("now"))
+        assert acted == ["now"]
+
+    @pytest.mark.parametrize("own", [True, False])
+    async def test_outermost(self, root: BaseDBAsyncClient, own: bool) -> None:
+        """It happens after the outermost commit, in order, and the changes are there then."""
+        acted: list[str] = []
+        outer_block: Any = transaction(root) if own else in_transaction(root.connection_name)
+        async with outer_block as outer:
+            async with transaction(outer) as inner, transaction(inner) as innermost:
+                await write(innermost, "a")
+                when_committed(innermost, lambda: acted.append("first"))
+            when_committed(outer, lambda: acted.append("second"))
+            assert acted == []
+        assert acted == ["first", "second"]
+        assert await rows(root) == ["a"]
+        await expect_nothing_left(root)
+
+    async def test_any_number_of_acts(self, root: BaseDBAsyncClient) -> None:
+        """A transaction may tell of thousands of things."""
+        acted: list[int] = []
+        async with transaction(root) as connection:
+            for number in range(5000):
+                when_committed(connection, partial(acted.append, number))
+        assert acted == list(range(5000))
+        await expect_nothing_left(root)
+
+    async def test_failing_act(
+        self, root: BaseDBAsyncClient, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """Whoever commits is not told of it, and the acts behind it happen."""
+        acted: list[str] = []
+
+        def fail() -> None:
+            raise LookupError("x")
+
+        async with transaction(root) as connection:
+            await write(connection, "a")
+            when_committed(connection, fail)
+            when_committed(connection, lambda: acted.append("y"))
+        assert acted == ["y"]
+        assert caplog.messages == ["What was to follow a commit failed"]
+        assert await rows(root) == ["a"]
+
+    async def test_rollback(self, root: BaseDBAsyncClient) -> None:
+        """After a rollback it does not happen, nor with the next transaction."""
+        acted: list[str] = []
+        with pytest.raises(LookupError):
+            async with transaction(root) as outer, transaction(outer) as inner:
+                when_committed(inner, lambda: acted.append("x"))
+                raise LookupError
+        await expect_nothing_left(root)
+        assert acted == []
+
+    async def test_failed_commit(
+        self, root: BaseDBAsyncClient, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """After a commit that failed it does not happen either."""
+        acted: list[str] = []
+        with failing(monkeypatch, root, "commit", OperationalError("x")):
+            with pytest.raises(OperationalError):
+                async with transaction(root) as connection:
+                    when_committed(connection, lambda: acted.append("x"))
+        await expect_nothing_left(root)
+        assert acted == []
+
+
+request_id: contextvars.ContextVar[str] = contextvars.ContextVar("request_id")
+
+
+class TestContexts:
+    async def test_outside_transactions(self, root: BaseDBAsyncClient) -> None:
+        """A context for later work keeps what the request set, and no transaction."""
+        request_id.set("r1")
+        async with transaction(root) as outer, transaction(outer):
+            context = context_outside_transactions()
+            assert context.run(request_id.get) == "r1"
+            assert context.run(connection_for, AuditRow) is root
+            assert not context.run(in_caller_transaction)
+            assert in_caller_transaction()
+            assert connection_for(AuditRow) is outer
+        await expect_nothing_left(root)
+
+    def test_without_a_database(self) -> None:
+        """Without a database it is a plain copy."""
+
+        def copied() -> str:
+            request_id.set("r2")
+            return context_outside_transactions().run(request_id.get)
+
+        assert contextvars.Context().run(copied) == "r2"
+
+    async def test_names(self, root: BaseDBAsyncClient) -> None:
+        """The root is the same from any depth, and a transaction is one while it is open."""
+        async with transaction(root) as outer, transaction(outer) as inner:
+            assert root_of(inner) is root_of(outer) is root_of(root) is root
+            assert [is_transaction(each) for each in (root, outer, inner)] == [False, True, True]
+        assert [is_transaction(each) for each in (root, outer, inner)] == [False, False, False]
+
+
+@needs_postgres
+class TestNotify:
+    async def test_wakes_after_the_commit(self, postgres: TortoiseContext) -> None:
+        """A listener is woken by what was committed, and not by what was rolled back."""
+        root = postgres.connections.get("postgres")
+        woken: asyncio.Queue[str] = asyncio.Queue()
+        async with (
+            Listener(root, "tests_one", lambda: woken.put_nowait("one")),
+            Listener(root, "tests_two", lambda: woken.put_nowait("two")),
+        ):
+            with pytest.raises(LookupError):
+                async with transaction(root) as connection:
+                    await notify(connection, "tests_one")
+                    raise LookupError
+            async with transaction(root) as connection:
+                await notify(connection, "tests_two")
+                assert woken.empty()
+            async with asyncio.timeout(30):
+                assert await woken.get() == "two"
+            assert woken.empty()
+
+    async def test_listener_that_gets_no_connection(
+        self,
+        postgres: TortoiseContext,
+        monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        """Whoever listens goes on, polling, and the log says why it is slower; without the address."""
+        root = connection_for(AuditRow)
+
+        async def refuse(**options: object) -> None:
+            assert options["timeout"] == 5
+            raise OSError(f"no route to {options['host']}")
+
+        monkeypatch.setattr(asyncpg, "connect", refuse)
+        async with Listener(root, "channel", lambda: None):
+            pass
+        assert caplog.messages == ["Cannot listen to channel (OSError)"]
+
+    async def test_sqlite(self, sqlite_root: BaseDBAsyncClient) -> None:
+        """On SQLite both do nothing."""
+        async with Listener(sqlite_root, "tests", lambda: pytest.fail("woken")):
+            await notify(sqlite_root, "tests")
+
+
+class Store:
+    """Methods as a service has them, with a database that fails as one likes."""
+
+    @guarded
+    async def login(self, error: BaseException) -> None:
+        """Raise *error*."""
+        raise error
+
+    @guarded
+    async def count(self, model: type[Model]) -> int:
+        """Ask the database."""
+        return await model.all().count()
+
+    @guarded
+    async def add(self, *numbers: int, more: int = 0) -> int:
+        """Need no database."""
+        return sum(numbers) + more
+
+
+SECRET_VALUE = "ada@example.com"
+SQL = f"INSERT INTO app_user VALUES ('{SECRET_VALUE}')"
+
+
+DATABASE_FAILURES: dict[str, tuple[Exception, str]] = {
+    "Tortoise": (OperationalError(SQL), "OperationalError"),
+    "SQLite in Tortoise": (OperationalError(sqlite3.OperationalError(SQL)), "OperationalError"),
+    "asyncpg in Tortoise": (
+        IntegrityError(asyncpg.UniqueViolationError(SQL)),
+        "UniqueViolationError",
+    ),
+    "transaction": (TransactionManagementError(SQL), "TransactionManagementError"),
+    "connection": (DBConnectionError(SQL), "DBConnectionError"),
+    "locked": (sqlite3.OperationalError("database is locked"), "OperationalError"),
+    "closed": (
+        sqlite3.ProgrammingError("Cannot operate on a closed database."),
+        "ProgrammingError",
+    ),
+    "malformed": (sqlite3.DatabaseError("malformed"), "DatabaseError"),
+    "deadlock": (asyncpg.DeadlockDetectedError(SQL), "DeadlockDetectedError"),
+    "serialization": (asyncpg.SerializationError(SQL), "SerializationError"),
+    "too many": (asyncpg.TooManyConnectionsError(SQL), "TooManyConnectionsError"),
+    "starting": (asyncpg.CannotConnectNowError(SQL), "CannotConnectNowError"),
+    "asyncpg itself": (asyncpg.InterfaceError(SQL), "InterfaceError"),
+    "inside asyncpg": (asyncpg.InternalClientError(SQL), "InternalClientError"),
+    "system": (OSError(SQL), "OSError"),
+    "refused": (ConnectionRefusedError(SQL), "ConnectionRefusedError"),
+    "timeout": (TimeoutError(SQL), "TimeoutError"),
+    "aiosqlite": (ValueError("no active connection"), "ValueError"),
+    "aiosqlite closed": (ValueError("Connection closed"), "ValueError"),
+}
+
+
+class TestGuarded:
+    @pytest.mark.parametrize("what", DATABASE_FAILURES)
+    async def test_database_failures(self, what: str) -> None:
+        """Any failure of a database or driver is one error, without its text, values or cause."""
+        error, kind = DATABASE_FAILURES[what]
+        error.__cause__ = RuntimeError(SQL)
+        with pytest.raises(ServiceUnavailableError) as raised:
+            await Store().login(error)
+        assert str(raised.value) == f"The database failed during login ({kind})"
+        assert raised.value.__cause__ is None
+        assert raised.value.__context__ is None
+
+    @pytest.mark.parametrize(
+        "error",
+        [
+            ValueError("x"),
+            RuntimeError("x"),
+            TypeError("x"),
+            AuthenticationError(),
+            ConfigurationError("x"),
+            asyncio.CancelledError(),
+            KeyboardInterrupt(),
+        ],
+        ids=repr,
+    )
+    async def test_other_errors(self, error: BaseException) -> None:
+        """What is no failure of a database passes unchanged."""
+        with pytest.raises(type(error)) as raised:
+            await Store().login(error)
+        assert raised.value is error
+
+    async def test_no_error(self) -> None:
+        """A method that works does what it did, under its own name."""
+        assert await Store().add(1, 2, more=3) == 6
+        assert Store.add.__name__ == "add"
+        assert Store.add.__doc__ == "Need no database."
+
+    async def test_missing_table(self, root: BaseDBAsyncClient) -> None:
+        """A table that is not there is a mistake of set-up, with what to do about it."""
+        await root.execute_script("DROP TABLE app_audit_row")
+        with pytest.raises(ConfigurationError, match="Run your migrations") as raised:
+            await Store().count(AuditRow)
+        assert raised.value.__context__ is None
+        assert "SELECT" not in str(raised.value)
+
+    async def test_missing_column(self, root: BaseDBAsyncClient) -> None:
+        """So is a column that is not there, for reading and for writing."""
+        await root.execute_script("ALTER TABLE app_audit_row RENAME COLUMN subject TO topic")
+
+        class Rows:
+            @guarded
+            async def read(self) -> None:
+                await AuditRow.all()
+
+            @guarded
+            async def write(self) -> None:
+                await AuditRow.create(event="a")
+
+        with pytest.raises(ConfigurationError, match="Run your migrations"):
+            await Rows().write()
+        if not isinstance(root, SqliteClient):  # which takes an unknown column for text
+            with pytest.raises(ConfigurationError, match="Run your migrations"):
+                await Rows().read()
+
+    async def test_closed_database(self, root: BaseDBAsyncClient) -> None:
+        """A connection that was closed behind our back is a failure of the database."""
+        if isinstance(root, SqliteClient):
+            assert root._connection is not None
+            await root._connection.close()
+        else:
+            root._pool.terminate()
+        try:
+            with pytest.raises(ServiceUnavailableError):
+                await Store().count(AuditRow)
+        finally:
+            root._connection = None
+            root._pool = None
+
+
+class TestPrivateNames:
+    """What the library uses of Tortoise beyond its documentation, so that a new version tells."""
+
+    def test_on_classes(self) -> None:
+        """The private names are there."""
+        assert callable(BaseDBAsyncClient._in_transaction)
+        assert TransactionalDBClient._finalized is False
+        assert callable(Model._choose_db)
+        assert callable(Model._init_from_db)
+        assert "_trxlock" in SqliteTransactionContext.__slots__
+        assert "_trxlock" not in TransactionContextPooled.__slots__
+        assert {"connection", "token"} <= set(SqliteTransactionContext.__slots__)
+        assert {"client", "token"} <= set(TransactionContextPooled.__slots__)
+        assert "client" in NestedTransactionContext.__slots__
+        assert callable(ConnectionHandler._get_storage)
+        assert AsyncpgDBClient.__module__ == "tortoise.backends.asyncpg.client"
+
+    async def test_meta(self, sqlite_root: BaseDBAsyncClient) -> None:
+        """The description of a model has what the hand-made join and the checks read."""
+        meta = User._meta
+        assert meta.default_connection == sqlite_root.connection_name
+        assert Unregistered._meta.default_connection is None
+        assert meta.db_table == "app_user"
+        assert meta.schema in (None, "")
+        assert meta.db_pk_column == "id"
+        assert meta.pk is meta.fields_map["id"]
+        assert meta.fields_db_projection["session_version"] == "session_version"
+        assert set(meta.fields_db_projection) == set(meta.fields_map)
+        assert type(meta.manager).__name__ == "Manager"
+
+    async def test_transactions(self, root: BaseDBAsyncClient) -> None:
+        """A transaction knows its parent and whether it is over; savepoints too."""
+        async with in_transaction(root.connection_name) as outer:
+            assert isinstance(outer, TransactionalDBClient)
+            assert (outer._parent, outer._finalized) == (root, False)
+            assert connection_for(AuditRow) is outer
+            block = outer._in_transaction()
+            assert isinstance(block, NestedTransactionContext)
+            assert block.client._parent is outer
+            assert get_connections()._get_storage() == {root.connection_name: outer}
+        assert outer._finalized
+        assert not isinstance(root, TransactionalDBClient)
+
+    async def test_ending_calls_commit(self, root: BaseDBAsyncClient) -> None:
+        """A block ends by calling `commit` of its client, where a wrapper can be put."""
+        called: list[str] = []
+        async with in_transaction(root.connection_name) as outer:
+            commit = outer.commit
+
+            async def noting() -> None:
+                called.append("commit")
+                await commit()
+
+            outer.commit = noting  # type: ignore[method-assign]
+        assert called == ["commit"]
+
+    async def test_block(self, root: BaseDBAsyncClient) -> None:
+        """A block has its client, and its lock on SQLite, and takes no token for a token."""
+        block = root._in_transaction()
+        client = getattr(block, "client", None) or getattr(block, "connection", None)
+        assert isinstance(client, TransactionalDBClient)
+        assert hasattr(block, "_trxlock") == isinstance(root, SqliteClient)
+        assert not hasattr(block, "token")
+        get_connections().reset(None)
+        token = get_connections().set(root.connection_name, client)
+        assert connection_for(AuditRow) is client
+        get_connections().reset(token)
+        assert connection_for(AuditRow) is root
+
+    async def test_models_from_rows(self, sqlite_root: BaseDBAsyncClient) -> None:
+        """A model is made from a row by the names of its columns, and tells if any is missing."""
+        row = {"id": 5, "event": "a", "subject": "b", "at": "2026-01-01 12:00:00+00:00"}
+        whole = AuditRow._init_from_db(**row)
+        assert (whole.pk, whole.event, whole._partial, whole._saved_in_db) == (5, "a", False, True)
+        assert whole.at is not None
+        del row["event"]
+        assert AuditRow._init_from_db(**row)._partial is True
+
+    @needs_postgres
+    async def test_listener(self, postgres: TortoiseContext) -> None:
+        """The client for PostgreSQL has what a connection of one's own needs."""
+        client: Any = postgres.connections.get("postgres")
+        assert type(client) is AsyncpgDBClient
+        for name in ("host", "port", "user", "password", "database", "extra"):
+            assert hasattr(client, name)

@@ -1,0 +1,446 @@
+"""Security Event Tokens: which events have one, what it says, and who can read and who may sign it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, get_args
+
+import jwt
+import pytest
+from cryptography.hazmat.primitives.asymmetric import rsa
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+)
+from hypothesis import given, settings
+
+from tests.support.accounts import SECRET
+from tests.support.app import User
+from tests.support.keys import pem
+from tests.support.standards import (
+    CANARY,
+    EVENT_ID,
+    FORBIDDEN,
+    LIBRARY,
+    OCCURRED,
+    SECONDS,
+    as_sent,
+    hostile_events,
+    sample,
+    standard,
+    texts,
+    variants,
+    violations,
+)
+from tortoise_auth import AuthConfig, RequestContext, SigningKey
+from tortoise_auth.events import (
+    Event,
+    NamedEvent,
+    PasswordChanged,
+    RefreshTokenReused,
+    SessionRevoked,
+    UserActivated,
+    UserDeactivated,
+    UserLogin,
+    UserLoginFailed,
+    UserLogout,
+)
+from tortoise_auth.events.catalog import Actor
+from tortoise_auth.events.formats import ecs, ocsf, security_event_token, set_claims
+from tortoise_auth.exceptions import ConfigurationError, TokenInvalidError
+from tortoise_auth.keys import Algorithm
+from tortoise_auth.sessions.access_tokens import AccessTokens
+from tortoise_auth.testing import FakeClock
+
+FILE = "set-rfc8417.json"
+ISSUER, AUDIENCE = "https://id.example.com/", "https://shop.example.com/caep"
+CAEP = "https://schemas.openid.net/secevent/caep/event-type/"
+RISC = "https://schemas.openid.net/secevent/risc/event-type/"
+
+EXPECTED: dict[type[Event], str] = {
+    UserLogin: CAEP + "session-established",
+    UserLogout: CAEP + "session-revoked",
+    SessionRevoked: CAEP + "session-revoked",
+    RefreshTokenReused: CAEP + "session-revoked",
+    PasswordChanged: CAEP + "credential-change",
+    UserDeactivated: RISC + "account-disabled",
+    UserActivated: RISC + "account-enabled",
+}
+"""The event type of those that have one."""
+
+TOLD = list(EXPECTED)
+ASYMMETRIC: list[Algorithm] = ["RS256", "ES256", "EdDSA"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParcelSentForSet(Event):
+    """An event of a host."""
+
+
+def key(algorithm: Algorithm = "RS256") -> SigningKey:
+    return SigningKey(pem(algorithm), kid="set-1", algorithm=algorithm)
+
+
+def claims(event: Event, **options: Any) -> dict[str, Any]:
+    found = set_claims(event, **{"issuer": ISSUER, "audience": AUDIENCE, **options})
+    assert found is not None
+    return found
+
+
+def token(event: Event, signing: SigningKey, **options: Any) -> str:
+    text = security_event_token(event, signing, issuer=ISSUER, audience=AUDIENCE, **options)
+    assert text is not None
+    return text
+
+
+def payload(event: Event, **options: Any) -> dict[str, Any]:
+    """Return what the token says of its one event."""
+    (found,) = claims(event, **options)["events"].values()
+    return dict(found)
+
+
+def received(text: str, algorithm: Algorithm = "RS256") -> dict[str, Any]:
+    """Return the claims of a token as a receiver accepts them, who has the public key alone."""
+    return jwt.decode(
+        text,
+        pem(algorithm, public=True),
+        algorithms=[algorithm],
+        audience=AUDIENCE,
+        issuer=ISSUER,
+        options={"require": ["iss", "iat", "jti", "aud", "events"], "verify_iat": False},
+    )
+
+
+class TestEveryEvent:
+    @pytest.mark.parametrize("kind", LIBRARY, ids=lambda kind: kind.name)
+    def test_event_type(self, kind: type[Event]) -> None:
+        """Each event has the event type that is meant for it, or no token at all."""
+        found = set_claims(sample(kind), issuer=ISSUER, audience=AUDIENCE)
+        signed = security_event_token(sample(kind), key(), issuer=ISSUER, audience=AUDIENCE)
+        if kind in EXPECTED:
+            assert found is not None
+            assert list(found["events"]) == [EXPECTED[kind]]
+            assert signed is not None
+        else:
+            assert found is None
+            assert signed is None
+
+    def test_conforms(self) -> None:
+        """Every token, by whomever and in whatever circumstances, keeps the rules of RFC 8417."""
+        told = [set_claims(event, issuer=ISSUER, audience=AUDIENCE) for event in variants()]
+        kept = [each for each in told if each is not None]
+        assert len(kept) > 80
+        for each in kept:
+            assert violations(as_sent(each), FILE, "claims") == []
+
+    @pytest.mark.parametrize("kind", TOLD, ids=lambda kind: kind.name)
+    def test_common_claims(self, kind: type[Event]) -> None:
+        """Times are in seconds, the token is named by the event, and it never expires."""
+        found = claims(sample(kind))
+        assert found["iss"] == ISSUER
+        assert found["aud"] == AUDIENCE
+        assert found["jti"] == str(EVENT_ID)
+        assert found["txn"] == "r-1"
+        assert found["iat"] == found["toe"] == SECONDS
+        assert not {"exp", "nbf", "sub"} & found.keys()
+
+    @pytest.mark.parametrize("kind", TOLD, ids=lambda kind: kind.name)
+    def test_interoperable(self, kind: type[Event]) -> None:
+        """What tells of sessions and passwords says when, who began it, and a reason."""
+        told = payload(sample(kind))
+        if EXPECTED[kind].startswith(RISC):
+            assert told == {}
+            return
+        assert told["event_timestamp"] == SECONDS
+        for name in standard(FILE)["interoperable"]["required_in_caep_events"]:
+            assert told[name]["en"]
+
+    @pytest.mark.parametrize("kind", TOLD, ids=lambda kind: kind.name)
+    def test_pure(self, kind: type[Event]) -> None:
+        """The same event gives the same claims, whatever became of those before."""
+        event = sample(kind)
+        first = claims(event)
+        kept = copy.deepcopy(first)
+        for each in (*first["events"].values(), first["events"], first["sub_id"], first):
+            each.clear()
+        assert claims(event) == kept
+
+
+class TestChecker:
+    """The checks of this file can fail."""
+
+    @pytest.mark.parametrize("kind", TOLD, ids=lambda kind: kind.name)
+    def test_damage_is_found(self, kind: type[Event]) -> None:
+        """Claims without a required one, with a forbidden one, or a wrong type are refused."""
+        damaged = list(_damaged(claims(sample(kind))))
+        assert len(damaged) > 10
+        for each in damaged:
+            assert violations(each, FILE, "claims"), each
+
+    def test_event_claims(self) -> None:
+        """A changed credential must say which, and how it changed."""
+        for name in ("credential_type", "change_type"):
+            found = claims(sample(PasswordChanged))
+            del found["events"][CAEP + "credential-change"][name]
+            assert violations(found, FILE, "claims")
+
+
+class TestSubject:
+    @pytest.mark.parametrize(
+        "kind", [PasswordChanged, UserDeactivated, UserActivated], ids=lambda kind: kind.name
+    )
+    def test_account(self, kind: type[Event]) -> None:
+        """What happens to an account names the user, under the issuer."""
+        assert claims(sample(kind))["sub_id"] == {"format": "iss_sub", "iss": ISSUER, "sub": "7"}
+
+    @pytest.mark.parametrize(
+        "kind",
+        [UserLogin, UserLogout, SessionRevoked, RefreshTokenReused],
+        ids=lambda kind: kind.name,
+    )
+    def test_session(self, kind: type[Event]) -> None:
+        """What happens to one session names it too, so that the user's other sessions go on."""
+        assert claims(sample(kind))["sub_id"] == {
+            "format": "complex",
+            "user": {"format": "iss_sub", "iss": ISSUER, "sub": "7"},
+            "session": {"format": "opaque", "id": "s-1"},
+        }
+
+    def test_everywhere(self) -> None:
+        """A logout everywhere names the user, whose every session ended."""
+        everywhere = sample(UserLogout, session_id=None, everywhere=True)
+        assert claims(everywhere)["sub_id"]["format"] == "iss_sub"
+
+    def test_user_alone(self) -> None:
+        """On request an event about a session names the user alone."""
+        found = claims(sample(UserLogout), subject="user")["sub_id"]
+        assert found == {"format": "iss_sub", "iss": ISSUER, "sub": "7"}
+
+    @pytest.mark.parametrize("subject_id", [None, ""])
+    def test_nobody(self, subject_id: str | None) -> None:
+        """A token must be about somebody."""
+        with pytest.raises(ValueError, match="user_logout does not say whom it is about"):
+            claims(sample(UserLogout, subject_id=subject_id))
+
+
+class TestContent:
+    def test_password_login(self) -> None:
+        """A login by password says ``pwd``, the word of RFC 8176."""
+        assert payload(sample(UserLogin))["amr"] == ["pwd"]
+
+    def test_other_login(self) -> None:
+        """Of a method that RFC 8176 may not know nothing is claimed."""
+        assert "amr" not in payload(sample(UserLogin, method="magic link"))
+
+    def test_password_changed(self) -> None:
+        """A changed password is an updated credential."""
+        told = payload(sample(PasswordChanged))
+        assert (told["credential_type"], told["change_type"]) == ("password", "update")
+
+    @pytest.mark.parametrize("actor", get_args(Actor))
+    def test_initiator(self, actor: str) -> None:
+        """Who began it is told in the words of CAEP; of nobody known it was the policy."""
+        told = payload(sample(SessionRevoked, actor=actor))
+        assert told["initiating_entity"] == ("policy" if actor == "unauthenticated" else actor)
+
+    def test_reuse_is_policy(self) -> None:
+        """A session that ends for a reused token is ended by policy."""
+        assert payload(sample(RefreshTokenReused))["initiating_entity"] == "policy"
+
+    def test_now(self) -> None:
+        """The time of issue can be given; that of the event stays."""
+        found = claims(sample(UserLogout), now=OCCURRED + timedelta(minutes=5))
+        assert (found["iat"], found["toe"]) == (SECONDS + 300, SECONDS)
+
+    def test_no_request(self) -> None:
+        """Without a request there is no transaction."""
+        assert "txn" not in claims(sample(UserLogin, context=RequestContext()))
+
+    def test_audiences(self) -> None:
+        """There may be several receivers."""
+        found = claims(sample(UserLogin), audience=("https://a.example", "https://b.example"))
+        assert found["aud"] == ["https://a.example", "https://b.example"]
+
+    @pytest.mark.parametrize("empty", [{"issuer": ""}, {"audience": ""}, {"audience": []}])
+    @pytest.mark.parametrize("kind", [UserLogin, UserLoginFailed])
+    def test_empty(self, kind: type[Event], empty: dict[str, Any]) -> None:
+        """Issuer and audience are required, also for an event without a token."""
+        with pytest.raises(ValueError, match="issuer and an audience"):
+            set_claims(sample(kind), **{"issuer": ISSUER, "audience": AUDIENCE, **empty})
+
+    @pytest.mark.parametrize("event", [ParcelSentForSet(), NamedEvent.of("user_login", (), {})])
+    def test_others(self, event: Event) -> None:
+        """An event of the host's own, or one that only has the name of ours, is refused clearly."""
+        with pytest.raises(ValueError, match=f"{event.name!r} is none of the library's"):
+            set_claims(event, issuer=ISSUER, audience=AUDIENCE)
+
+    def test_no_secret(self) -> None:
+        """Neither the stored hash nor the e-mail address of the live user comes out."""
+        for kind in TOLD:
+            assert CANARY not in repr(claims(sample(kind)))
+
+
+class TestSigning:
+    @pytest.mark.parametrize("algorithm", ASYMMETRIC)
+    def test_received(self, algorithm: Algorithm) -> None:
+        """A receiver with the public key reads what was told, under a header that says what it is."""
+        event = sample(UserLogout)
+        text = token(event, key(algorithm))
+        assert received(text, algorithm) == claims(event)
+        header = jwt.get_unverified_header(text)
+        assert header == {"typ": "secevent+jwt", "alg": algorithm, "kid": "set-1"}
+        assert violations(header, FILE, "header") == []
+
+    def test_options(self) -> None:
+        """The options of the claims are those of the token."""
+        now = OCCURRED + timedelta(minutes=5)
+        found = received(token(sample(UserLogout), key(), now=now, subject="user"))
+        assert (found["iat"], found["sub_id"]["format"]) == (SECONDS + 300, "iss_sub")
+
+    def test_interoperable(self) -> None:
+        """An RS256 key that we accept is large enough for the interoperability profile."""
+        least = standard(FILE)["interoperable"]["least_bits"]
+        assert key().verifying.key_size >= least
+        small = rsa.generate_private_key(65537, 1024)
+        with pytest.raises(ConfigurationError, match="2048"):
+            SigningKey(
+                small.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()),
+                algorithm="RS256",
+            )
+
+    def test_tampered(self) -> None:
+        """A receiver refuses what was changed on the way."""
+        head, _, signature = token(sample(UserLogout), key()).split(".")
+        other = token(sample(UserDeactivated), key()).split(".")[1]
+        with pytest.raises(jwt.InvalidSignatureError):
+            received(f"{head}.{other}.{signature}")
+
+    @pytest.mark.parametrize("kind", [UserLogout, UserLoginFailed])
+    def test_hmac(self, kind: type[Event]) -> None:
+        """An HMAC secret is refused, whether or not there would be a token."""
+        with pytest.raises(ConfigurationError, match="private key") as caught:
+            security_event_token(sample(kind), SigningKey(SECRET), issuer=ISSUER, audience=AUDIENCE)
+        assert SECRET not in str(caught.value)
+
+    @pytest.mark.parametrize("algorithm", ASYMMETRIC)
+    def test_public_key(self, algorithm: Algorithm) -> None:
+        """A public key cannot sign."""
+        public = SigningKey(pem(algorithm, public=True), algorithm=algorithm)
+        with pytest.raises(ConfigurationError, match="private key"):
+            security_event_token(sample(UserLogout), public, issuer=ISSUER, audience=AUDIENCE)
+
+    @pytest.mark.parametrize("kind", TOLD, ids=lambda kind: kind.name)
+    def test_no_access(self, kind: type[Event]) -> None:
+        """With the very key, issuer and audience of the access tokens it is still none of them."""
+        config = AuthConfig(secret=[key()], issuer=ISSUER, audience=AUDIENCE)
+        tokens = AccessTokens(config, FakeClock(OCCURRED))
+        for even_if_expired in (False, True):
+            with pytest.raises(TokenInvalidError):
+                tokens.read(token(sample(kind), key()), even_if_expired=even_if_expired)
+
+    def test_type_alone(self) -> None:
+        """It is the type that keeps it out: not even the claims of an access token let it in."""
+        config = AuthConfig(secret=[key()], issuer=ISSUER, audience=AUDIENCE)
+        tokens = AccessTokens(config, FakeClock(OCCURRED))
+        extended = claims(sample(UserLogin)) | {"sub": "7", "sid": "s-1", "exp": SECONDS + 60}
+        for typ, good in (("at+jwt", True), ("secevent+jwt", False)):
+            headers = {"typ": typ, "kid": "set-1"}
+            text = jwt.encode(extended, key().signing, algorithm="RS256", headers=headers)
+            if good:
+                assert tokens.read(text).subject == "7"
+            else:
+                with pytest.raises(TokenInvalidError):
+                    tokens.read(text)
+
+
+class TestMistakes:
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"issuer": ""}, "an issuer and an audience"),
+            ({"issuer": 5}, "an issuer and an audience"),
+            ({"issuer": None}, "an issuer and an audience"),
+            ({"audience": ""}, "an issuer and an audience"),
+            ({"audience": []}, "an issuer and an audience"),
+            ({"audience": [5]}, "an issuer and an audience"),
+            ({"audience": [AUDIENCE, ""]}, "an issuer and an audience"),
+            ({"audience": 5}, "an issuer and an audience"),
+            ({"audience": b"shop"}, "an issuer and an audience"),
+            ({"audience": {AUDIENCE}}, "an issuer and an audience"),
+            ({"now": OCCURRED.replace(tzinfo=None)}, "with a time zone"),
+            ({"now": SECONDS}, "with a time zone"),
+            ({"subject": "sesion"}, "'session' or 'user', not 'sesion'"),
+            ({"subject": None}, "'session' or 'user'"),
+        ],
+        ids=range(14),
+    )
+    @pytest.mark.parametrize("kind", [UserLogout, UserLoginFailed])
+    def test_refused(self, kind: type[Event], options: dict[str, Any], message: str) -> None:
+        """What no receiver could make sense of is refused, whether or not there would be a token."""
+        terms = {"issuer": ISSUER, "audience": AUDIENCE, **options}
+        with pytest.raises(ValueError, match=message):
+            set_claims(sample(kind), **terms)
+        with pytest.raises(ValueError, match=message):
+            security_event_token(sample(kind), key(), **terms)
+
+    def test_other_things(self) -> None:
+        """A key that is still text, and what is no event, are named by their types alone."""
+        text: Any = pem("RS256").decode()
+        with pytest.raises(TypeError, match=r"key must be a SigningKey\(.*\), not str$"):
+            security_event_token(sample(UserLogout), text, issuer=ISSUER, audience=AUDIENCE)
+        other: Any = {"name": "user_logout"}
+        for convert in (ocsf, ecs):
+            with pytest.raises(TypeError, match=r"^event must be an Event, not dict$"):
+                convert(other)
+        with pytest.raises(TypeError, match=r"^event must be an Event, not dict$"):
+            token(other, key())
+
+
+class TestHostile:
+    @settings(max_examples=300, deadline=None)
+    @given(event=hostile_events())
+    def test_conforms(self, event: Event) -> None:
+        """Whatever anybody sends, the claims keep the rules, or there is nobody to tell of."""
+        try:
+            found = set_claims(event, issuer=ISSUER, audience=AUDIENCE)
+        except ValueError:
+            assert not event.subject_id
+            assert type(event) in EXPECTED
+            return
+        assert (found is not None) == (type(event) in EXPECTED)
+        if found is not None:
+            assert violations(as_sent(found), FILE, "claims") == []
+            assert not any(FORBIDDEN.search(text) for text in texts(found))
+
+    @settings(max_examples=30, deadline=None)
+    @given(event=hostile_events())
+    def test_signed(self, event: Event) -> None:
+        """What was signed is what is received, character for character."""
+        if event.subject_id and type(event) in EXPECTED:
+            assert received(token(event, key("ES256")), "ES256") == claims(event)
+
+    def test_live_user_is_left_alone(self) -> None:
+        """An event that was rebuilt after its account was deleted is told like any other."""
+        event = sample(UserLogout)
+        assert isinstance(event.user, User)
+        assert claims(UserLogout.from_dict(event.to_dict())) == claims(event)
+
+
+def _damaged(found: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    for name in standard(FILE)["$defs"]["claims"]["required"]:
+        yield {other: value for other, value in found.items() if other != name}
+    ((uri, told),) = found["events"].items()
+    yield {**found, "sub": "7"}
+    yield {**found, "exp": SECONDS + 60}
+    yield {**found, "iat": OCCURRED.isoformat()}
+    yield {**found, "toe": SECONDS + 0.5}
+    yield {**found, "sub_id": {"format": "iss_sub", "sub": "7"}}
+    yield {**found, "sub_id": {"format": "email", "iss": ISSUER, "sub": "7"}}
+    yield {**found, "events": {}}
+    yield {**found, "events": {uri: told, RISC + "account-purged": {}}}
+    yield {**found, "events": {uri: {**told, "colour": "blue"}}}
+    yield {**found, "events": {uri: []}}

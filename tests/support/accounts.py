@@ -1,0 +1,66 @@
+"""Ada, her passwords, and what becomes of her sessions."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+import pytest
+
+from tests.support.app import User
+from tortoise_auth import AuthResult, AuthService
+from tortoise_auth.exceptions import TokenRevokedError
+from tortoise_auth.sessions.access_tokens import AccessTokens
+from tortoise_auth.testing import FakeClock
+
+EMAIL = "ada@example.com"
+PASSWORD = "correct horse battery staple"
+NEW_PASSWORD = "wrong donkey charger nail"
+SECRET = "q3Vt8mXw0cJr5ZbLh2Ny7uKd4PsAoE1gTfIi6RvUkHxMzQjWaB9DlYnSpGeFrOtC"
+GARBAGE: list[Any] = [
+    None,
+    7,
+    True,
+    b"tart_",
+    [],
+    {},
+    "",
+    "x",
+    "a.b.c",
+    "tart_",
+    "tart_" + "A" * 70,
+    "tart_\0",
+    "\ud800.\ud800.\ud800",
+    "." * 1_000_000,
+]
+"""What is no token at all."""
+
+
+async def log_in(auth: AuthService[User]) -> AuthResult[User]:
+    """Open a session of Ada."""
+    return await auth.login(EMAIL, PASSWORD)
+
+
+async def assert_over(auth: AuthService[Any], result: AuthResult[Any]) -> None:
+    """Neither token of the session works."""
+    with pytest.raises(TokenRevokedError):
+        await auth.authenticate(result.access_token)
+    with pytest.raises(TokenRevokedError):
+        await auth.refresh(result.refresh_token)
+
+
+async def assert_goes_on(auth: AuthService[Any], result: AuthResult[Any]) -> None:
+    """Both tokens of the session work."""
+    assert (await auth.authenticate(result.access_token)).pk == result.user.pk
+    assert (await auth.refresh(result.refresh_token)).session.id == result.session.id
+
+
+def signed(auth: AuthService[Any], clock: FakeClock, subject: str, session_id: str) -> str:
+    """Return a token that only the holder of the key could make."""
+    token, _ = AccessTokens(auth.config, clock).issue(
+        subject=subject,
+        session_id=session_id,
+        session_ends=clock() + timedelta(days=1),
+        extra={},
+    )
+    return token

@@ -1,0 +1,423 @@
+"""One contract for every throttle, in any store."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import sys
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import pytest
+
+from tortoise_auth.exceptions import ConfigurationError, ThrottledError
+from tortoise_auth.throttling import (
+    Attempt,
+    DatabaseThrottle,
+    Reservation,
+    Throttle,
+)
+from tortoise_auth.throttling.database import _Turn
+
+HERE, ELSEWHERE, ABROAD = "203.0.113.7", "198.51.100.9", "192.0.2.11"
+BURST, BUDGET = 50, 5
+LIMIT = 60
+"""Seconds after which a burst that does not end is a failure."""
+
+
+class Make(Protocol):
+    """Makes a throttle with so many free attempts, and a pause that no test outlives after them."""
+
+    def __call__(  # noqa: D102 - the class has one
+        self, *, account: int = 1000, source: int = 1000, max_failures: int = 100
+    ) -> Throttle: ...
+
+
+async def yes() -> bool:
+    return True
+
+
+async def no() -> bool:
+    return False
+
+
+def attempt(
+    account: str = "ada",
+    source: str | None = HERE,
+    familiar: Callable[[], Awaitable[bool]] = no,
+) -> Attempt:
+    return Attempt(account=account, source=source, familiar=familiar)
+
+
+async def fail(throttle: Throttle, tried: Attempt, times: int = 1) -> list[Reservation]:
+    """Try a wrong password."""
+    reservations = []
+    for _ in range(times):
+        reservations.append(await throttle.reserve(tried))
+        await throttle.failed(reservations[-1])
+    return reservations
+
+
+async def succeed(throttle: Throttle, tried: Attempt) -> None:
+    """Try the right one."""
+    await throttle.succeeded(await throttle.reserve(tried))
+
+
+async def refused(throttle: Throttle, tried: Attempt) -> float:
+    """Try in vain; return the seconds to wait."""
+    with pytest.raises(ThrottledError) as error:
+        await throttle.reserve(tried)
+    assert error.value.retry_after > 0
+    return error.value.retry_after
+
+
+async def burst(
+    throttle: Throttle, attempts: Sequence[Attempt]
+) -> tuple[list[Reservation], list[ThrottledError]]:
+    """Reserve for all of them at the same moment; return who was heard and who was not."""
+    start = asyncio.Barrier(len(attempts))
+
+    async def reserve(tried: Attempt) -> Reservation | ThrottledError:
+        await start.wait()
+        try:
+            return await throttle.reserve(tried)
+        except ThrottledError as error:
+            return error
+
+    async with asyncio.timeout(LIMIT):
+        outcomes = await asyncio.gather(*map(reserve, attempts))
+    granted = [each for each in outcomes if isinstance(each, Reservation)]
+    late = [each for each in outcomes if isinstance(each, ThrottledError)]
+    assert all(error.retry_after > 0 for error in late)
+    return granted, late
+
+
+async def granted_to_processes(arguments: Sequence[str], processes: int = 2) -> list[int]:
+    """Let processes reserve `BURST` times each, all at once; return how many were heard in each."""
+    running = [
+        await asyncio.create_subprocess_exec(
+            sys.executable,
+            *arguments,
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            cwd=Path(__file__).parents[2],
+        )
+        for _ in range(processes)
+    ]
+    async with asyncio.timeout(LIMIT):
+        for each in running:
+            assert each.stdout is not None
+            assert await each.stdout.readline() == b"ready\n"
+        outputs = await asyncio.gather(*(each.communicate(b"go\n") for each in running))
+    assert [each.returncode for each in running] == [0] * processes
+    return [int(output) for output, _ in outputs]
+
+
+async def race(throttle: Throttle) -> None:
+    """What one of those processes does: say that it is ready, wait for the word, tell how many."""
+    print("ready", flush=True)
+    await asyncio.to_thread(sys.stdin.readline)
+    granted, _ = await burst(throttle, [attempt()] * BURST)
+    print(len(granted), flush=True)
+
+
+async def storm(throttle: Throttle, chance: random.Random, max_failures: int) -> int:
+    """Let right and wrong attempts end in any order; return how often somebody told of a lock."""
+
+    async def hesitate() -> None:
+        for _ in range(chance.randrange(12)):
+            await asyncio.sleep(0)
+
+    async def one() -> bool:
+        await hesitate()
+        reservation = await throttle.reserve(attempt(source=None))
+        await hesitate()
+        if chance.random() < 0.3 and not reservation.locked:
+            await throttle.succeeded(reservation)
+            return False
+        if chance.random() < 0.1:
+            await throttle.released(reservation)
+            return False
+        await throttle.failed(reservation)
+        if not (reservation.locks or reservation.untold) or not await throttle.lock(reservation):
+            return False
+        await hesitate()
+        await throttle.told(reservation)
+        return True
+
+    count = chance.randint(max_failures, max_failures + 6)
+    async with asyncio.timeout(LIMIT):
+        return sum(await asyncio.gather(*(one() for _ in range(count))))
+
+
+class ThrottleContract:
+    """What every throttle does. Subclasses have a fixture ``make``."""
+
+    async def test_some_are_free_and_then_none(self, make: Make) -> None:
+        """After the free attempts the next is refused, and told for how long."""
+        throttle = make(account=3)
+        await fail(throttle, attempt(), 3)
+        for _ in range(3):
+            await refused(throttle, attempt())
+
+    async def test_source_has_a_budget(self, make: Make) -> None:
+        """One source that tries many accounts is refused at each, and a source elsewhere at none."""
+        throttle = make(source=3)
+        for number in range(3):
+            await fail(throttle, attempt(f"account {number}"))
+        await refused(throttle, attempt("ada"))
+        await refused(throttle, attempt("bob"))
+        await fail(throttle, attempt("ada", ELSEWHERE), 3)
+
+    async def test_account_has_a_budget(self, make: Make) -> None:
+        """One account is refused from everywhere, another from nowhere."""
+        throttle = make(account=3)
+        for number in range(3):
+            await fail(throttle, attempt("ada", f"source {number}"))
+        await refused(throttle, attempt("ada", HERE))
+        await refused(throttle, attempt("ada", None))
+        await fail(throttle, attempt("bob", HERE), 3)
+
+    async def test_unknown_source(self, make: Make) -> None:
+        """Attempts from who knows where count for their accounts, and not together as one source."""
+        throttle = make(account=2, source=2)
+        for name in ("ada", "bob", "eve"):
+            await fail(throttle, attempt(name, None), 2)
+            await refused(throttle, attempt(name, None))
+
+    async def test_refused_is_not_counted(self, make: Make) -> None:
+        """Knocking at a blocked account takes nothing from the budget of the source."""
+        throttle = make(account=2, source=5)
+        await fail(throttle, attempt(), 2)
+        for _ in range(20):
+            await refused(throttle, attempt())
+        await fail(throttle, attempt("bob"), 2)
+        await fail(throttle, attempt("eve"), 1)
+        await refused(throttle, attempt("eve"))
+
+    async def test_blocked_source_counts_for_no_account(self, make: Make) -> None:
+        """What a blocked source tries takes nothing from the budget of the account."""
+        throttle = make(account=2, source=1)
+        await fail(throttle, attempt("bob"))
+        for _ in range(20):
+            await refused(throttle, attempt("ada"))
+        await fail(throttle, attempt("ada", ELSEWHERE))
+        await fail(throttle, attempt("ada", ABROAD))
+
+    async def test_success_forgets_the_account(self, make: Make) -> None:
+        """After the right password the account has its whole budget again (R34)."""
+        throttle = make(account=3)
+        for _ in range(4):
+            await fail(throttle, attempt(), 2)
+            await succeed(throttle, attempt())
+        await fail(throttle, attempt(), 3)
+        await refused(throttle, attempt())
+
+    async def test_success_does_not_forget_the_source(self, make: Make) -> None:
+        """Logins to an account of one's own do not buy guesses at others (A166)."""
+        throttle = make(source=4)
+        for number in range(4):
+            await fail(throttle, attempt(f"victim {number}"))
+            if number < 3:
+                await succeed(throttle, attempt("own"))
+        await refused(throttle, attempt("victim 4"))
+        await refused(throttle, attempt("own"))
+
+    async def test_success_costs_the_source_nothing(self, make: Make) -> None:
+        """However many people log in behind one address, none of them is refused."""
+        throttle = make(account=2, source=3)
+        for number in range(20):
+            await succeed(throttle, attempt(f"person {number}"))
+        await fail(throttle, attempt(), 2)
+        await fail(throttle, attempt("bob"), 1)
+        await refused(throttle, attempt("bob"))
+
+    async def test_released_gives_back(self, make: Make) -> None:
+        """An attempt that could not be checked is none: not for account, source or failures (A173)."""
+        throttle = make(account=2, source=2, max_failures=2)
+        for _ in range(10):
+            await throttle.released(await throttle.reserve(attempt()))
+        first, second = await fail(throttle, attempt(), 2)
+        assert (first.locks, second.locks, second.locked) == (False, True, False)
+        await refused(throttle, attempt())
+
+    async def test_familiar_source_has_its_own_budget(self, make: Make) -> None:
+        """While an account is blocked, each source that the user knows still has all of its own."""
+        throttle = make(account=3)
+        await fail(throttle, attempt(source=ABROAD), 3)
+        await refused(throttle, attempt(source=ABROAD))
+        for known in (HERE, ELSEWHERE):
+            await fail(throttle, attempt(source=known, familiar=yes), 3)
+            await refused(throttle, attempt(source=known, familiar=yes))
+
+    async def test_familiar_source_gets_in(self, make: Make) -> None:
+        """A user who gets in from a known source opens the account for everywhere."""
+        throttle = make(account=2)
+        await fail(throttle, attempt(source=ABROAD), 2)
+        await fail(throttle, attempt(familiar=yes), 1)
+        await succeed(throttle, attempt(familiar=yes))
+        await fail(throttle, attempt(source=ABROAD), 2)
+        await fail(throttle, attempt(familiar=yes), 2)
+        await refused(throttle, attempt(familiar=yes))
+
+    async def test_familiar_account_is_not_another(self, make: Make) -> None:
+        """What somebody is known for at one account is no help at another."""
+        throttle = make(account=1)
+        for name in ("ada", "bob"):
+            await fail(throttle, attempt(name, ABROAD))
+        await fail(throttle, attempt("ada", familiar=yes))
+        await fail(throttle, attempt("bob", familiar=yes))
+        await refused(throttle, attempt("ada", familiar=yes))
+
+    async def test_familiar_is_asked_when_it_matters(self, make: Make) -> None:
+        """As long as the account is open nobody looks where its user has been."""
+        asked: list[str] = []
+
+        async def ask() -> bool:
+            asked.append("asked")
+            return False
+
+        throttle = make(account=2)
+        await fail(throttle, attempt(familiar=ask), 2)
+        assert asked == []
+        await refused(throttle, attempt(familiar=ask))
+        assert asked == ["asked"]
+        await refused(throttle, attempt(source=None, familiar=ask))
+        assert asked == ["asked"]
+
+    async def test_released_from_a_familiar_source(self, make: Make) -> None:
+        """Only what was taken is given back: the account stays blocked for everybody else."""
+        throttle = make(account=2, max_failures=3)
+        await fail(throttle, attempt(source=ABROAD), 2)
+        for _ in range(5):
+            await throttle.released(await throttle.reserve(attempt(familiar=yes)))
+        await refused(throttle, attempt(source=ABROAD))
+        (reservation,) = await fail(throttle, attempt(familiar=yes))
+        assert reservation.locks
+
+    async def test_too_many_failures_in_a_row_lock(self, make: Make) -> None:
+        """One failure locks the account, those after it find it locked (R33)."""
+        throttle = make(max_failures=3)
+        reservations = await fail(throttle, attempt(), 6)
+        assert [each.locks for each in reservations] == [False, False, True, False, False, False]
+        assert [each.locked for each in reservations] == [False, False, False, True, True, True]
+        assert not (await throttle.reserve(attempt("bob"))).locked
+
+    async def test_success_ends_the_row(self, make: Make) -> None:
+        """The last attempt before the lock may be right, and then the row begins anew."""
+        throttle = make(max_failures=3)
+        for _ in range(3):
+            await fail(throttle, attempt(), 2)
+            await succeed(throttle, attempt())
+        reservations = await fail(throttle, attempt(), 4)
+        assert [each.locks for each in reservations] == [False, False, True, False]
+
+    async def test_row_goes_on_from_familiar_sources(self, make: Make) -> None:
+        """A source with a budget of its own has no failures of its own."""
+        throttle = make(account=2, max_failures=4)
+        await fail(throttle, attempt(source=ABROAD), 2)
+        reservations = await fail(throttle, attempt(familiar=yes), 2)
+        assert [each.locks for each in reservations] == [False, True]
+        (locked,) = await fail(throttle, attempt(source=ELSEWHERE, familiar=yes))
+        assert locked.locked
+
+    async def test_burst_at_an_account(self, make: Make) -> None:
+        """Of fifty at the same moment just as many are heard as there are free attempts (R35)."""
+        granted, late = await burst(make(account=BUDGET), [attempt()] * BURST)
+        assert (len(granted), len(late)) == (BUDGET, BURST - BUDGET)
+        assert sorted(each.counted[0].failures for each in granted) == [1, 2, 3, 4, 5]
+
+    async def test_burst_from_a_source(self, make: Make) -> None:
+        """It is the same for one source that tries fifty accounts at once (A161)."""
+        attempts = [attempt(f"account {number}") for number in range(BURST)]
+        granted, _ = await burst(make(source=BUDGET), attempts)
+        assert len(granted) == BUDGET
+
+    async def test_burst_from_a_familiar_source(self, make: Make) -> None:
+        """And for a source with a budget of its own at a blocked account."""
+        throttle = make(account=BUDGET)
+        await fail(throttle, attempt(source=ABROAD), BUDGET)
+        granted, _ = await burst(throttle, [attempt(familiar=yes)] * BURST)
+        assert len(granted) == BUDGET
+
+    async def test_lock_is_told_by_one(self, make: Make) -> None:
+        """Of all who find it one is to tell it; once told it is told no more."""
+        throttle = make(max_failures=2)
+        early, locking, later = await fail(throttle, attempt(), 3)
+        assert [each.untold for each in (early, locking, later)] == [False, False, True]
+        assert not await throttle.lock((await fail(throttle, attempt("bob")))[0])
+        answers = await asyncio.gather(*(throttle.lock(each) for each in (locking, later) * 5))
+        assert sum(answers) == 1
+        (untold,) = await fail(throttle, attempt())
+        assert (untold.locked, untold.untold) == (True, True)
+        await asyncio.gather(*(throttle.told(each) for each in (locking, later) * 5))
+        (told,) = await fail(throttle, attempt())
+        assert (told.locked, told.untold) == (True, False)
+        assert not await throttle.lock(told)
+
+    async def test_lock_is_for_good(self, make: Make) -> None:
+        """Not even who was being checked when it was locked opens it, or gives it back."""
+        throttle = make(max_failures=2)
+        right, faulty, _ = [await throttle.reserve(attempt()) for _ in range(3)]
+        assert await throttle.lock(faulty)
+        await throttle.succeeded(right)
+        await throttle.released(faulty)
+        (later,) = await fail(throttle, attempt())
+        assert (later.locked, later.untold) == (True, True)
+        await throttle.told(faulty)
+        (later,) = await fail(throttle, attempt())
+        assert (later.locked, later.untold) == (True, False)
+
+    async def test_lock_comes_too_late(self, make: Make) -> None:
+        """After a success the row has begun anew: nothing is locked by who failed before."""
+        throttle = make(max_failures=2)
+        right, *wrong = [await throttle.reserve(attempt()) for _ in range(4)]
+        await throttle.succeeded(right)
+        assert [await throttle.lock(each) for each in wrong] == [False] * 3
+        await throttle.told(wrong[0])
+        first, second, third = await fail(throttle, attempt(), 3)
+        assert (first.locked, second.locks, third.untold) == (False, True, True)
+
+    @pytest.mark.parametrize("turns", range(20))
+    async def test_lock_and_success_at_once(self, make: Make, turns: int) -> None:
+        """Whoever is first: it is locked if that is to be told, and open if it is not (A175)."""
+        throttle = make(max_failures=2)
+        right, wrong = [await throttle.reserve(attempt()) for _ in range(2)]
+
+        async def succeed_a_little_later() -> None:
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            await throttle.succeeded(right)
+
+        locked, _ = await asyncio.gather(throttle.lock(wrong), succeed_a_little_later())
+        if locked:
+            await throttle.told(wrong)
+        (first,) = await fail(throttle, attempt())
+        assert (first.locked, first.untold) == (locked, False)
+
+    @pytest.mark.parametrize("seed", range(20))
+    async def test_lock_in_a_storm(self, make: Make, seed: int) -> None:
+        """However attempts end, it is locked if that was told, which was once, and open if not."""
+        chance = random.Random(seed)
+        throttle = make(max_failures=(most := chance.randint(2, 5)))
+        told = await storm(throttle, chance, most)
+        later = await throttle.reserve(attempt(source=None))
+        assert (told, later.untold) == (int(later.locked), False)
+
+    async def test_burst_locks_once(self, make: Make) -> None:
+        """Of fifty failures at the same moment one is told that it locks."""
+        granted, _ = await burst(make(max_failures=BUDGET), [attempt()] * BURST)
+        assert sum(each.locks for each in granted) == 1
+        assert sum(each.locked for each in granted) == BURST - BUDGET
+
+    @pytest.mark.parametrize("max_failures", [0, 101, -1])
+    def test_lock_that_comes_too_late(self, make: Make, max_failures: int) -> None:
+        """More than a hundred failures in a row are allowed to nobody."""
+        with pytest.raises(ConfigurationError, match="between 1 and 100"):
+            make(max_failures=max_failures)
+
+
+def no_turn(throttle: DatabaseThrottle, key: str) -> _Turn:
+    """Let everybody write at the same moment."""
+    return _Turn()

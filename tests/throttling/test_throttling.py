@@ -1,0 +1,918 @@
+"""Throttling: one contract for every throttle, and what the one in the database does besides."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tortoise.context import TortoiseContext
+from tortoise.exceptions import OperationalError
+from tortoise.transactions import in_transaction
+
+from tests.support.accounts import SECRET
+from tests.support.concurrency import hang_up_at
+from tests.support.database import connection_of
+from tests.support.services import POSTGRES_URL, needs_postgres
+from tests.support.snippets import run, snippets
+from tests.support.statements import statements
+from tests.support.throttles import (
+    ABROAD,
+    BUDGET,
+    BURST,
+    ELSEWHERE,
+    HERE,
+    LIMIT,
+    Make,
+    ThrottleContract,
+    attempt,
+    burst,
+    fail,
+    granted_to_processes,
+    no,
+    no_turn,
+    race,
+    refused,
+    succeed,
+    yes,
+)
+from tortoise_auth import AuthConfig, AuthService
+from tortoise_auth.exceptions import ConfigurationError, ThrottledError
+from tortoise_auth.models import AttemptCount
+from tortoise_auth.testing import FakeClock
+from tortoise_auth.throttling import (
+    DatabaseThrottle,
+    Limit,
+    Reservation,
+    counters,
+    source_of,
+)
+from tortoise_auth.throttling.counters import Count
+
+
+class TestDatabaseThrottle(ThrottleContract):
+    @pytest.fixture
+    def make(self, db: TortoiseContext, clock: FakeClock) -> Make:
+        """Make a throttle on every database."""
+
+        def make(
+            *, account: int = 1000, source: int = 1000, max_failures: int = 100
+        ) -> DatabaseThrottle:
+            return DatabaseThrottle(
+                account=Limit(free=account),
+                source=Limit(free=source),
+                max_failures=max_failures,
+                clock=clock,
+            )
+
+        return make
+
+
+def all_read_before_any_writes(monkeypatch: pytest.MonkeyPatch, callers: int) -> None:
+    """Let the first *callers* who read a counter go on only when all of them have."""
+    read = counters._read
+    barrier = asyncio.Barrier(callers)
+    came = 0
+
+    async def read_together(*args: Any) -> Count:
+        nonlocal came
+        came += 1
+        expected = came <= callers
+        row = await read(*args)
+        if expected:
+            await barrier.wait()
+        return row
+
+    monkeypatch.setattr(counters, "_read", read_together)
+    monkeypatch.setattr(DatabaseThrottle, "_turn", no_turn)  # as in as many processes
+
+
+@needs_postgres
+class TestRaces:
+    async def test_all_saw_the_same_count(
+        self, postgres: TortoiseContext, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Fifty who all read the counter before any of them wrote it are heard five times."""
+        throttle = DatabaseThrottle(account=Limit(free=BUDGET), clock=clock)
+        all_read_before_any_writes(monkeypatch, BURST)
+        granted, late = await burst(throttle, [attempt(source=None)] * BURST)
+        assert (len(granted), len(late)) == (BUDGET, BURST - BUDGET)
+        row = await AttemptCount.get()
+        assert (row.count, row.failures) == (BUDGET, BUDGET)
+
+    @pytest.mark.parametrize("before", [1, BUDGET, BURST])
+    async def test_after_a_quiet_time(
+        self,
+        postgres: TortoiseContext,
+        clock: FakeClock,
+        monkeypatch: pytest.MonkeyPatch,
+        before: int,
+    ) -> None:
+        """The same holds where the count begins anew, whatever it was before."""
+        limit = Limit(free=BUDGET)
+        await AttemptCount.create(key=f"source:{HERE}", count=before, last_at=clock())
+        clock.advance(limit.quiet)
+        attempts = [attempt(f"account {number}") for number in range(BURST)]
+        all_read_before_any_writes(monkeypatch, BURST)
+        granted, _ = await burst(DatabaseThrottle(source=limit, clock=clock), attempts)
+        assert len(granted) == BUDGET
+
+    async def test_two_processes(self, postgres: TortoiseContext) -> None:
+        """A budget is one budget, whatever process the guesses come to."""
+        rows = await connection_of(postgres).execute_query_dict("SELECT current_schema() AS name")
+        url = f"{POSTGRES_URL}?schema={rows[0]['name']}&maxsize=20"
+        granted = await granted_to_processes(["-m", "tests.throttling.test_throttling", url])
+        assert sum(granted) == BUDGET
+
+    async def test_who_always_loses(
+        self, postgres: TortoiseContext, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Whoever never gets to write the counter is refused, and not heard."""
+        monkeypatch.setattr(counters, "_swap", lambda *_: no())
+        assert await refused(DatabaseThrottle(clock=clock), attempt(source=None)) == 1
+
+    @pytest.mark.parametrize("outcome", ["succeeded", "released"])
+    async def test_who_never_gets_to_say_how_it_ended(
+        self,
+        postgres: TortoiseContext,
+        clock: FakeClock,
+        monkeypatch: pytest.MonkeyPatch,
+        outcome: str,
+    ) -> None:
+        """A counter that others keep changing stays as it is, and nobody waits for ever."""
+        throttle = DatabaseThrottle(clock=clock)
+        reservation = await throttle.reserve(attempt())
+        monkeypatch.setattr(counters, "_swap", lambda *_: no())
+        async with asyncio.timeout(LIMIT):
+            await getattr(throttle, outcome)(reservation)
+        assert await AttemptCount.filter(count=1).count() == 2
+
+
+class TestTelling:
+    async def test_by_somebody_else_after_a_minute(
+        self, db: TortoiseContext, clock: FakeClock
+    ) -> None:
+        """Whoever was to tell that an account is locked may be dead by then."""
+        throttle = DatabaseThrottle(max_failures=1, clock=clock)
+        locking, later = await fail(throttle, attempt(), 2)
+        assert await throttle.lock(locking)
+        clock.advance(timedelta(seconds=59))
+        assert not await throttle.lock(later)
+        clock.advance(timedelta(seconds=1))
+        assert await throttle.lock(later)
+        assert not await throttle.lock(later)
+        await throttle.told(later)
+        clock.advance(timedelta(hours=1))
+        assert not await throttle.lock(later)
+
+    async def test_leaves_nothing(self, db: TortoiseContext, clock: FakeClock) -> None:
+        """Who tells it is not remembered for ever; that it is locked is."""
+        throttle = DatabaseThrottle(max_failures=1, clock=clock)
+        (locking,) = await fail(throttle, attempt(source=None))
+        await throttle.lock(locking)
+        await throttle.told(locking)
+        clock.advance(timedelta(days=500))
+        assert await throttle.purge() == 1
+        assert (await throttle.reserve(attempt())).locked
+
+
+class TestPauses:
+    async def test_double(self, db: TortoiseContext, clock: FakeClock) -> None:
+        """Each failure after the free ones doubles the pause, up to the longest."""
+        throttle = DatabaseThrottle(
+            account=Limit(free=3, pause=timedelta(seconds=2), longest=timedelta(seconds=30)),
+            clock=clock,
+        )
+        await fail(throttle, attempt(), 3)
+        pauses = []
+        for _ in range(7):
+            pauses.append(await refused(throttle, attempt()))
+            clock.advance(timedelta(seconds=pauses[-1]) - timedelta(microseconds=1))
+            assert await refused(throttle, attempt()) == pytest.approx(1e-6)
+            clock.advance(timedelta(microseconds=1))
+            await fail(throttle, attempt())
+        assert pauses == [2, 4, 8, 16, 30, 30, 30]
+
+    async def test_defaults(self, db: TortoiseContext, clock: FakeClock) -> None:
+        """Ten are free for an account; a hundred take a day, and the hundredth locks it (R33)."""
+        throttle = DatabaseThrottle(clock=clock)
+        ada = attempt(source=None)
+        began, reservations = clock(), await fail(throttle, ada, 10)
+        pauses = []
+        while not reservations[-1].locks:
+            pauses.append(await refused(throttle, ada))
+            clock.advance(timedelta(seconds=pauses[-1]))
+            reservations += await fail(throttle, ada)
+        assert pauses[:11] == [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 900]
+        assert set(pauses[10:]) == {900}
+        assert len(reservations) == 100
+        assert clock() - began > timedelta(hours=20)
+
+    async def test_quiet_time(self, db: TortoiseContext, clock: FakeClock) -> None:
+        """After a quiet time the pauses begin anew; failures in a row never do."""
+        limit = Limit(free=2, quiet=timedelta(hours=1))
+        throttle = DatabaseThrottle(account=limit, max_failures=5, clock=clock)
+        await fail(throttle, attempt(), 2)
+        clock.advance(timedelta(seconds=1))
+        await fail(throttle, attempt())
+        clock.advance(limit.quiet)
+        await fail(throttle, attempt())
+        (fifth,) = await fail(throttle, attempt())
+        assert fifth.locks
+        assert await refused(throttle, attempt()) == 1
+        clock.advance(timedelta(days=3650))
+        assert (await throttle.reserve(attempt())).locked
+
+    async def test_just_before_the_quiet_time_ends(
+        self, db: TortoiseContext, clock: FakeClock
+    ) -> None:
+        """A moment earlier the pauses go on growing."""
+        limit = Limit(free=2, quiet=timedelta(hours=1))
+        throttle = DatabaseThrottle(account=limit, clock=clock)
+        await fail(throttle, attempt(), 2)
+        clock.advance(limit.quiet - timedelta(microseconds=1))
+        await fail(throttle, attempt())
+        assert await refused(throttle, attempt()) == 2
+
+    async def test_refusals_do_not_prolong(self, db: TortoiseContext, clock: FakeClock) -> None:
+        """Who knocks during a pause waits no longer for it."""
+        throttle = DatabaseThrottle(account=Limit(free=1, pause=timedelta(seconds=10)), clock=clock)
+        await fail(throttle, attempt())
+        for left in range(10, 0, -1):
+            assert await refused(throttle, attempt()) == left
+            clock.advance(timedelta(seconds=1))
+        await fail(throttle, attempt())
+
+    async def test_defaults_of_a_source(self, db: TortoiseContext, clock: FakeClock) -> None:
+        """Fifty are free for a source, and an hour without failures makes them free again."""
+        throttle = DatabaseThrottle(clock=clock)
+        for number in range(50):
+            await fail(throttle, attempt(f"account {number}"))
+        for pause in (1, 2, 4):
+            assert await refused(throttle, attempt("ada")) == pause
+            clock.advance(timedelta(seconds=pause))
+            await fail(throttle, attempt("ada"))
+        clock.advance(timedelta(hours=1))
+        for number in range(50):
+            await fail(throttle, attempt(f"account {number}"))
+        await refused(throttle, attempt("ada"))
+
+    async def test_of_a_source_do_not_grow_without_failures(
+        self, db: TortoiseContext, clock: FakeClock
+    ) -> None:
+        """Neither right passwords nor knocking at a blocked account makes others there wait longer."""
+        throttle = DatabaseThrottle(
+            account=Limit(free=1, pause=timedelta(hours=1), longest=timedelta(hours=1)),
+            source=Limit(free=2, pause=timedelta(seconds=10)),
+            clock=clock,
+        )
+        await fail(throttle, attempt("ada"))
+        await fail(throttle, attempt("bob"))
+        clock.advance(timedelta(seconds=10))
+        for _ in range(3):
+            assert await refused(throttle, attempt("ada")) == 3590
+            await succeed(throttle, attempt("eve"))
+        await fail(throttle, attempt("eve"))
+        assert await refused(throttle, attempt("carl")) == 20
+
+    async def test_attempts_at_the_same_time_are_given_back(
+        self, db: TortoiseContext, clock: FakeClock
+    ) -> None:
+        """Who gives back takes nothing from the pause that somebody else has caused meanwhile."""
+        throttle = DatabaseThrottle(account=Limit(free=2), clock=clock)
+        first = await throttle.reserve(attempt())
+        clock.advance(timedelta(minutes=1))
+        await fail(throttle, attempt(), 1)
+        await throttle.released(first)
+        await fail(throttle, attempt(), 1)
+        assert await refused(throttle, attempt()) == 1
+
+    async def test_familiar_source_does_not_prolong(
+        self, db: TortoiseContext, clock: FakeClock
+    ) -> None:
+        """Failures from a known source make nobody else wait longer."""
+        throttle = DatabaseThrottle(account=Limit(free=2, pause=timedelta(minutes=1)), clock=clock)
+        await fail(throttle, attempt(source=ABROAD), 2)
+        clock.advance(timedelta(seconds=30))
+        await fail(throttle, attempt(familiar=yes), 2)
+        assert await refused(throttle, attempt(source=ABROAD)) == 30
+
+
+class TestClock:
+    @pytest.mark.parametrize(
+        "back", [timedelta(seconds=6), timedelta(days=3), timedelta(days=3650)]
+    )
+    async def test_set_back(self, db: TortoiseContext, clock: FakeClock, back: timedelta) -> None:
+        """Nobody is freed by it, and nobody waits longer than the longest pause (A172)."""
+        limit = Limit(free=2, longest=timedelta(minutes=1))
+        throttle = DatabaseThrottle(account=limit, clock=clock)
+        await fail(throttle, attempt(), 2)
+        for pause in (1, 2, 4):
+            clock.advance(timedelta(seconds=await refused(throttle, attempt())))
+            await fail(throttle, attempt())
+            assert await refused(throttle, attempt()) == 2 * pause
+        clock.advance(-back)
+        assert await refused(throttle, attempt()) == 8
+        clock.advance(timedelta(seconds=7))
+        assert await refused(throttle, attempt()) == 1
+        clock.advance(timedelta(seconds=1))
+        await fail(throttle, attempt())
+        assert await refused(throttle, attempt()) == 16
+
+    async def test_set_back_while_attempts_are_free(
+        self, db: TortoiseContext, clock: FakeClock
+    ) -> None:
+        """Free attempts stay free, and no more of them come of it."""
+        throttle = DatabaseThrottle(account=Limit(free=3), clock=clock)
+        await fail(throttle, attempt(), 2)
+        clock.advance(timedelta(days=-30))
+        await fail(throttle, attempt())
+        await refused(throttle, attempt())
+
+    async def test_set_forward(self, db: TortoiseContext, clock: FakeClock) -> None:
+        """A leap over the quiet time ends the pauses, as the time itself would; not the row."""
+        throttle = DatabaseThrottle(account=Limit(free=2), max_failures=4, clock=clock)
+        await fail(throttle, attempt(), 2)
+        clock.advance(timedelta(days=3650))
+        third, fourth = await fail(throttle, attempt(), 2)
+        assert (third.locks, fourth.locks) == (False, True)
+        assert await refused(throttle, attempt()) == 1
+
+    async def test_ahead_elsewhere(self, db: TortoiseContext, clock: FakeClock) -> None:
+        """The clocks of two machines differ a little, and neither begins the pause of a source anew."""
+        limit = Limit(free=1, longest=timedelta(minutes=1))
+        ahead = FakeClock(clock() + timedelta(seconds=2))
+        here, there = (DatabaseThrottle(source=limit, clock=each) for each in (clock, ahead))
+        for number in range(12):
+            pause = await self.pause(here, f"account {number}")
+            for each in (clock, ahead):
+                each.advance(pause)
+            await fail(here, attempt(f"account {number}"))
+        for each in (clock, ahead):
+            each.advance(timedelta(minutes=2))
+        right = await there.reserve(attempt("bob"))
+        assert await refused(here, attempt("eve")) == 60
+        await there.succeeded(right)
+        await fail(here, attempt("eve"))
+
+    @staticmethod
+    async def pause(throttle: DatabaseThrottle, account: str) -> timedelta:
+        """Return how long an attempt has to wait."""
+        try:
+            await throttle.released(await throttle.reserve(attempt(account)))
+        except ThrottledError as error:
+            return timedelta(seconds=error.retry_after)
+        return timedelta(0)
+
+    async def test_goes_on_while_a_counter_is_read(
+        self, db: TortoiseContext, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """What others count meanwhile is no clock set back, and does not begin the pause anew."""
+        limit = Limit(free=1, longest=timedelta(minutes=1))
+        throttle = DatabaseThrottle(source=limit, clock=clock)
+        for number in range(12):
+            clock.advance(await self.pause(throttle, f"account {number}"))
+            await fail(throttle, attempt(f"account {number}"))
+        clock.advance(timedelta(minutes=2))
+        read = throttle._counters.read
+
+        async def slow(key: str, now: datetime) -> Count:
+            if not key.startswith("source:"):
+                return await read(key, now)
+            monkeypatch.setattr(throttle._counters, "read", read)
+            clock.advance(timedelta(minutes=1))
+            others.append(await throttle.reserve(attempt("bob")))
+            return await read(key, now)
+
+        others: list[Reservation] = []
+        monkeypatch.setattr(throttle._counters, "read", slow)
+        await refused(throttle, attempt("eve"))
+        await throttle.succeeded(others[0])
+        await fail(throttle, attempt("eve"))
+
+    @pytest.mark.parametrize("counter", ["account", "source"])
+    async def test_forward_and_back(
+        self, db: TortoiseContext, clock: FakeClock, counter: str
+    ) -> None:
+        """What was counted while the clock was wrong makes nobody wait until it is right."""
+        limit = Limit(free=2, longest=timedelta(minutes=1))
+        throttle = DatabaseThrottle(account=limit, source=limit, clock=clock)
+        attempts = [
+            attempt(source=None) if counter == "account" else attempt(f"account {number}")
+            for number in range(4)
+        ]
+        clock.advance(timedelta(days=365))
+        for each in attempts[:2]:
+            await fail(throttle, each)
+        clock.advance(-timedelta(days=365))
+        assert await refused(throttle, attempts[2]) == 1
+        clock.advance(timedelta(seconds=1))
+        await fail(throttle, attempts[2])
+        assert await refused(throttle, attempts[3]) == 2
+
+
+class TestLimit:
+    @pytest.mark.parametrize(
+        "values",
+        [
+            {"free": 0},
+            {"free": -1},
+            {"free": 1, "pause": timedelta(0)},
+            {"free": 1, "pause": timedelta(seconds=-1)},
+            {"free": 1, "pause": timedelta(hours=1), "longest": timedelta(minutes=1)},
+            {"free": 1, "longest": timedelta(days=2), "quiet": timedelta(days=1)},
+            {"free": 1, "quiet": timedelta.max},
+        ],
+        ids=str,
+    )
+    def test_nonsense(self, values: dict[str, Any]) -> None:
+        """Numbers that make no sense are refused when they are written down."""
+        with pytest.raises(ConfigurationError, match="0 < pause <= longest <= quiet"):
+            Limit(**values)
+
+    @pytest.mark.parametrize(
+        "values", [{"free": "5"}, {"free": True}, {"free": 5, "longest": 300}], ids=str
+    )
+    def test_other_types(self, values: dict[str, Any]) -> None:
+        """What is no number or duration is refused, with an example."""
+        with pytest.raises(ConfigurationError, match=r"Limit\(free=10"):
+            Limit(**values)
+
+    @pytest.mark.parametrize(
+        ("values", "message"),
+        [
+            ({"account": 10}, r"account=Limit\(free=10\)"),
+            ({"source": Limit}, r"account=Limit\(free=10\)"),
+            ({"max_failures": "5"}, "between 1 and 100"),
+            ({"clock": datetime.now}, "aware datetime"),
+            ({"clock": datetime(2026, 1, 1, tzinfo=UTC)}, "aware datetime"),
+        ],
+    )
+    def test_throttle_of_other_types(self, values: dict[str, Any], message: str) -> None:
+        """A throttle is refused where it is made, not at the first login."""
+        with pytest.raises(ConfigurationError, match=message):
+            DatabaseThrottle(**values)
+
+    @pytest.mark.parametrize("pause", [1e-6, 1, 59, 60, 61, 899, 900, 86400 * 300])
+    def test_never_overflows(self, pause: float) -> None:
+        """However often somebody fails, the pause is the longest one and no error."""
+        longest = timedelta(seconds=max(pause, 900))
+        limit = Limit(
+            free=5, pause=timedelta(seconds=pause), longest=longest, quiet=timedelta(days=366)
+        )
+        assert limit.after(4) == timedelta(0)
+        assert limit.after(5) == limit.pause
+        assert limit.after(6) == min(2 * limit.pause, longest)
+        pauses = [limit.after(count) for count in range(5, 200)]
+        assert pauses == sorted(pauses)
+        assert limit.after(60) == limit.after(10**9) == longest
+
+
+class TestTransaction:
+    """In a transaction of the caller."""
+
+    @pytest.fixture
+    def throttle(self, clock: FakeClock) -> DatabaseThrottle:
+        """Three attempts are free, the fourth failure locks."""
+        return DatabaseThrottle(account=Limit(free=3), max_failures=4, clock=clock)
+
+    @pytest.mark.parametrize("ending", ["commit", "rollback"])
+    async def test_counts_stay(
+        self, db: TortoiseContext, throttle: DatabaseThrottle, ending: str
+    ) -> None:
+        """Whatever becomes of the transaction, what was counted in it stays, and counts once."""
+        reservations = []
+        try:
+            async with in_transaction():
+                for _ in range(2):
+                    reservations.append(await throttle.reserve(attempt()))
+                    await throttle.failed(reservations[-1])
+                if ending == "rollback":
+                    raise OSError
+        except OSError:
+            pass
+        for reservation in reservations:
+            await throttle.failed(reservation)
+        assert await AttemptCount.all().order_by("key").values("count", "failures") == [
+            {"count": 2, "failures": 2},
+            {"count": 2, "failures": 0},
+        ]
+        await fail(throttle, attempt())
+        await refused(throttle, attempt())
+
+    async def test_counts_at_once(self, db: TortoiseContext, throttle: DatabaseThrottle) -> None:
+        """Within it the budget holds, even before anything of it is written."""
+        async with in_transaction():
+            granted, _ = await burst(throttle, [attempt()] * 20)
+            assert len(granted) == 3
+            for each in granted[:2]:
+                await throttle.released(each)
+            await succeed(throttle, attempt())
+            await fail(throttle, attempt(), 3)
+            await refused(throttle, attempt())
+
+    async def test_one_after_the_other(
+        self, db: TortoiseContext, throttle: DatabaseThrottle
+    ) -> None:
+        """Nobody needs to have written down the last one for the next to be counted."""
+        for _ in range(3):
+            with pytest.raises(OSError, match="undo"):
+                async with in_transaction():
+                    await throttle.reserve(attempt())
+                    raise OSError("undo")
+        with pytest.raises(ThrottledError):
+            async with in_transaction():
+                await throttle.reserve(attempt())
+        await refused(throttle, attempt())
+        assert await AttemptCount.filter(failures=3).count() == 1
+
+    @needs_postgres
+    async def test_counts_for_others_meanwhile(
+        self, postgres: TortoiseContext, clock: FakeClock
+    ) -> None:
+        """Another process does not have to wait for the end of it to see the count."""
+        limit = Limit(free=1)
+        async with in_transaction():
+            await DatabaseThrottle(account=limit, clock=clock).reserve(attempt())
+            await refused(DatabaseThrottle(account=limit, clock=clock), attempt())
+
+    async def test_after_a_quiet_time(
+        self, db: TortoiseContext, throttle: DatabaseThrottle, clock: FakeClock
+    ) -> None:
+        """A count that begins anew is not taken for an old one."""
+        await fail(throttle, attempt(), 3)
+        clock.advance(timedelta(days=2))
+        with pytest.raises(OSError, match="undo"):
+            async with in_transaction():
+                await fail(throttle, attempt())
+                raise OSError("undo")
+        (locked,) = await fail(throttle, attempt())
+        assert locked.locked
+        await fail(throttle, attempt())
+        await refused(throttle, attempt())
+
+    async def test_purge_writes_down_what_is_left(
+        self, db: TortoiseContext, throttle: DatabaseThrottle
+    ) -> None:
+        """What nobody came back for is not kept in memory for ever."""
+        async with in_transaction():
+            await throttle.reserve(attempt())
+        assert await throttle.purge() == 0
+        assert throttle._counters._unsaved == {}
+        assert await AttemptCount.filter(count=1).count() == 2
+
+    async def test_of_others_is_saved_by_whoever_comes_next(
+        self, db: TortoiseContext, throttle: DatabaseThrottle
+    ) -> None:
+        """Addresses that come once, and are refused, are not kept in memory for ever."""
+        await fail(throttle, attempt(), 3)
+        async with in_transaction():
+            for number in range(10):
+                with pytest.raises(ThrottledError):
+                    await throttle.reserve(attempt(source=f"198.51.100.{number}", familiar=yes))
+                    await throttle.reserve(attempt(source=f"198.51.100.{number}"))
+        await fail(throttle, attempt("bob", None))
+        assert throttle._counters._unsaved == {}
+
+    async def test_saved_by_two(
+        self, sqlite: TortoiseContext, throttle: DatabaseThrottle, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Two who write down the same count at the same moment write it once."""
+        async with in_transaction():
+            reservation = await throttle.reserve(attempt())
+            await throttle.released(await throttle.reserve(attempt("bob", ELSEWHERE)))
+        swap, written = counters._swap, list[str]()
+
+        async def note(connection: Any, row: Count, changed: Count) -> bool:
+            written.append(row.key)
+            return await swap(connection, row, changed)
+
+        monkeypatch.setattr(counters, "_swap", note)
+        await asyncio.gather(*(throttle.failed(reservation) for _ in range(5)))
+        assert throttle._counters._unsaved == {}
+        assert throttle._counters._saving == {}
+        assert sorted(written) == sorted({*written})
+        assert len(written) == 4
+        assert await AttemptCount.filter(count=1).count() == 2
+
+    async def test_saved_by_who_hangs_up(
+        self, sqlite: TortoiseContext, throttle: DatabaseThrottle
+    ) -> None:
+        """What he has begun to write is written, and not once more by the next."""
+        async with in_transaction():
+            reservation = await throttle.reserve(attempt(source=None))
+        await hang_up_at(counters, "_swap", throttle.failed(reservation))
+        await throttle.failed(reservation)
+        assert throttle._counters._unsaved == {}
+        assert throttle._counters._saving == {}
+        assert await AttemptCount.all().values("count", "failures") == [{"count": 1, "failures": 1}]
+
+    @pytest.mark.parametrize("meanwhile", [0, 1, 2])
+    async def test_another_process_counts_meanwhile(
+        self,
+        sqlite: TortoiseContext,
+        throttle: DatabaseThrottle,
+        clock: FakeClock,
+        meanwhile: int,
+    ) -> None:
+        """What is written down late is added to what others have counted, and overwrites nothing."""
+        await fail(throttle, attempt(source=None))
+        async with in_transaction():
+            await throttle.reserve(attempt(source=None))
+        other = DatabaseThrottle(account=Limit(free=100), clock=clock)
+        await fail(other, attempt(source=None), meanwhile)
+        await throttle.failed(Reservation(attempt=attempt()))
+        assert await AttemptCount.all().values("count", "failures") == [
+            {"count": 2 + meanwhile, "failures": 2 + meanwhile}
+        ]
+
+    async def test_another_process_counts_what_was_forgotten(
+        self, sqlite: TortoiseContext, throttle: DatabaseThrottle, clock: FakeClock
+    ) -> None:
+        """A success takes back what it knew of, and not what others have counted since."""
+        await fail(throttle, attempt(source=None), 2)
+        async with in_transaction():
+            await succeed(throttle, attempt(source=None))
+        await fail(DatabaseThrottle(clock=clock), attempt(source=None))
+        await throttle.failed(Reservation(attempt=attempt()))
+        assert await AttemptCount.all().values("count", "failures") == [{"count": 1, "failures": 1}]
+
+    async def test_more_is_counted_while_it_is_saved(
+        self, sqlite: TortoiseContext, throttle: DatabaseThrottle, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """What a later transaction counts meanwhile is neither lost nor written twice."""
+        async with in_transaction():
+            reservation = await throttle.reserve(attempt(source=None))
+        swap = counters._swap
+
+        async def meanwhile(*args: Any) -> bool:
+            monkeypatch.setattr(counters, "_swap", swap)
+            async with in_transaction():
+                await throttle.reserve(attempt(source=None))
+            return await swap(*args)
+
+        monkeypatch.setattr(counters, "_swap", meanwhile)
+        await throttle.failed(reservation)
+        await throttle.failed(reservation)
+        assert throttle._counters._unsaved == {}
+        assert await AttemptCount.all().values("count", "failures") == [{"count": 2, "failures": 2}]
+
+    async def test_cannot_be_saved(
+        self, sqlite: TortoiseContext, throttle: DatabaseThrottle, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A count that cannot be written yet is not forgotten."""
+        async with in_transaction():
+            reservation = await throttle.reserve(attempt(source=None))
+        with monkeypatch.context() as patch:
+            patch.setattr(counters, "_swap", lambda *_: no())
+            await throttle.failed(reservation)
+        await fail(throttle, attempt(source=None), 2)
+        await refused(throttle, attempt(source=None))
+
+
+class TestFailure:
+    @pytest.mark.parametrize("fail_at", [1, 2, 3, 4])
+    async def test_at_every_statement(
+        self, db: TortoiseContext, clock: FakeClock, fail_at: int
+    ) -> None:
+        """Whichever statement fails, there is an error and no reservation."""
+        throttle = DatabaseThrottle(clock=clock)
+        with statements(db, fail_at=fail_at, error=OperationalError("canary")):
+            with pytest.raises(OperationalError, match="canary"):
+                await throttle.reserve(attempt())
+
+    async def test_gives_the_source_its_attempt_back(
+        self, db: TortoiseContext, clock: FakeClock
+    ) -> None:
+        """What failed for the account is not held against the source."""
+
+        async def broken() -> bool:
+            raise OperationalError("canary")
+
+        throttle = DatabaseThrottle(account=Limit(free=1), source=Limit(free=3), clock=clock)
+        await fail(throttle, attempt())
+        for _ in range(5):
+            with pytest.raises(OperationalError):
+                await throttle.reserve(attempt(familiar=broken))
+        await fail(throttle, attempt("bob"))
+        await fail(throttle, attempt("eve"))
+
+    async def test_gives_a_familiar_source_its_attempt_back(
+        self, db: TortoiseContext, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """What failed for the account is not held against the two together, either."""
+        throttle = DatabaseThrottle(account=Limit(free=2), clock=clock)
+        await fail(throttle, attempt(source=ELSEWHERE), 2)
+        take = throttle._take
+
+        async def broken(key: str, **options: Any) -> Any:
+            if options.get("unlimited"):
+                raise OperationalError("canary")
+            return await take(key, **options)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(throttle, "_take", broken)
+            for _ in range(5):
+                with pytest.raises(OperationalError):
+                    await throttle.reserve(attempt(familiar=yes))
+        await fail(throttle, attempt(familiar=yes), 2)
+        await refused(throttle, attempt(familiar=yes))
+
+    async def test_cancelled(self, db: TortoiseContext, clock: FakeClock) -> None:
+        """Who is cancelled between source and account leaves at once, without giving back."""
+        waiting = asyncio.Event()
+
+        async def wait() -> bool:
+            waiting.set()
+            await asyncio.Event().wait()
+            return True
+
+        throttle = DatabaseThrottle(account=Limit(free=1), clock=clock)
+        await fail(throttle, attempt(source=ELSEWHERE))
+        task = asyncio.ensure_future(throttle.reserve(attempt(familiar=wait)))
+        async with asyncio.timeout(LIMIT):
+            await waiting.wait()
+        with statements(db) as seen:
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+        assert seen == []
+
+
+class TestPurge:
+    async def test_deletes_what_says_nothing(self, db: TortoiseContext, clock: FakeClock) -> None:
+        """Counters of quiet sources and of accounts without failures go; failures in a row stay."""
+        throttle = DatabaseThrottle(account=Limit(free=1), clock=clock)
+        await fail(throttle, attempt("ada", HERE))
+        await fail(throttle, attempt("ada", ELSEWHERE, yes))
+        await succeed(throttle, attempt("bob", ABROAD))
+        assert await AttemptCount.all().count() == 6
+        clock.advance(timedelta(days=1))
+        assert await throttle.purge() == 0
+        clock.advance(timedelta(microseconds=1))
+        await fail(throttle, attempt("eve", HERE))
+        assert await throttle.purge() == 4
+        left = [row.key for row in await AttemptCount.all().order_by("key")]
+        assert left == ["account:ada", "account:eve", f"source:{HERE}"]
+        assert await throttle.purge() == 0
+
+    async def test_meanwhile(
+        self, db: TortoiseContext, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A counter that is deleted between reading and writing is made anew."""
+        throttle = DatabaseThrottle(account=Limit(free=2), clock=clock)
+        await fail(throttle, attempt(source=None))
+        swap = counters._swap
+        deleted: list[int] = []
+
+        async def swap_what_is_gone(*args: Any) -> bool:
+            if not deleted:
+                deleted.append(await AttemptCount.all().delete())
+            return await swap(*args)
+
+        monkeypatch.setattr(counters, "_swap", swap_what_is_gone)
+        await fail(throttle, attempt(source=None), 2)
+        assert deleted == [1]
+        await refused(throttle, attempt(source=None))
+
+    @pytest.mark.parametrize("clock_is_set_back", [False, True])
+    async def test_others_are_always_faster(
+        self,
+        db: TortoiseContext,
+        clock: FakeClock,
+        monkeypatch: pytest.MonkeyPatch,
+        clock_is_set_back: bool,
+    ) -> None:
+        """Who cannot write a counter is too early, and nobody tries for ever."""
+        throttle = DatabaseThrottle(account=Limit(free=2), clock=clock)
+        await fail(throttle, attempt(source=None))
+
+        async def too_late(*args: object) -> bool:
+            return False
+
+        monkeypatch.setattr(counters, "_swap", too_late)
+        if clock_is_set_back:
+            clock.advance(timedelta(hours=-1))
+        assert await refused(throttle, attempt(source=None)) == 1
+
+    async def test_made_by_somebody_else_meanwhile(
+        self, db: TortoiseContext, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A counter that another process makes between reading and writing counts both."""
+        mine, theirs = (DatabaseThrottle(account=Limit(free=2), clock=clock) for _ in range(2))
+        swap = counters._swap
+        others = [theirs]
+
+        async def swap_too_late(*args: Any) -> bool:
+            if others:
+                await fail(others.pop(), attempt(source=None))
+            return await swap(*args)
+
+        monkeypatch.setattr(counters, "_swap", swap_too_late)
+        await fail(mine, attempt(source=None))
+        assert await AttemptCount.get().values_list("count", "failures") == (2, 2)
+        await refused(mine, attempt(source=None))
+
+    async def test_failures_of_long_ago(self, db: TortoiseContext, clock: FakeClock) -> None:
+        """Failures in a row go 400 days after the last one, but not those of a locked account."""
+        throttle = DatabaseThrottle(max_failures=3, clock=clock)
+        await fail(throttle, attempt("ada", None), 2)
+        (*_, locking) = await fail(throttle, attempt("bob", None), 3)
+        await fail(throttle, attempt("eve", None), 3)
+        await throttle.told(locking)
+        clock.advance(timedelta(days=400))
+        assert await throttle.purge() == 0
+        clock.advance(timedelta(microseconds=1))
+        assert await throttle.purge() == 1
+        left = [row.key for row in await AttemptCount.all().order_by("key")]
+        assert left == ["account:bob", "account:eve"]
+
+
+class TestSourceOf:
+    @pytest.mark.parametrize(
+        ("ip", "source"),
+        [
+            (None, None),
+            ("", None),
+            (" \t", None),
+            ("203.0.113.7", "203.0.113.7"),
+            (" 203.0.113.7\n", "203.0.113.7"),
+            ("2001:db8:1:2:3:4:5:6", "2001:db8:1:2::/64"),
+            ("2001:DB8:1:2:ffff::", "2001:db8:1:2::/64"),
+            ("2001:db8:1:2::", "2001:db8:1:2::/64"),
+            ("2001:db8:1:3::", "2001:db8:1:3::/64"),
+            ("fe80::1%eth0", "fe80::/64"),
+            ("::1", "::/64"),
+            ("::ffff:203.0.113.7", "203.0.113.7"),
+            ("::ffff:cb00:7107", "203.0.113.7"),
+            ("unix:", "unix:"),
+            ("testclient", "testclient"),
+            ("203.0.113.7, 198.51.100.9", "203.0.113.7, 198.51.100.9"),
+            ("203.0.113.007", "203.0.113.007"),
+            ("\ud800", "\ud800"),
+        ],
+    )
+    def test_is_a_network(self, ip: str | None, source: str | None) -> None:
+        """An address is itself, one of IPv6 its /64, a mapped one that of IPv4; else the text (A170)."""
+        assert source_of(ip) == source
+
+
+class TestPage:
+    PAGE = Path(__file__).parents[2] / "docs" / "throttling.md"
+
+    @pytest.fixture
+    async def namespace(self, sqlite: TortoiseContext) -> AsyncIterator[dict[str, Any]]:
+        """What a reader of the page has at hand."""
+        from tests.support.app import User  # noqa: PLC0415 - the name that the page uses
+
+        yield {"AuthService": AuthService, "User": User, "config": AuthConfig(secret=SECRET)}
+
+    async def test_snippets_run(self, namespace: dict[str, Any]) -> None:
+        """Every snippet that needs no Redis runs, and leaves a service that works."""
+        sources = [each for each in snippets(self.PAGE) if "redis" not in each]
+        assert len(sources) >= 2
+        for source in sources:
+            await run(source, namespace, self.PAGE.name)
+            assert await namespace["auth"].purge_expired() == 0
+
+    def test_names_every_setting(self) -> None:
+        """Settings and defaults on the page are those of the code (R36)."""
+        page = self.PAGE.read_text()
+        for line in (
+            "| `account` | `Limit(free=10)` |",
+            "| `source` | `Limit(free=50, quiet=timedelta(hours=1))` |",
+            "| `max_failures` | 100 |",
+            "| `free` | |",
+            "| `pause` | 1 s |",
+            "| `longest` | 15 min |",
+            "| `quiet` | 1 d |",
+        ):
+            assert line in page
+        limit = Limit(free=1)
+        assert (limit.pause, limit.longest, limit.quiet) == (
+            timedelta(seconds=1),
+            timedelta(minutes=15),
+            timedelta(days=1),
+        )
+
+    def test_is_short(self) -> None:
+        """It has fewer than 120 lines."""
+        assert len(self.PAGE.read_text().splitlines()) < 120
+
+
+async def _race_in_the_database(url: str) -> None:
+    config = {
+        "connections": {"postgres": url},
+        "apps": {"models": {"models": ["tortoise_auth.models"], "default_connection": "postgres"}},
+    }
+    async with TortoiseContext() as context:
+        await context.init(config=config)
+        await race(DatabaseThrottle(account=Limit(free=BUDGET, pause=timedelta(minutes=15))))
+
+
+if __name__ == "__main__":
+    asyncio.run(_race_in_the_database(sys.argv[1]))

@@ -1,0 +1,740 @@
+"""The user model by itself, without a service: sign-up, passwords, what it tells and what it hides."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import pytest
+from passlib.hash import bcrypt, django_pbkdf2_sha256, pbkdf2_sha256
+from tortoise import fields
+from tortoise.context import TortoiseContext
+from tortoise.exceptions import IntegrityError
+from tortoise.models import Model
+from tortoise.transactions import in_transaction
+
+from tests.support.accounts import EMAIL, NEW_PASSWORD, PASSWORD, SECRET, assert_over, log_in
+from tests.support.app import AuditRow, NamedUser, StrUser, User, UuidUser
+from tests.support.concurrency import meanwhile
+from tests.support.database import DATABASES, connection_of, database
+from tests.support.hashing import argon2_costs, full_cost
+from tests.support.rows import changed, columns, row, rows
+from tests.support.statements import statements
+from tortoise_auth import (
+    AbstractUser,
+    AuthConfig,
+    AuthenticationError,
+    AuthService,
+    EventEmitter,
+    PasswordHasher,
+    PasswordPolicy,
+    PasswordPolicyError,
+    RequestContext,
+    request_context,
+)
+from tortoise_auth.database import is_unique_violation, violated_columns
+from tortoise_auth.events import PasswordChanged, UserRegistered
+from tortoise_auth.exceptions import IdentifierTakenError, InvalidIdentifierError
+from tortoise_auth.fields import EmailField
+from tortoise_auth.models import primary_key, user_table
+from tortoise_auth.passwords import MAX_PASSWORD_LENGTH
+from tortoise_auth.testing import Captured, capture
+
+MODELS: list[Any] = [
+    pytest.param(User, {}, id="int"),
+    pytest.param(UuidUser, {}, id="uuid"),
+    pytest.param(StrUser, {"code": "ada"}, id="str"),
+    pytest.param(NamedUser, {"username": "ada"}, id="username"),
+]
+
+
+@pytest.fixture
+def events(emitter: EventEmitter) -> Iterator[Captured]:
+    with capture(emitter) as captured:
+        yield captured
+
+
+@pytest.fixture
+async def ada(db: TortoiseContext) -> User:
+    return await User.create_user(email=EMAIL, password=PASSWORD, display_name="Ada")
+
+
+def test_tables_of_one_name_are_told_apart() -> None:
+    """Two models may share the name of their table in two schemas, and no account with that."""
+
+    class InOne(AbstractUser):
+        class Meta(AbstractUser.Meta):
+            table = "user"
+            schema = "one"
+            abstract = False
+
+    class InTwo(AbstractUser):
+        class Meta(AbstractUser.Meta):
+            table = "user"
+            schema = "two"
+            abstract = False
+
+    assert (user_table(InOne), user_table(InTwo), user_table(User)) == (
+        "one.user",
+        "two.user",
+        "app_user",
+    )
+
+
+class TestCreateUser:
+    @pytest.mark.parametrize(("model", "values"), MODELS)
+    async def test_saves_hashes_and_tells(
+        self,
+        db: TortoiseContext,
+        events: Captured,
+        model: type[AbstractUser],
+        values: dict[str, str],
+    ) -> None:
+        """Whatever the primary key, the account is stored, its password hashed, and told once."""
+        user = await model.create_user(email=EMAIL, password=PASSWORD, **values)
+        stored = await row(model, user.pk)
+        assert str(stored["password"]).startswith("$argon2id$")
+        assert stored["email"] == EMAIL
+        assert (stored["is_active"], stored["session_version"]) == (True, 0)
+        assert stored["last_login"] is None
+        assert user.password == stored["password"]
+        assert await user.check_password(PASSWORD)
+        event = events.one(UserRegistered)
+        assert (event.user, event.subject_id) == (user, str(user.pk))
+        assert events.names == ["user_registered"]
+
+    @pytest.mark.parametrize(
+        ("typed", "stored"),
+        [
+            ("  Ada@Example.COM\n", "ada@example.com"),
+            ("Rene\u0301e@B\u00fccher.example", "ren\u00e9e@b\u00fccher.example"),
+            ("a@xn--bcher-kva.example", "a@b\u00fccher.example"),
+        ],
+    )
+    async def test_email_is_normalised(self, db: TortoiseContext, typed: str, stored: str) -> None:
+        """The object and the row hold one and the same spelling."""
+        user = await User.create_user(email=typed, password=PASSWORD)
+        assert user.email == stored
+        assert (await row(User, user.pk))["email"] == stored
+
+    async def test_user_name_is_normalised(self, db: TortoiseContext) -> None:
+        """A user name is stored in its compatible form, without white space, its case kept."""
+        user = await NamedUser.create_user(
+            email="Ada@Example.com", username=" \uff21da\t", password=PASSWORD
+        )
+        stored = await row(NamedUser, user.pk)
+        assert (stored["username"], stored["email"]) == ("Ada", EMAIL)
+
+    @pytest.mark.parametrize(
+        "email",
+        [
+            "",
+            " ",
+            "ada",
+            "ada@",
+            "@example.com",
+            "ada@example",
+            "ada@exam ple.com",
+            "a\0@b.example",
+        ],
+    )
+    async def test_bad_email(self, db: TortoiseContext, events: Captured, email: str) -> None:
+        """What is no address is refused before a hash is computed."""
+        with argon2_costs() as costs, pytest.raises(InvalidIdentifierError) as refusal:
+            await User.create_user(email=email, password=PASSWORD)
+        assert refusal.value.code == "invalid_identifier"
+        assert costs == []
+        assert await User.all().count() == 0
+        assert events.names == []
+
+    @pytest.mark.parametrize(
+        "email", [None, 7, True, b"a@b.example", ["a@b.example"], "\ud800@b.example", "a" * 10**7]
+    )
+    async def test_hostile_email(self, db: TortoiseContext, email: Any) -> None:
+        """Other types, broken text and megabytes are refused just the same, and not repeated."""
+        with pytest.raises(InvalidIdentifierError) as refusal:
+            await User.create_user(email=email, password=PASSWORD)
+        assert str(refusal.value) == "That is not an e-mail address"
+
+    @pytest.mark.parametrize("username", ["", " ", "x" * 31, "a\0", "\ud800", None, 7, b"ada"])
+    async def test_bad_user_name(self, db: TortoiseContext, username: Any) -> None:
+        """A user name is text that fits its column."""
+        with pytest.raises(InvalidIdentifierError):
+            await NamedUser.create_user(email=EMAIL, username=username, password=PASSWORD)
+
+    async def test_missing_identifier(self, db: TortoiseContext) -> None:
+        """Without an identifier there is no account."""
+        with pytest.raises(InvalidIdentifierError):
+            await User.create_user(password=PASSWORD)
+        with pytest.raises(InvalidIdentifierError):
+            await NamedUser.create_user(email=EMAIL, password=PASSWORD)
+
+    async def test_missing_column(self, db: TortoiseContext) -> None:
+        """A column without a default has to be given, be it not what one logs in with."""
+        with pytest.raises(ValueError, match=r"^NamedUser: email .*needs one"):
+            await NamedUser.create_user(username="ada", password=PASSWORD)
+
+    @pytest.mark.parametrize("typed", [EMAIL, " ADA@example.COM ", "ada@EXAMPLE.com"])
+    async def test_taken(
+        self, db: TortoiseContext, ada: User, events: Captured, typed: str
+    ) -> None:
+        """A second account is refused in any spelling; neither text nor cause tell whose it is."""
+        events.clear()
+        with pytest.raises(IdentifierTakenError) as refusal:
+            await User.create_user(email=typed, password=PASSWORD)
+        assert refusal.value.code == "identifier_taken"
+        assert (refusal.value.__cause__, refusal.value.__context__) == (None, None)
+        assert EMAIL not in "".join(traceback.format_exception(refusal.value)).lower()
+        assert await User.all().count() == 1
+        assert events.names == []
+
+    async def test_taken_in_a_transaction_of_the_caller(
+        self, db: TortoiseContext, ada: User
+    ) -> None:
+        """The caller's own transaction goes on after the refusal."""
+        async with in_transaction(connection_of(db).connection_name):
+            with pytest.raises(IdentifierTakenError):
+                await User.create_user(email=EMAIL, password=PASSWORD)
+            bob = await User.create_user(email="bob@example.com", password=PASSWORD)
+        assert await User.filter(pk=bob.pk).exists()
+
+    async def test_refused_by_the_database(self, db: TortoiseContext) -> None:
+        """A value that breaks a rule of the database is the caller's fault, and is not repeated."""
+        connection = connection_of(db)
+        await connection.execute_script(
+            "ALTER TABLE app_user ADD CHECK (display_name <> 'canary')"
+            if connection.capabilities.dialect == "postgres"
+            else "CREATE TRIGGER app_rule BEFORE INSERT ON app_user WHEN NEW.display_name = 'canary' "
+            "BEGIN SELECT RAISE(ABORT, 'canary is refused'); END"
+        )
+        with pytest.raises(ValueError, match=r"^User: the database refuses a value") as refusal:
+            await User.create_user(email=EMAIL, password=PASSWORD, display_name="canary")
+        assert (refusal.value.__cause__, refusal.value.__context__) == (None, None)
+        assert "canary" not in str(refusal.value)
+        assert await User.all().count() == 0
+
+    @pytest.mark.parametrize(
+        "smuggled",
+        ["is_active", "session_version", "last_login", "created_at", "updated_at"],
+    )
+    async def test_mass_assignment(self, db: TortoiseContext, smuggled: str) -> None:
+        """A form cannot decide about access."""
+        with pytest.raises(ValueError, match=smuggled):
+            await User.create_user(email=EMAIL, password=PASSWORD, **{smuggled: None})
+        assert await User.all().count() == 0
+
+    async def test_password_is_never_stored_as_given(self, db: TortoiseContext) -> None:
+        """Even a hash is only a password, and hashed."""
+        given = "$argon2id$v=19$m=8,t=1,p=1$c29tZXNhbHQ$YQ"
+        user = await User.create_user(email=EMAIL, password=given)
+        assert user.password != given
+        assert await user.check_password(given)
+
+    async def test_unknown_column(self, db: TortoiseContext) -> None:
+        """A column that does not exist is named, with those that do."""
+        with pytest.raises(ValueError, match=r"no field display_nam .*: display_name"):
+            await User.create_user(email=EMAIL, password=PASSWORD, display_nam="Ada")
+
+    @pytest.mark.parametrize("value", ["x" * 101, "nul\0", "\ud800", None])
+    async def test_value_that_does_not_fit(
+        self, db: TortoiseContext, events: Captured, value: Any
+    ) -> None:
+        """Text that the column cannot hold is a ValueError on every database."""
+        with pytest.raises(ValueError, match="display_name"):
+            await User.create_user(email=EMAIL, password=PASSWORD, display_name=value)
+        assert await User.all().count() == 0
+        assert events.names == []
+
+    @pytest.mark.parametrize(
+        ("password", "code"),
+        [
+            ("short", "too_short"),
+            ("passwordpassword", "common"),
+            ("Ada@Example.com", "context"),
+            ("x" * (MAX_PASSWORD_LENGTH + 1), "too_long"),
+            (PASSWORD + "\0", "nul_character"),
+            (7, "not_a_string"),
+        ],
+    )
+    async def test_policy(
+        self, db: TortoiseContext, events: Captured, password: Any, code: str
+    ) -> None:
+        """The policy is asked, and knows the address of the new account."""
+        with argon2_costs() as costs, pytest.raises(PasswordPolicyError) as refusal:
+            await User.create_user(email=EMAIL, password=password)
+        assert [failure.code for failure in refusal.value.failures] == [code]
+        assert costs == []
+        assert await User.all().count() == 0
+        assert events.names == []
+
+    async def test_own_policy(self, db: TortoiseContext, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A host sets the policy on its model."""
+        monkeypatch.setattr(User, "password_policy", PasswordPolicy(min_length=40))
+        with pytest.raises(PasswordPolicyError):
+            await User.create_user(email=EMAIL, password=PASSWORD)
+
+    async def test_without_password(self, db: TortoiseContext, auth: AuthService[User]) -> None:
+        """An account without a password exists, and no password opens it."""
+        user = await User.create_user(email=EMAIL)
+        stored = str((await row(User, user.pk))["password"])
+        assert not user.has_usable_password()
+        for password in ("", stored, "None"):
+            assert not await user.check_password(password)
+            with pytest.raises(AuthenticationError):
+                await auth.login(EMAIL, password)
+
+    async def test_context(self, db: TortoiseContext, events: Captured) -> None:
+        """The event knows the request in which it happened."""
+        context = RequestContext(ip="203.0.113.7")
+        token = request_context.set(context)
+        try:
+            await User.create_user(email=EMAIL, password=PASSWORD)
+        finally:
+            request_context.reset(token)
+        assert events.one(UserRegistered).context == context
+
+
+class Club(Model):
+    """What accounts belong to."""
+
+    name = fields.CharField(max_length=20, default="")
+
+    class Meta(Model.Meta):
+        table = "app_club"
+
+
+class Member(AbstractUser):
+    """Has unique columns of its own, and relations of every kind."""
+
+    phone = fields.CharField(max_length=20, unique=True, null=True, source_field="Phone_no")
+    badge = fields.CharField(max_length=20, null=True)
+    alias = fields.CharField(max_length=20, null=True)
+    club: fields.ForeignKeyNullableRelation[Club] = fields.ForeignKeyField(
+        "models.Club", related_name="members", null=True
+    )
+    mentor: fields.OneToOneNullableRelation[Member] = fields.OneToOneField(
+        "models.Member", related_name="pupil", null=True
+    )
+    friends: fields.ManyToManyRelation[Member] = fields.ManyToManyField(
+        "models.Member", related_name="befriended"
+    )
+
+    class Meta(AbstractUser.Meta):
+        table = "app_member"
+        abstract = False
+        unique_together = (("badge", "club"),)
+
+
+@pytest.fixture(params=DATABASES)
+async def members(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[TortoiseContext]:
+    """Every database there is, with the accounts of clubs."""
+    modules = [__name__, "tortoise_auth.models"]
+    async with database(request.param, tmp_path, modules=modules) as context:
+        yield context
+
+
+class TestOwnColumns:
+    @pytest.mark.parametrize(
+        ("names", "message"),
+        [
+            (["phone"], "Member: phone has a value that another account has"),
+            (["badge", "club"], "Member: badge, club_id have values that another account has"),
+            (["mentor"], "Member: mentor_id has a value that another account has"),
+        ],
+        ids=["column", "two columns", "one-to-one"],
+    )
+    async def test_unique(self, members: TortoiseContext, names: list[str], message: str) -> None:
+        """Two accounts that share a unique value of the host's are told by its column, not its value."""
+        mentor = await Member.create_user(email="mentor@example.com")
+        everything: dict[str, Any] = {
+            "phone": "canary-1",
+            "badge": "canary-2",
+            "club": await Club.create(),
+            "mentor": mentor,
+        }
+        values = {name: everything[name] for name in names}
+        await Member.create_user(email=EMAIL, **values)
+        with pytest.raises(ValueError, match=f"^{message}$") as refusal:
+            await Member.create_user(email="bob@example.com", **values)
+        assert type(refusal.value) is ValueError
+        assert (refusal.value.__cause__, refusal.value.__context__) == (None, None)
+        assert await Member.all().count() == 2
+
+    async def test_identifier_goes_first(self, members: TortoiseContext) -> None:
+        """Whoever signs up twice is told that there is such an account; a key may be taken, too."""
+        ada = await Member.create_user(email=EMAIL, badge="7")
+        with pytest.raises(IdentifierTakenError):
+            await Member.create_user(email=EMAIL, badge="7")
+        with pytest.raises(IdentifierTakenError):
+            await Member.create_user(email="bob@example.com", id=ada.pk)
+
+    async def test_unique_by_an_expression(self, members: TortoiseContext) -> None:
+        """SQLite does not tell the column of such an index: then the account counts as taken."""
+        await connection_of(members).execute_script(
+            "CREATE UNIQUE INDEX app_member_alias ON app_member (lower(alias))"
+        )
+        await Member.create_user(email=EMAIL, alias="canary")
+        told = connection_of(members).capabilities.dialect == "postgres"
+        with pytest.raises(ValueError if told else IdentifierTakenError) as refusal:
+            await Member.create_user(email="bob@example.com", alias="CANARY")
+        assert ("Member: alias" in str(refusal.value)) == told
+        assert "canary" not in str(refusal.value).lower()
+
+    @pytest.mark.parametrize("relation", ["friends", "befriended", "pupil", "members", "pk"])
+    async def test_what_is_no_column(self, members: TortoiseContext, relation: str) -> None:
+        """Relations without a column here are no fields to set; those with one are listed."""
+        values: dict[str, Any] = {relation: [1]}
+        with pytest.raises(ValueError, match=f"^Member has no field {relation} that") as refusal:
+            await Member.create_user(email=EMAIL, **values)
+        _, _, listed = str(refusal.value).partition("It has: ")
+        assert (
+            listed == "alias, badge, club, club_id, email, id, mentor, mentor_id, password, phone."
+        )
+
+    @pytest.mark.parametrize("name", ["club", "mentor"])
+    async def test_relation(self, members: TortoiseContext, name: str) -> None:
+        """A relation takes a saved object of its model or nothing."""
+        for misfit in (1, "1", [1], Club(), Member(), AuditRow(id=1)):
+            values: dict[str, Any] = {name: misfit}
+            with pytest.raises(ValueError, match=f"^Member: {name} cannot hold such a value$"):
+                await Member.create_user(email=EMAIL, **values)
+        assert await Member.all().count() == 0
+        assert await Member.create_user(email=EMAIL, **{name: None})
+
+    @pytest.mark.parametrize("value", ["canary" * 9, b"canary" * 8])
+    async def test_refused_value_is_not_quoted(self, members: TortoiseContext, value: Any) -> None:
+        """A column of the host may hold a secret: a refusal names the column alone."""
+        with pytest.raises(ValueError, match=r"^Member: phone cannot hold such a value") as refusal:
+            await Member.create_user(email=EMAIL, phone=value)
+        assert "canary" not in str(refusal.value)
+        assert (refusal.value.__cause__, refusal.value.__context__) == (None, None)
+
+
+class Diagnosis:
+    """The part of a psycopg error that names the key."""
+
+    message_detail = 'Ключ "(tenant, lower(email::text))=(7, a@b.c (x)=y)" уже существует.'
+
+
+class TestViolatedColumns:
+    @pytest.mark.parametrize(
+        ("text", "details", "columns"),
+        [
+            ("UNIQUE constraint failed: app_user.email", {}, {"email"}),
+            ("UNIQUE constraint failed: s.a, s.b", {}, {"a", "b"}),
+            ("UNIQUE constraint failed: index 'app_member_alias'", {}, set()),
+            ("", {"sqlstate": "23505", "detail": "Key (phone)=(x) already exists."}, {"phone"}),
+            ("", {"sqlstate": "23505", "detail": 'Key ("Phone_no")=(a)=(b)'}, {"Phone_no"}),
+            ("", {"sqlstate": "23505", "detail": None}, set()),
+            (
+                "",
+                {"sqlstate": "23505", "diag": Diagnosis()},
+                {"tenant", "lower", "email", "text"},
+            ),
+        ],
+        ids=range(7),
+    )
+    def test_of_every_driver(self, text: str, details: dict[str, Any], columns: set[str]) -> None:
+        """SQLite, asyncpg and psycopg, whose text is in the language of the server."""
+        cause = Exception(text)
+        for name, value in details.items():
+            setattr(cause, name, value)
+        assert is_unique_violation(IntegrityError(cause))
+        assert violated_columns(IntegrityError(cause)) == columns
+
+
+class ShortUser(AbstractUser):
+    """Allows only short addresses."""
+
+    email = EmailField(max_length=20, unique=True)
+
+    class Meta(AbstractUser.Meta):
+        table = "app_short_user"
+        abstract = False
+
+
+class TestNormalizeIdentifier:
+    def test_is_idempotent(self) -> None:
+        """What was normalised is its own normal form."""
+        for model, typed in [
+            (User, " REN\u00c9E@B\u00fccher.example"),
+            (User, "\u0130stanbul@example.com"),
+            (NamedUser, " \ufb01\u00b4x "),
+        ]:
+            once = model.normalize_identifier(typed)
+            assert model.normalize_identifier(once) == once
+
+    def test_fits_the_column(self) -> None:
+        """An identifier that is longer than its column cannot be one."""
+        assert ShortUser.normalize_identifier("a" * 8 + "@example.com") == "aaaaaaaa@example.com"
+        with pytest.raises(InvalidIdentifierError):
+            ShortUser.normalize_identifier("a" * 9 + "@example.com")
+        assert NamedUser.normalize_identifier("x" * 30) == "x" * 30
+        with pytest.raises(InvalidIdentifierError):
+            NamedUser.normalize_identifier("\ufdfa" * 30)  # one character that NFKC makes 18 of
+
+
+class TestSetPassword:
+    @pytest.mark.parametrize(("model", "values"), MODELS)
+    async def test_ends_every_session(
+        self,
+        db: TortoiseContext,
+        events: Captured,
+        model: type[AbstractUser],
+        values: dict[str, str],
+    ) -> None:
+        """It needs no service: the hash is stored, all sessions end, and it is told once."""
+        auth = AuthService(model, AuthConfig(secret=SECRET))
+        user = await model.create_user(email=EMAIL, password=PASSWORD, **values)
+        identifier = getattr(user, model.identifier_field)
+        results = [await auth.login(identifier, PASSWORD) for _ in range(2)]
+        events.clear()
+        await user.set_password(NEW_PASSWORD)
+
+        for result in results:
+            await assert_over(auth, result)
+        assert events.names == ["password_changed"]
+        event = events.one(PasswordChanged)
+        assert (event.user, event.sessions_ended) == (user, 2)
+        with pytest.raises(AuthenticationError):
+            await auth.login(identifier, PASSWORD)
+        assert await auth.login(identifier, NEW_PASSWORD)
+
+    async def test_writes_only_its_columns(self, db: TortoiseContext, ada: User) -> None:
+        """An object from before overwrites nothing and opens no closed account."""
+        await User.filter(pk=ada.pk).update(display_name="Countess", is_active=False)
+        before = await row(User, ada.pk)
+        await ada.set_password(NEW_PASSWORD)
+        after = await row(User, ada.pk)
+        assert changed(before, after) == {"password", "session_version", "updated_at"}
+        assert (ada.password, ada.session_version) == (
+            after["password"],
+            after["session_version"],
+        )
+
+    async def test_versions_never_repeat(self, db: TortoiseContext, ada: User) -> None:
+        """Two objects of one account do not give the same version twice."""
+        stale = await User.get(pk=ada.pk)
+        await ada.set_password(NEW_PASSWORD)
+        await stale.set_password(PASSWORD)
+        assert stale.session_version == ada.session_version + 1
+
+    async def test_asks_no_policy_but_needs_a_password(
+        self, db: TortoiseContext, ada: User, events: Captured
+    ) -> None:
+        """An administrator's script may set a short password, not one that cannot be hashed."""
+        await ada.set_password("short")
+        assert await ada.check_password("short")
+        before = await row(User, ada.pk)
+        events.clear()
+        impossible: list[Any] = ["x" * (MAX_PASSWORD_LENGTH + 1), "\0", "\ud800", None, b"x"]
+        for password in impossible:
+            with pytest.raises(PasswordPolicyError):
+                await ada.set_password(password)
+        assert await row(User, ada.pk) == before
+        assert events.names == []
+
+    async def test_unsaved_user(self, db: TortoiseContext, events: Captured) -> None:
+        """An account that is not in the database cannot have a password."""
+        users: list[AbstractUser] = [
+            User(email=EMAIL),
+            User(id=7, email=EMAIL),
+            UuidUser(email=EMAIL),
+            StrUser(email=EMAIL, code="ada"),
+        ]
+        for user in users:
+            with pytest.raises(ValueError, match="save it"):
+                await user.set_password(PASSWORD)
+            assert (user.password, user.session_version) == ("", 0)
+        assert events.names == []
+
+
+class TestCheckPassword:
+    @pytest.mark.parametrize(
+        "password", [PASSWORD.upper(), PASSWORD + " ", "", "x" * 2000, "\0", "\ud800", None, 7]
+    )
+    async def test_wrong(
+        self, db: TortoiseContext, ada: User, hasher: PasswordHasher, password: Any
+    ) -> None:
+        """Anything but the password is wrong, at the price of one hash, and changes nothing."""
+        before = await rows(User)
+        with argon2_costs() as costs, statements(db) as seen:
+            assert await ada.check_password(password) is False
+        assert costs == [full_cost(hasher)]
+        assert seen == []
+        assert await rows(User) == before
+
+    async def test_right(self, db: TortoiseContext, ada: User, hasher: PasswordHasher) -> None:
+        """The password is right at the same price, and asks no database."""
+        with argon2_costs() as costs, statements(db) as seen:
+            assert await ada.check_password(PASSWORD) is True
+        assert costs == [full_cost(hasher)]
+        assert seen == []
+
+    @pytest.mark.parametrize("scheme", [bcrypt, pbkdf2_sha256, django_pbkdf2_sha256])
+    async def test_replaces_an_outdated_hash(
+        self,
+        db: TortoiseContext,
+        auth: AuthService[User],
+        ada: User,
+        events: Captured,
+        scheme: Any,
+    ) -> None:
+        """The right password replaces an old hash, in the row and in memory; sessions go on."""
+        rounds = 4 if scheme is bcrypt else 10
+        ada.password = scheme.using(rounds=rounds).hash(PASSWORD)
+        await ada.save()
+        result = await log_in_quietly(auth, ada)
+        before = await row(User, ada.pk)
+        events.clear()
+        assert not await ada.check_password("wrong")
+        assert await row(User, ada.pk) == before
+        assert await ada.check_password(PASSWORD)
+
+        after = await row(User, ada.pk)
+        assert changed(before, after) == {"password"}
+        assert ada.password == after["password"]
+        assert ada.password.startswith("$argon2id$")
+        assert events.names == ["password_rehashed"]
+        assert await auth.authenticate(result) == ada
+
+    @pytest.mark.parametrize("object_", ["another", "the same"])
+    async def test_never_replaces_a_newer_password(
+        self,
+        db: TortoiseContext,
+        ada: User,
+        hasher: PasswordHasher,
+        monkeypatch: pytest.MonkeyPatch,
+        events: Captured,
+        object_: str,
+    ) -> None:
+        """A password that was set while the old one is hashed anew stays, by whatever object."""
+        outdated = pbkdf2_sha256.using(rounds=10).hash(PASSWORD)
+        ada.password = outdated
+        await ada.save()
+        other = await User.get(pk=ada.pk) if object_ == "another" else ada
+        events.clear()
+        meanwhile(monkeypatch, hasher, "hash", lambda: other.set_password(NEW_PASSWORD))
+        await ada.check_password(PASSWORD)
+
+        assert (await row(User, ada.pk))["password"] == other.password != outdated
+        assert ada.password == (outdated if object_ == "another" else other.password)
+        assert events.names == ["password_changed"]
+
+
+async def log_in_quietly(auth: AuthService[User], user: User) -> str:
+    """Open a session without touching the stored hash; return its access token."""
+    stored = user.password
+    await User.filter(pk=user.pk).update(password=await user.password_hasher.hash(PASSWORD))
+    result = await log_in(auth)
+    await User.filter(pk=user.pk).update(password=stored)
+    return result.access_token
+
+
+class TestUnusablePassword:
+    async def test_until_a_new_one_is_set(
+        self, db: TortoiseContext, auth: AuthService[User], ada: User
+    ) -> None:
+        """No password is right, sessions go on, and a new password works."""
+        result = await log_in(auth)
+        ada.set_unusable_password()
+        assert not ada.has_usable_password()
+        await ada.save()
+        for password in (PASSWORD, ada.password, "", "!"):
+            assert not await ada.check_password(password)
+            with pytest.raises(AuthenticationError):
+                await auth.login(EMAIL, password)
+        assert await auth.authenticate(result.access_token) == ada
+        await ada.set_password(NEW_PASSWORD)
+        assert ada.has_usable_password()
+        assert await auth.login(EMAIL, NEW_PASSWORD)
+
+    def test_is_never_the_same_twice(self) -> None:
+        """Two accounts without a password do not share a stored value."""
+        first, second = User(), User()
+        first.set_unusable_password()
+        second.set_unusable_password()
+        assert first.password != second.password
+
+    def test_an_empty_hash_is_unusable(self) -> None:
+        """A new object has no password."""
+        assert not User().has_usable_password()
+
+
+class TestDescription:
+    @pytest.mark.parametrize(("model", "values"), MODELS)
+    async def test_shows_class_and_key_only(
+        self, sqlite: TortoiseContext, model: type[AbstractUser], values: dict[str, str]
+    ) -> None:
+        """Whatever a log prints of an account is its class and its primary key."""
+        user = await model.create_user(email=EMAIL, password=PASSWORD, **values)
+        expected = f"<{model.__name__}: {user.pk}>"
+        assert (repr(user), str(user), f"{user}") == (expected,) * 3
+
+    def test_unsaved(self) -> None:
+        """An object without a key can be printed."""
+        assert repr(User(email=EMAIL)) == "<User: None>"
+
+    def test_is_somebody(self) -> None:
+        """An account is never an anonymous visitor."""
+        user = User()
+        assert (user.is_authenticated, user.is_anonymous) == (True, False)
+
+    @pytest.mark.parametrize(
+        ("key", "shown"),
+        [
+            ("it's Zo\u00eb", "it's Zo\u00eb"),
+            ("a\nERROR b", r"a\nERROR b"),
+            ("\x1b[2J", r"\x1b[2J"),
+            ("\u202eda", r"\u202eda"),
+            ("\ud800", r"\ud800"),
+            ("x" * 10**6, "x" * 64),
+            ("\n" * 40, r"\n" * 32),
+        ],
+        ids=range(7),
+    )
+    def test_key_that_forges_a_log(self, key: str, shown: str) -> None:
+        """A key cannot begin a line, command a terminal, or fill the log."""
+        assert repr(StrUser(code=key)) == f"<StrUser: {shown}>"
+
+
+class TestPrimaryKey:
+    @pytest.mark.parametrize(
+        ("model", "text", "key"),
+        [
+            (User, "1", 1),
+            (User, "-1", -1),
+            (User, str(2**31 - 1), 2**31 - 1),
+            (StrUser, " 1 ", " 1 "),
+            (
+                UuidUser,
+                "12345678-1234-5678-1234-567812345678",
+                UUID("12345678-1234-5678-1234-567812345678"),
+            ),
+        ],
+    )
+    def test_reads_what_str_wrote(self, model: type[AbstractUser], text: str, key: object) -> None:
+        """The text of a key is read back."""
+        assert primary_key(model, text) == key
+
+    @pytest.mark.parametrize(
+        ("model", "text"),
+        [(User, text) for text in ("", " 1 ", "01", "+1", "1.0", "True", "\uff11", "1_0", "x")]
+        + [(User, str(2**31)), (User, "-" + str(2**31 + 1)), (User, "9" * 5000)]
+        + [(UuidUser, "12345678123456781234567812345678"), (UuidUser, "{0}"), (UuidUser, "1")]
+        + [(StrUser, "x" * 41)],
+        ids=range(16),
+    )
+    def test_refuses_every_other_spelling(self, model: type[AbstractUser], text: str) -> None:
+        """A database that is more generous than this never gets to see it."""
+        assert primary_key(model, text) is None
+
+
+def test_columns_of_a_new_account() -> None:
+    """The contract of the model: its fields and what they are at first."""
+    names = {"email", "password", "is_active", "last_login", "session_version"}
+    names |= {"created_at", "updated_at", "id", "display_name"}
+    assert set(columns(User())) == names

@@ -1,0 +1,24 @@
+"""Passwords: how they are hashed, and which ones are accepted."""
+
+from tortoise_auth.passwords.hashing import (
+    MAX_PASSWORD_LENGTH,
+    OWASP_ARGON2_FLOOR,
+    PasswordHasher,
+    Verification,
+    input_failures,
+    is_usable_hash,
+    unusable_hash,
+)
+from tortoise_auth.passwords.policy import COMMON_PASSWORDS, PasswordPolicy
+
+__all__ = [
+    "COMMON_PASSWORDS",
+    "MAX_PASSWORD_LENGTH",
+    "OWASP_ARGON2_FLOOR",
+    "PasswordHasher",
+    "PasswordPolicy",
+    "Verification",
+    "input_failures",
+    "is_usable_hash",
+    "unusable_hash",
+]
