@@ -8,8 +8,8 @@ from typing import Any, get_args
 
 import pytest
 
-from tests.app import User
-from tests.events.standards import (
+from tests.support.app import User
+from tests.support.standards import (
     CANARY,
     LIBRARY,
     MILLISECONDS,

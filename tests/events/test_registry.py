@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import statistics
-import sys
 import threading
 import time
 import warnings
@@ -17,6 +15,7 @@ from typing import Any
 import pytest
 
 from tests.support.app import User
+from tests.support.memory import blocks
 from tortoise_auth import events
 from tortoise_auth.events import (
     Event,
@@ -530,12 +529,6 @@ def seconds_to_register(count: int, options: Callable[[int], dict[str, Any]]) ->
         emitter.on("evt", handler, **options(number))
     assert len(emitter.listeners("evt")) == count
     return time.thread_time() - began
-
-
-def blocks() -> int:
-    """Return how many blocks of memory are in use."""
-    gc.collect()
-    return sys.getallocatedblocks()
 
 
 class TestGrowth:

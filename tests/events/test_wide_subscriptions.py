@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import sys
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -13,7 +12,8 @@ from typing import Any, ClassVar, assert_type
 import pytest
 from tortoise.context import TortoiseContext
 
-from tests.app import User
+from tests.support.app import User
+from tests.support.memory import blocks
 from tortoise_auth import events
 from tortoise_auth.database import connection_for
 from tortoise_auth.events import (
@@ -384,12 +384,6 @@ class TestDurable:
         assert await OutboxEntry.all().count() == 2
         assert await Relay(emitter, User).drain() == 2
         assert sorted(received) == ["shop.cart_emptied", "shop.cart_filled"]
-
-
-def blocks() -> int:
-    """Return how many blocks of memory are in use."""
-    gc.collect()
-    return sys.getallocatedblocks()
 
 
 class TestGrowth:
