@@ -57,7 +57,7 @@ class UserLogin(UserEvent[UserT]):
 
     Attributes:
         session_id: The public id of the session.
-        method: How the person proved who they are.
+        method: How the user was authenticated.
     """
 
     classification = Classification(
@@ -135,7 +135,7 @@ class PasswordChanged(UserEvent[UserT]):
 class PasswordChangeFailed(UserEvent[UserT]):
     """A password change was refused because of the current password. The old one stays.
 
-    Who asked for it had a session: warn the user, who may not have been the one.
+    The caller had a session of the user but may be another person: warn the user.
 
     Attributes:
         reason: Why.

@@ -47,7 +47,7 @@ class Event:
         id: Unique, also for a delivery that is repeated: deduplicate by it.
         occurred_at: When it happened, aware UTC.
         subject_id: ``str(user.pk)`` of the account it happened to, if there is one.
-        actor: Who did it.
+        actor: What kind of person or program did it.
         context: Circumstances of the request.
     """
 

@@ -62,7 +62,7 @@ class Subscription:
         return ([event], {}) if self.wants_event else self.takes.pick(event)
 
     def requires_user(self, event: type[Event]) -> bool:
-        """Tell whether the handler cannot be called for *event* without its user."""
+        """Return whether the handler cannot be called for *event* without its user."""
         return not self.wants_event and self.takes.requires("user", event)
 
     @property
@@ -71,7 +71,7 @@ class Subscription:
         return self.base is not None or is_pattern(self.event)
 
     def matches(self, name: str) -> bool:
-        """Tell whether it is for the events of a name."""
+        """Return whether it is for the events of a name."""
         if name == self.event or self.event == EVERYTHING:
             return True
         if self.base is not None:
@@ -160,7 +160,7 @@ def event_name(event: str | type[Event]) -> str:
 
 
 def is_pattern(name: str) -> bool:
-    """Tell whether *name* selects names by ``*``, ``?`` or ``[...]``, as `fnmatch` does."""
+    """Return whether *name* selects names by ``*``, ``?`` or ``[...]``, as `fnmatch` does."""
     return not _WILDCARDS.isdisjoint(name)
 
 
@@ -286,7 +286,7 @@ class Parameters:
         return chosen, picked
 
     def requires(self, field_name: str, event: type[Event]) -> bool:
-        """Tell whether a parameter without a default gets this positional field of *event*."""
+        """Return whether a parameter without a default gets this positional field of *event*."""
         if field_name in (*self.positional, *self.keyword_only):
             return field_name in self.required
         available = available_names(event)
@@ -330,7 +330,7 @@ def describe_handler(handler: Handler) -> str:
 
 
 def is_coroutine_function(handler: Handler) -> bool:
-    """Tell whether calling *handler* gives a coroutine and does nothing else."""
+    """Return whether calling *handler* gives a coroutine and does nothing else."""
     while isinstance(handler, functools.partial):
         handler = handler.func
     return inspect.iscoroutinefunction(handler) or inspect.iscoroutinefunction(

@@ -50,7 +50,7 @@ def session(event: Event) -> str | None:
 
 
 def method(event: Event) -> str:
-    """Return how the user proved who they are."""
+    """Return how the user was authenticated."""
     named = _text(event, "method")
     return "password" if named is None else named
 
