@@ -15,6 +15,7 @@ pytest.register_assert_rewrite("tests.support")
 from tests.support.accounts import SECRET
 from tests.support.app import User
 from tests.support.database import DATABASES, database
+from tests.support.services import missing, needs_postgres
 from tortoise_auth import AuthConfig, AuthService, EventEmitter
 from tortoise_auth.passwords import PasswordHasher
 from tortoise_auth.testing import FakeClock, cheap_hasher
@@ -25,9 +26,23 @@ settings.register_profile("same-every-time", derandomize=True, deadline=None)
 settings.load_profile("same-every-time")
 
 
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Mark the tests that need a server because one of their fixtures does."""
+    if "postgres" in getattr(item, "fixturenames", ()):
+        item.add_marker(needs_postgres)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip a test whose server does not listen, and say which."""
+    for mark in item.iter_markers("service"):
+        reason = missing(*mark.args)
+        if reason:
+            pytest.skip(reason)
+
+
 @pytest.fixture(params=DATABASES)
 async def db(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[TortoiseContext]:
-    """Every database there is, one test for each."""
+    """A database of each dialect, one test for each."""
     async with database(request.param, tmp_path) as context:
         yield context
 
@@ -41,7 +56,7 @@ async def sqlite(tmp_path: Path) -> AsyncIterator[TortoiseContext]:
 
 @pytest.fixture
 async def postgres(tmp_path: Path) -> AsyncIterator[TortoiseContext]:
-    """PostgreSQL with a pool of 30 connections; mark the test with ``needs_postgres``."""
+    """PostgreSQL with a pool of 30 connections."""
     async with database("postgres", tmp_path, maxsize=30) as context:
         yield context
 

@@ -27,7 +27,8 @@ from tests.support.accounts import (
     log_in,
 )
 from tests.support.app import User
-from tests.support.database import POSTGRES_URL, connection_of, needs_postgres
+from tests.support.database import connection_of
+from tests.support.services import POSTGRES_URL, needs_postgres
 from tortoise_auth import (
     AuthConfig,
     AuthenticationError,

@@ -24,7 +24,8 @@ from tortoise.context import TortoiseContext
 
 from tests.support.accounts import PASSWORD, SECRET
 from tests.support.app import AuditRow, User
-from tests.support.database import DATABASES, POSTGRES_URL, connection_of, database
+from tests.support.database import SHARED_DATABASES, connection_of, database
+from tests.support.services import POSTGRES_URL
 from tortoise_auth import AuthConfig, AuthService, EventEmitter
 from tortoise_auth.clock import utc_now
 from tortoise_auth.events import outbox
@@ -227,7 +228,7 @@ async def project_on(kind: str, folder: Path) -> AsyncIterator[Project]:
         yield found
 
 
-@pytest.fixture(params=DATABASES[1:])
+@pytest.fixture(params=SHARED_DATABASES)
 async def project(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Project]:
     """A project on each database that two processes can share."""
     async with project_on(request.param, tmp_path) as found:

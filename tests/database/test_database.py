@@ -41,7 +41,8 @@ from tortoise.transactions import in_transaction
 
 from tests.support.app import AuditRow, User
 from tests.support.concurrency import Steps, Work, settled
-from tests.support.database import DATABASES, database, needs_postgres
+from tests.support.database import SHARED_DATABASES, database
+from tests.support.services import needs_postgres
 from tortoise_auth.database import (
     Listener,
     connection_for,
@@ -69,7 +70,7 @@ class Unregistered(Model):
     id = fields.IntField(primary_key=True)
 
 
-@pytest.fixture(params=DATABASES)
+@pytest.fixture(params=SHARED_DATABASES)
 async def root(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[BaseDBAsyncClient]:
     """Each database with one single connection, so that a lost one is missed at once."""
     async with database(request.param, tmp_path, maxsize=1) as context:

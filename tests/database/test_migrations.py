@@ -25,7 +25,7 @@ from tortoise.migrations import Migration
 from tortoise.migrations import operations as ops
 
 import tortoise_auth
-from tests.support.database import POSTGRES_URL, needs_postgres
+from tests.support.services import POSTGRES_URL, needs_postgres
 from tortoise_auth import migrations
 from tortoise_auth.migrations import OwnMigration
 

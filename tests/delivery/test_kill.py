@@ -17,10 +17,13 @@ from tortoise.context import TortoiseContext
 from tests.delivery import victim
 from tests.support.accounts import PASSWORD
 from tests.support.app import User
-from tests.support.database import POSTGRES_URL, database, look, needs_postgres, root
+from tests.support.database import database, look, root
+from tests.support.services import POSTGRES_URL, needs_postgres
 from tortoise_auth.clock import utc_now
 from tortoise_auth.events.relay import Relay
 from tortoise_auth.models import Session
+
+pytestmark = pytest.mark.slow
 
 KILLS = 100
 SEED = 20260721

@@ -16,12 +16,15 @@ import pytest
 from tortoise.context import TortoiseContext
 
 from tests.support.app import AuditRow, User
-from tests.support.database import MODULES, POSTGRES_URL, database, needs_postgres, root
+from tests.support.database import MODULES, database, root
+from tests.support.services import POSTGRES_URL, needs_postgres
 from tortoise_auth import EventEmitter
 from tortoise_auth.clock import utc_now
 from tortoise_auth.events import Event
 from tortoise_auth.events.relay import Relay, RelaySettings
 from tortoise_auth.models import OutboxEntry
+
+pytestmark = pytest.mark.slow
 
 ROWS = 2000
 SUBJECTS = 100

@@ -20,7 +20,7 @@ from httpx2 import Response
 
 import tortoise_auth
 from tests.support.accounts import PASSWORD, SECRET
-from tests.support.database import listens
+from tests.support.services import needs_redis
 from tortoise_auth.exceptions import (
     ConfigurationError,
     ServiceUnavailableError,
@@ -50,11 +50,15 @@ def run(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 
 class TestScripts:
-    @pytest.mark.parametrize("script", EXAMPLES, ids=lambda script: script.name)
+    @pytest.mark.parametrize(
+        "script",
+        [
+            pytest.param(each, id=each.name, marks=[needs_redis] * (each.name == "broker.py"))
+            for each in EXAMPLES
+        ],
+    )
     def test_runs(self, script: Path, tmp_path: Path) -> None:
         """It runs to its end without a warning, says something, and leaves no file behind."""
-        if script.name == "broker.py" and not listens("redis://127.0.0.1:6379"):
-            pytest.skip("no Redis listens on localhost")
         finished = run(script, cwd=tmp_path)
         assert (finished.returncode, finished.stderr) == (0, "")
         assert len(finished.stdout.splitlines()) > 5

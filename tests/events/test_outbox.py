@@ -19,8 +19,9 @@ from tortoise.transactions import in_transaction
 
 from tests.support.accounts import EMAIL, NEW_PASSWORD, PASSWORD, log_in
 from tests.support.app import NamedUser, User
-from tests.support.database import connection_of, look, needs_postgres, root
+from tests.support.database import connection_of, look, root
 from tests.support.deliveries import Undo, quiet
+from tests.support.services import needs_postgres
 from tests.support.statements import every_statement
 from tortoise_auth import AuthenticationError, AuthService, EventEmitter, RequestContext
 from tortoise_auth.database import transaction

@@ -24,14 +24,8 @@ from tortoise.transactions import in_transaction
 from tests.support.accounts import EMAIL, NEW_PASSWORD, PASSWORD, SECRET, log_in
 from tests.support.app import NamedUser, User
 from tests.support.concurrency import finished
-from tests.support.database import (
-    POSTGRES_URL,
-    assert_no_connection_is_held,
-    connection_of,
-    database,
-    needs_postgres,
-    root,
-)
+from tests.support.database import assert_no_connection_is_held, connection_of, database, root
+from tests.support.services import POSTGRES_URL, needs_postgres
 from tortoise_auth import AuthConfig, AuthService, EventEmitter, RequestContext
 from tortoise_auth.database import Listener, connection_for, in_caller_transaction
 from tortoise_auth.events import Event, UserEvent, UserLogin, UserLogout, outbox

@@ -23,18 +23,17 @@ from tests.support.accounts import EMAIL, NEW_PASSWORD, PASSWORD, SECRET, log_in
 from tests.support.app import AuditRow, User
 from tests.support.concurrency import Cancelled, finished
 from tests.support.database import (
-    DATABASES,
     MODULES,
-    POSTGRES_URL,
+    SHARED_DATABASES,
     assert_no_connection_is_held,
     connection_of,
     database,
     look,
-    needs_postgres,
 )
 from tests.support.deliveries import Ears, Undo, everywhere, inline_alone, quiet
 from tests.support.ledger import Ledger
 from tests.support.rows import changed, columns, row, rows
+from tests.support.services import POSTGRES_URL, needs_postgres
 from tests.support.statements import statements, transaction_class
 from tortoise_auth import AuthConfig, AuthenticationError, AuthResult, AuthService, EventEmitter
 from tortoise_auth.clock import utc_now
@@ -92,7 +91,7 @@ def relay(emitter: EventEmitter) -> Relay[User]:
     return Relay(emitter, User, clock=FakeClock(datetime(2100, 1, 1, tzinfo=UTC)))
 
 
-@pytest.fixture(params=DATABASES)
+@pytest.fixture(params=SHARED_DATABASES)
 async def narrow(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[TortoiseContext]:
     """Every database, PostgreSQL with a pool of one connection: a second one is a deadlock."""
     async with database(request.param, tmp_path, maxsize=1) as context:
@@ -801,7 +800,7 @@ class TestFailures:
 class TestTwoDatabases:
     """Users and sessions on one, rows of the host on the other."""
 
-    @pytest.fixture(params=DATABASES)
+    @pytest.fixture(params=SHARED_DATABASES)
     async def pair(
         self, request: pytest.FixtureRequest, tmp_path: Path
     ) -> AsyncIterator[tuple[str, str]]:
@@ -1052,7 +1051,7 @@ class TestCancellation:
 
 
 EVERY_EVENT: list[type[Event]] = [
-    each for each in declared_events() if each.__module__ == Event.__module__
+    each for each in declared_events() if each.__module__.startswith("tortoise_auth.")
 ]
 
 

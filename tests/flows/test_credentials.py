@@ -18,8 +18,9 @@ from tortoise.transactions import in_transaction
 from tests.support.accounts import EMAIL, NEW_PASSWORD, PASSWORD, SECRET, assert_goes_on, log_in
 from tests.support.app import NamedUser, User
 from tests.support.concurrency import Steps, hang_up_at, meanwhile
-from tests.support.database import connection_of, database, needs_postgres
+from tests.support.database import connection_of, database
 from tests.support.hashing import argon2_costs, full_cost
+from tests.support.services import needs_postgres
 from tests.support.statements import statements
 from tests.support.throttles import no_turn
 from tortoise_auth import (

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import random
 import secrets
 import socket
@@ -23,8 +22,8 @@ from tortoise.context import TortoiseContext
 
 from tests.support.accounts import EMAIL, PASSWORD, SECRET, assert_goes_on, log_in
 from tests.support.app import User
-from tests.support.database import listens
 from tests.support.hashing import argon2_costs
+from tests.support.services import REDIS_URL, needs_redis
 from tests.support.snippets import run, snippets
 from tests.support.throttles import (
     ABROAD,
@@ -49,11 +48,8 @@ from tortoise_auth.integrations.limits import _FORGOTTEN, LimitsThrottle, _Count
 from tortoise_auth.testing import Captured, FakeClock, capture
 from tortoise_auth.throttling.protocol import LOCKED, TOLD, Counted, Reservation
 
-REDIS_URL = os.environ.get("TORTOISE_AUTH_TEST_REDIS", "redis://127.0.0.1:6379")
 PAGE = Path(__file__).parent.parent.parent / "docs" / "throttling.md"
 DAY = 24 * 60 * 60
-
-needs_redis = pytest.mark.skipif(not listens(REDIS_URL), reason=f"no Redis listens at {REDIS_URL}")
 
 
 def redis_storage(prefix: str, url: str = REDIS_URL) -> RedisStorage:

@@ -20,8 +20,9 @@ from tortoise.context import TortoiseContext
 
 from tests.support.accounts import EMAIL, NEW_PASSWORD, PASSWORD, SECRET, assert_goes_on, log_in
 from tests.support.app import NamedUser, User
-from tests.support.database import database, needs_postgres
+from tests.support.database import database
 from tests.support.hashing import Cost, argon2_costs, full_cost
+from tests.support.services import needs_postgres
 from tests.support.statements import statements
 from tortoise_auth import (
     AuthConfig,
@@ -46,6 +47,8 @@ from tortoise_auth.models import Session
 from tortoise_auth.passwords import MAX_PASSWORD_LENGTH
 from tortoise_auth.sessions.access_tokens import MAX_TOKEN_LENGTH, AccessTokens
 from tortoise_auth.testing import FakeClock
+
+pytestmark = pytest.mark.slow
 
 MEGABYTE = 1_000_000
 DAY = timedelta(days=1)

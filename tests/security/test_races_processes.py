@@ -23,11 +23,12 @@ from tortoise.context import TortoiseContext
 
 from tests.support.accounts import EMAIL, NEW_PASSWORD, PASSWORD, SECRET, log_in
 from tests.support.app import User
-from tests.support.database import MODULES, POSTGRES_URL, connection_of, needs_postgres
+from tests.support.database import MODULES, connection_of
+from tests.support.services import POSTGRES_URL, needs_postgres
 from tortoise_auth import AuthResult, AuthService
 from tortoise_auth.exceptions import TokenReusedError, TokenRevokedError
 
-pytestmark = needs_postgres
+pytestmark = [needs_postgres, pytest.mark.slow]
 
 ROOT = Path(__file__).parents[2]
 LIMIT = 60

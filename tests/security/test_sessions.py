@@ -30,7 +30,8 @@ from tests.support.accounts import (
     signed,
 )
 from tests.support.app import StrUser, User, UuidUser
-from tests.support.database import DATABASES, POSTGRES_URL, connection_of, database
+from tests.support.database import SHARED_DATABASES, connection_of, database
+from tests.support.services import POSTGRES_URL
 from tests.support.statements import statements
 from tortoise_auth import AbstractUser, AuthConfig, AuthResult, AuthService, EventEmitter
 from tortoise_auth.clock import utc_now
@@ -346,7 +347,7 @@ class Node:
         self.url = url
 
 
-@pytest.fixture(params=DATABASES[1:])
+@pytest.fixture(params=SHARED_DATABASES)
 async def node(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Node]:
     """A database that a second process can open: the file and PostgreSQL."""
     async with database(request.param, tmp_path) as context:

@@ -24,14 +24,9 @@ from tortoise.exceptions import OperationalError
 from tests.support.accounts import EMAIL, NEW_PASSWORD, PASSWORD, SECRET
 from tests.support.app import User
 from tests.support.concurrency import Cancelled, Steps, finished
-from tests.support.database import (
-    POSTGRES_URL,
-    assert_no_connection_is_held,
-    database,
-    needs_postgres,
-    root,
-)
+from tests.support.database import assert_no_connection_is_held, database, root
 from tests.support.deliveries import quiet
+from tests.support.services import POSTGRES_URL, needs_postgres
 from tests.support.statements import transaction_class
 from tortoise_auth import (
     AuthConfig,
@@ -53,6 +48,8 @@ from tortoise_auth.models import AttemptCount, OutboxEntry, Session
 from tortoise_auth.passwords import PasswordHasher
 from tortoise_auth.testing import FakeClock
 from tortoise_auth.throttling.protocol import LOCKED
+
+pytestmark = pytest.mark.slow
 
 Row: TypeAlias = dict[str, Any]
 Work: TypeAlias = Callable[[], Coroutine[Any, Any, object]]

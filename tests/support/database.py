@@ -2,51 +2,35 @@
 
 from __future__ import annotations
 
-import os
 import secrets
-import socket
 import sqlite3
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, closing
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import asyncpg
 import pytest
 from tortoise.backends.base.client import BaseDBAsyncClient
 from tortoise.context import TortoiseContext
 
+from tests.support.services import POSTGRES_URL, needs_postgres
 from tortoise_auth.database import root_of
-
-POSTGRES_URL = os.environ.get(
-    "TORTOISE_AUTH_TEST_POSTGRES", "postgres://postgres@127.0.0.1:5432/test"
-)
-
 
 MODULES = ["tests.support.app", "tortoise_auth.models"]
 
 
-def listens(url: str) -> bool:
-    """Tell whether a server answers at the host and port of *url*."""
-    parts = urlsplit(url)
-    try:
-        with socket.create_connection((parts.hostname or "127.0.0.1", parts.port or 0), timeout=1):
-            return True
-    except OSError:
-        return False
+_memory, _file = pytest.param("memory", id="memory"), pytest.param("file", id="file")
+_postgres = pytest.param("postgres", id="postgres", marks=needs_postgres)
 
+DATABASES = [_memory, _postgres]
+"""One of each dialect, for what any SQL can change."""
 
-needs_postgres = pytest.mark.skipif(
-    not listens(POSTGRES_URL), reason=f"no PostgreSQL listens at {POSTGRES_URL}"
-)
+SHARED_DATABASES = [_file, _postgres]
+"""Those that a second connection can open, for what is committed, locked or done by processes.
 
-
-DATABASES = [
-    pytest.param("memory", id="memory"),
-    pytest.param("file", id="file"),
-    pytest.param("postgres", id="postgres", marks=needs_postgres),
-]
+One connection sees no difference between an SQLite file and one in memory.
+"""
 
 
 @asynccontextmanager
@@ -57,7 +41,8 @@ async def database(
     schema = f"t_{secrets.token_hex(8)}"
     urls = {
         "memory": "sqlite://:memory:",
-        "file": f"sqlite://{folder / 'test.sqlite3'}",
+        # Survives the death of a process, which the tests cause, and no loss of power: fsync is slow.
+        "file": f"sqlite://{folder / 'test.sqlite3'}?synchronous=OFF",
         "postgres": f"{POSTGRES_URL}?schema={schema}&maxsize={maxsize}",
     }
     config = {

@@ -16,7 +16,8 @@ from tortoise.transactions import in_transaction
 
 from tests.support.accounts import SECRET
 from tests.support.concurrency import hang_up_at
-from tests.support.database import POSTGRES_URL, connection_of, needs_postgres
+from tests.support.database import connection_of
+from tests.support.services import POSTGRES_URL, needs_postgres
 from tests.support.snippets import run, snippets
 from tests.support.statements import statements
 from tests.support.throttles import (

@@ -29,7 +29,7 @@ from tortoise_auth.database import (
 )
 from tortoise_auth.events import outbox
 from tortoise_auth.events.background import Backend, BackgroundJob, BackgroundQueue
-from tortoise_auth.events.catalog import Event, NamedEvent
+from tortoise_auth.events.event import Event, NamedEvent
 from tortoise_auth.events.invocation import (
     Emitted,
     Nested,

@@ -18,10 +18,11 @@ from typing import Any, Self, TypeVar, overload
 from typing_extensions import Unpack
 
 from tortoise_auth.events.background import Backend, BackgroundQueue
-from tortoise_auth.events.catalog import Event
+from tortoise_auth.events.checks import Options
 from tortoise_auth.events.delivery import Deliverer, ErrorPolicy, Observer
+from tortoise_auth.events.event import Event
 from tortoise_auth.events.invocation import Emitted, Nested, end_threads, is_handler_failure
-from tortoise_auth.events.registry import Listening, Options, Registry, Table
+from tortoise_auth.events.registry import Listening, Registry, Table
 from tortoise_auth.events.subscription import Delivery, Handler, Subscription, event_class
 from tortoise_auth.exceptions import EventError
 
@@ -189,13 +190,19 @@ class EventEmitter:
             @emitter.on(UserLogin)                           # by class: it gets the event
             async def greet(event: UserLogin[User]): ...
 
+            @emitter.on("order.*")                           # by pattern: as by name
+            async def count(order_id): ...
+
             emitter.on("*", record_everything)               # every event, as an object
 
         A handler names only the arguments it needs: those of the event, any field of its class,
-        or ``event`` itself.
+        or ``event`` itself. A class stands for its events and those of every subclass, also of one
+        that is declared later. A name with ``*``, ``?`` or ``[`` in it is a pattern, matched as by
+        `fnmatch.fnmatchcase`.
 
         Args:
-            *events: Names, classes, or ``"*"``; then perhaps the handler.
+            *events: Names, patterns, classes, or ``"*"``; then perhaps the handler. Where several
+                of them match one event, the handler runs once.
             priority: Lower runs first; 10 by default.
             once: Remove it before its first call.
             delivery: ``"inline"`` (default), ``"transaction"``, ``"background"`` or ``"durable"``.
@@ -207,7 +214,9 @@ class EventEmitter:
             The function, unchanged.
 
         Raises:
-            SubscriptionError: A `TypeError`; says which handler, which event and what is wrong.
+            SubscriptionError: A `TypeError`; says which handler, which event and what is wrong. On
+                a strict emitter also for a pattern that matches no declared name, and for an
+                abstract class without a subclass.
         """
         return self._on(events, options)
 
@@ -284,7 +293,10 @@ class EventEmitter:
         return self._registry.subscriptions(event_name, delivery)
 
     def events(self) -> list[str]:
-        """Return the names that have subscriptions, sorted; ``*`` among them."""
+        """Return what there are subscriptions for, sorted: names, patterns, names of classes, ``*``.
+
+        Every subscription is among ``subscriptions(each)`` of these.
+        """
         return self._registry.events()
 
     def known_events(self) -> list[str]:

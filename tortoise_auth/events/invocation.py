@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary
 
-from tortoise_auth.events.catalog import Event, NamedEvent
+from tortoise_auth.events.event import Event, NamedEvent
 from tortoise_auth.events.subscription import EVERYTHING, Arguments, Handler, Subscription
 from tortoise_auth.threads import Threads
 
@@ -230,7 +230,7 @@ async def _on_thread(
 
 def lane_of(subscription: Subscription) -> Hashable:
     """Return what tells one handler from another: it has threads and a background lane of its own."""
-    return subscription.name, id(subscription.handler)
+    return id(subscription.handler), subscription.registration
 
 
 def _threads_of(subscription: Subscription) -> Threads:
