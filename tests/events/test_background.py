@@ -90,7 +90,7 @@ class TestOrder:
                 await asyncio.sleep(0)
             done.append(number)
 
-        emitter.on("a", "b", handler, delivery="background")
+        emitter.on("a", "b", delivery="background")(handler)
         for number in range(30):
             await emitter.emit("ab"[number % 2], number)
         await drained(emitter)
@@ -412,7 +412,7 @@ class TestBound:
         async def second() -> None:
             done.append("second")
 
-        emitter.on("full", "evt", first, delivery="background")
+        emitter.on("full", "evt", delivery="background")(first)
         emitter.on("evt", second, delivery="background")
         await emitter.emit("full")
         with pytest.raises(BackgroundQueueFull, match="'evt' for first was not delivered"):

@@ -358,10 +358,10 @@ class TestOrder:
         calls: list[object] = []
         emitter.on("order.*", noting(calls, "pattern"))
         emitter.on(ShopEvent, noting(calls, "base"))
-        before = emitter.snapshot()
+        before = deliverer_of(emitter).registry.snapshot()
         emitter.clear()
         emitter.on("other.*", noting(calls, "other"))
-        emitter.restore(before)
+        deliverer_of(emitter).registry.restore(before)
         for event in ("order.paid", "other.paid", CartFilled()):
             await emitter.emit(event)
         assert calls == ["pattern", "base"]
@@ -401,7 +401,7 @@ class TestGrowth:
         for number in range(5_000):
             await emitter.emit(f"order.{number}", -1)
             await emitter.emit(f"other.{number}", -1)
-            assert len(emitter._made_up) <= _MAX_MADE_UP
+            assert len(deliverer_of(emitter).registry._made_up) <= _MAX_MADE_UP
         assert calls == [-1] * 5_000
         assert blocks() - before < 6_000  # the calls, and no more
         assert len(deliverer_of(emitter).registry.tables) < 10

@@ -11,10 +11,8 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Coroutine, Iterable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
-from uuid import UUID
 
 from tortoise_auth.clock import utc_now
 from tortoise_auth.database import (
@@ -37,8 +35,9 @@ from tortoise_auth.events.invocation import (
     is_handler_failure,
     lane_of,
 )
+from tortoise_auth.events.observer import Delivered, Observer, Outcome
 from tortoise_auth.events.registry import Registry
-from tortoise_auth.events.subscription import Delivery, Handler, Subscription, describe_handler
+from tortoise_auth.events.subscription import Handler, Subscription, describe_handler
 from tortoise_auth.exceptions import ConfigurationError, EventError, describe
 from tortoise_auth.models import OutboxEntry
 from tortoise_auth.threads import ThreadsStuckError
@@ -48,39 +47,11 @@ logger = logging.getLogger("tortoise_auth.events")
 ReturnT = TypeVar("ReturnT")
 
 ErrorPolicy: TypeAlias = Literal["log", "raise", "group"]
-Outcome: TypeAlias = Literal["succeeded", "failed", "timed_out", "cancelled"]
 
 _CONTROL_CHARACTERS = {code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0))} | {
     0x2028: "\\u2028",
     0x2029: "\\u2029",
 }
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Delivered:
-    """One call of a handler, as the observer of an emitter sees it when it is over.
-
-    Attributes:
-        event_name: The event.
-        event_id: The id of the event object; ``None`` for what was emitted by name alone.
-        subscription: The name of the subscription.
-        delivery: The delivery of the subscription.
-        outcome: ``succeeded``, ``failed`` (it raised), ``timed_out`` (its ``timeout=``) or
-            ``cancelled`` (its caller was).
-        seconds: How long it took.
-        attempt: 1, and for a durable delivery how often the relay has called it for this row.
-    """
-
-    event_name: str
-    event_id: UUID | None
-    subscription: str
-    delivery: Delivery
-    outcome: Outcome
-    seconds: float
-    attempt: int = 1
-
-
-Observer: TypeAlias = Callable[[Delivered], object]
 
 
 class Settled(NamedTuple):

@@ -1,14 +1,12 @@
 """`EventEmitter`: subscribing, emitting from wherever the program is, and finishing at its end.
 
-The module is not named after its purpose alone, ``emitter``, because ``tortoise_auth.events.emitter``
-is the emitter of the application: ``import tortoise_auth.events.emitter as module`` would bind
-that object, and a path like ``tortoise_auth.events.emitter.on`` would mean two things.
+Its name is not ``emitter``: ``tortoise_auth.events.emitter`` is the emitter of the application, and
+``import tortoise_auth.events.emitter as module`` would bind that object.
 """
 
 from __future__ import annotations
 
 import asyncio
-import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from operator import length_hint
@@ -19,9 +17,15 @@ from typing_extensions import Unpack
 
 from tortoise_auth.events.background import Backend, BackgroundQueue
 from tortoise_auth.events.checks import Options
-from tortoise_auth.events.delivery import Deliverer, ErrorPolicy, Observer
+from tortoise_auth.events.delivery import Deliverer, ErrorPolicy
 from tortoise_auth.events.event import Event
-from tortoise_auth.events.invocation import Emitted, Nested, end_threads, is_handler_failure
+from tortoise_auth.events.invocation import (
+    Emitted,
+    end_threads,
+    is_handler_failure,
+    is_inside_another,
+)
+from tortoise_auth.events.observer import Observer
 from tortoise_auth.events.registry import Listening, Registry, Table
 from tortoise_auth.events.subscription import Delivery, Handler, Subscription, event_class
 from tortoise_auth.exceptions import EventError
@@ -141,9 +145,8 @@ class EventEmitter:
         return self._deliverer.backend
 
     def _choose_path(self) -> None:
-        deliverer = self._deliverer
-        simple = deliverer.errors != "group" and deliverer.observer is None
-        self._registry.set_plainly(simple and not deliverer.concurrent)
+        plainly = self.errors != "group" and self.observer is None and not self.concurrent
+        self._registry.set_plainly(plainly)
 
     # ---- subscribing ------------------------------------------------------------------------
 
@@ -331,9 +334,6 @@ class EventEmitter:
         Example:
             ``await emitter.emit("order_paid", order_id=7)`` or ``await emitter.emit(OrderPaid(7))``
 
-        Args:
-            event: A name, with any payload for its handlers, or an event object.
-
         Raises:
             EventError: A handler failed and ``errors`` is ``"raise"``; or one in the transaction.
             ExceptionGroup: Handlers failed and ``errors`` is ``"group"``.
@@ -369,16 +369,10 @@ class EventEmitter:
         """Run the handlers of *event* as `emit` does, and return what they returned.
 
         Background and durable deliveries are handed over as by `emit`, and return nothing here.
-        Where failures are logged, a handler that fails is left out.
-
-        Example:
-            ``names = await emitter.collect("menu_entries", user)``
+        Where failures are logged, a handler that fails is left out; the errors are those of `emit`.
 
         Returns:
             The results, in the order of the handlers.
-
-        Raises:
-            EventError: As `emit` does, and so for its other errors.
         """
         emitted = Emitted.of(event, args, kwargs)
         subscriptions = self._registry.subscriptions(emitted.name)
@@ -387,8 +381,7 @@ class EventEmitter:
     def emit_nowait(self, event: str | Event, /, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
         """Run all handlers of *event* in the background; return at once.
 
-        Each handler runs after its calls by earlier emits. Different handlers do not wait for each
-        other.
+        Each handler runs after its calls by earlier emits; different handlers do not wait.
 
         Warning: it waits for no transaction that is open here, and nothing can be vetoed: what it
         reports must have happened. `emit` waits for the commit with its background handlers.
@@ -411,8 +404,7 @@ class EventEmitter:
     def emit_sync(self, event: str | Event, /, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
         """Run all handlers of *event*, async ones too, from code without an event loop.
 
-        Returns when they are done, those in the background included, unless a backend of your own
-        takes these.
+        It returns when they are done; a backend of your own may take longer for background ones.
 
         Raises:
             RuntimeError: An event loop is running in this thread; await `emit`.
@@ -436,11 +428,7 @@ class EventEmitter:
         *args: Any,  # noqa: ANN401
         **kwargs: Any,  # noqa: ANN401
     ) -> Future[None]:
-        """Run `emit` on *loop* from another thread.
-
-        Returns:
-            A future of that thread's world; ``result()`` waits for the handlers.
-        """
+        """Run `emit` on *loop* from another thread; ``result()`` of the future waits for it."""
         return asyncio.run_coroutine_threadsafe(self.emit(event, *args, **kwargs), loop)
 
     # ---- finishing --------------------------------------------------------------------------
@@ -461,7 +449,7 @@ class EventEmitter:
     async def aclose(self, timeout: float | None = None) -> list[str]:  # noqa: ASYNC109 - the deadline is the feature
         """Finish what is under way in the background, also what that emits; then stop.
 
-        The emitter works on as before afterwards.
+        The emitter works as before afterwards.
 
         Args:
             timeout: Seconds; after that the rest is cancelled.
@@ -490,7 +478,7 @@ class EventEmitter:
         table: Table,
         remaining: Iterator[object],
     ) -> None:
-        """Deal with the failure of a handler on the short path of `emit`."""
+        """Handle the failure of a handler on the short path of `emit`."""
         left = length_hint(remaining)
         if not is_handler_failure(failure):
             if isinstance(failure, asyncio.CancelledError):
@@ -498,7 +486,7 @@ class EventEmitter:
                 rest = table.subscriptions[len(table.subscriptions) - left :]
                 self._deliverer.rescue(emitted, rest)
             raise failure
-        if isinstance(failure, RecursionError) and _is_inside_another_emit():
+        if isinstance(failure, RecursionError) and is_inside_another(EventEmitter.emit.__code__):
             raise failure  # reported once, by the outermost
         handler = table.plain[len(table.plain) - left - 1]
         error = self._deliverer.failed(emitted.name, handler, failure)
@@ -506,32 +494,6 @@ class EventEmitter:
             raise error from failure
 
 
-def _is_inside_another_emit() -> bool:
-    """Return whether an emit on its short path is around this one; asked after a RecursionError.
-
-    The frames know it for free. A `ContextVar` that each emit sets and resets knows it, too, and
-    makes an emit to one handler 1.7 to 2.8 times as slow (CPython 3.11 to 3.13).
-    """
-    frame, emits = sys._getframe(), 0
-    while frame.f_back is not None and emits < 2:
-        frame = frame.f_back
-        emits += frame.f_code is EventEmitter.emit.__code__
-    return emits > 1 or Nested.depth() > 0
-
-
 def deliverer_of(emitter: EventEmitter) -> Deliverer:
     """Return the inside of *emitter*, for the parts of this library that deliver events themselves."""
     return emitter._deliverer
-
-
-emitter = EventEmitter(strict=True)
-"""The emitter that models and services use unless they are given another."""
-
-on = emitter.on
-once = emitter.once
-off = emitter.off
-emit = emitter.emit
-emit_nowait = emitter.emit_nowait
-emit_sync = emitter.emit_sync
-add_listener = emitter.add_listener
-remove_listener = emitter.remove_listener

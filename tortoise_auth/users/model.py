@@ -16,7 +16,8 @@ from tortoise_auth.clock import utc_now
 from tortoise_auth.context import current_context, sanitize_text
 from tortoise_auth.database import connection_for, guarded, is_unique_violation, violated_columns
 from tortoise_auth.events.catalog import PasswordChanged, UserRegistered
-from tortoise_auth.events.event_emitter import EventEmitter, emitter
+from tortoise_auth.events.default import emitter
+from tortoise_auth.events.event_emitter import EventEmitter
 from tortoise_auth.events.unit_of_work import UnitOfWork
 from tortoise_auth.exceptions import (
     ConfigurationError,
