@@ -65,7 +65,7 @@ class TestScripts:
         assert list(tmp_path.iterdir()) == []
 
     def test_quickstart(self, tmp_path: Path) -> None:
-        """Every step has its outcome, and every hook that is registered is heard."""
+        """Every step has its outcome, and every handler that is registered runs."""
         script = ROOT / "examples" / "quickstart.py"
         output = run(script, cwd=tmp_path).stdout
         for line in (
@@ -78,9 +78,9 @@ class TestScripts:
             assert f"  {line}\n" in output
         assert output.count("TokenRevokedError: The session has ended") == 4
         source = script.read_text()
-        hooks = set(re.findall(r'heard\("(\w+)"', source))
-        assert len(hooks) == source.count("\n@on(") >= 7
-        assert set(re.findall(r"^  hook (\w+): ", output, re.MULTILINE)) == hooks
+        handled = set(re.findall(r'received\("(\w+)"', source))
+        assert len(handled) == source.count("\n@on(") >= 7
+        assert set(re.findall(r"^  handler of (\w+): ", output, re.MULTILINE)) == handled
 
 
 @dataclass(frozen=True)
