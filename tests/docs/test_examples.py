@@ -49,6 +49,7 @@ def run(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 class TestScripts:
     @pytest.mark.parametrize(
         "script",
