@@ -48,12 +48,12 @@ from tortoise_auth.database import (
     connection_for,
     context_outside_transactions,
     current_connection,
-    guarded,
     in_caller_transaction,
     is_transaction,
     notify,
     root_of,
     transaction,
+    translates_database_errors,
     when_committed,
 )
 from tortoise_auth.exceptions import (
@@ -781,17 +781,17 @@ class TestNotify:
 class Store:
     """Methods as a service has them, with a database that fails as one likes."""
 
-    @guarded
+    @translates_database_errors
     async def login(self, error: BaseException) -> None:
         """Raise *error*."""
         raise error
 
-    @guarded
+    @translates_database_errors
     async def count(self, model: type[Model]) -> int:
         """Ask the database."""
         return await model.all().count()
 
-    @guarded
+    @translates_database_errors
     async def add(self, *numbers: int, more: int = 0) -> int:
         """Need no database."""
         return sum(numbers) + more
@@ -830,7 +830,7 @@ DATABASE_FAILURES: dict[str, tuple[Exception, str]] = {
 }
 
 
-class TestGuarded:
+class TestTranslatesDatabaseErrors:
     @pytest.mark.parametrize("what", DATABASE_FAILURES)
     async def test_database_failures(self, what: str) -> None:
         """Any failure of a database or driver is one error, without its text, values or cause."""
@@ -880,11 +880,11 @@ class TestGuarded:
         await root.execute_script("ALTER TABLE app_audit_row RENAME COLUMN subject TO topic")
 
         class Rows:
-            @guarded
+            @translates_database_errors
             async def read(self) -> None:
                 await AuditRow.all()
 
-            @guarded
+            @translates_database_errors
             async def write(self) -> None:
                 await AuditRow.create(event="a")
 

@@ -10,21 +10,20 @@ from tortoise_auth.database.connections import (
 )
 from tortoise_auth.database.dialects import Listener, notify, run_statement
 from tortoise_auth.database.errors import (
-    guarded,
     is_database_failure,
     is_missing_table,
     is_unique_violation,
     translated,
+    translates_database_errors,
     violated_columns,
 )
-from tortoise_auth.database.transactions import to_the_end, transaction, when_committed
+from tortoise_auth.database.transactions import transaction, wait_uncancelled, when_committed
 
 __all__ = [
     "Listener",
     "connection_for",
     "context_outside_transactions",
     "current_connection",
-    "guarded",
     "in_caller_transaction",
     "is_database_failure",
     "is_missing_table",
@@ -33,9 +32,10 @@ __all__ = [
     "notify",
     "root_of",
     "run_statement",
-    "to_the_end",
     "transaction",
     "translated",
+    "translates_database_errors",
     "violated_columns",
+    "wait_uncancelled",
     "when_committed",
 ]

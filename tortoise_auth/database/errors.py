@@ -22,7 +22,7 @@ ReturnT = TypeVar("ReturnT")
 SelfT = TypeVar("SelfT")
 
 
-def guarded(
+def translates_database_errors(
     method: Callable[Concatenate[SelfT, P], Awaitable[ReturnT]],
 ) -> Callable[Concatenate[SelfT, P], Coroutine[Any, Any, ReturnT]]:
     """Turn whatever the database or its driver raises into `ServiceUnavailableError`.

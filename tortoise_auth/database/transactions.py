@@ -164,7 +164,7 @@ async def _open(
         undoing = _spawn(_undo_open(entering, block, cancelled), context)
         if wait_even_if_cancelled:
             # On the caller's own connection: it must be quiet before the caller goes on with it.
-            await to_the_end(undoing)
+            await wait_uncancelled(undoing)
         raise
 
 
@@ -199,11 +199,11 @@ async def _undo_open(
 async def _uninterrupted(ending: Awaitable[ReturnT], context: contextvars.Context) -> ReturnT:
     """Await *ending* to its end, even if cancelled meanwhile; raise the cancellation after."""
     task = asyncio.get_running_loop().create_task(_as_coroutine(ending), context=context)
-    await to_the_end(task)
+    await wait_uncancelled(task)
     return task.result()
 
 
-async def to_the_end(task: asyncio.Task[Any]) -> None:
+async def wait_uncancelled(task: asyncio.Task[Any]) -> None:
     """Wait until *task* is done, even if cancelled meanwhile; raise the cancellation after."""
     cancelled: asyncio.CancelledError | None = None
     while not task.done():

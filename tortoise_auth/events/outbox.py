@@ -19,7 +19,7 @@ from tortoise.expressions import F
 from tortoise.functions import Count, Min
 from tortoise.queryset import QuerySet
 
-from tortoise_auth.database import guarded, notify, run_statement
+from tortoise_auth.database import notify, run_statement, translates_database_errors
 from tortoise_auth.events.catalog import Event, UserEvent
 from tortoise_auth.events.subscription import Subscription
 from tortoise_auth.models import OutboxEntry, user_table
@@ -125,7 +125,7 @@ class OutboxStatus:
     subscriptions: Mapping[str, int]
 
 
-@guarded
+@translates_database_errors
 async def write(
     connection: BaseDBAsyncClient,
     event: Event,
@@ -159,7 +159,7 @@ async def write(
     )
 
 
-@guarded
+@translates_database_errors
 async def mark(connection: BaseDBAsyncClient, event: Event, at: datetime) -> int:
     """Leave a mark in the transaction of *connection*; return its id, for `take_mark`."""
     # SQLite gives the id of a row that was rolled back to the next one: the mark of one delivery

@@ -22,9 +22,9 @@ from tortoise_auth.database import (
     Listener,
     connection_for,
     context_outside_transactions,
-    guarded,
     in_caller_transaction,
     root_of,
+    translates_database_errors,
 )
 from tortoise_auth.events import outbox
 from tortoise_auth.events.catalog import Event, UserEvent, UserT
@@ -131,7 +131,7 @@ class Relay(Generic[UserT]):
         self._batches: set[asyncio.Task[int]] = set()
         self._calls: set[asyncio.Task[None]] = set()
 
-    @guarded
+    @translates_database_errors
     async def drain(self) -> int:
         """Deliver everything that is due now; return how many rows were delivered.
 

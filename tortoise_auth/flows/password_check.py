@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any, Generic, TypeVar
 
 from tortoise_auth.context import RequestContext, sanitize_text
-from tortoise_auth.database import is_missing_table, is_transaction, to_the_end, translated
+from tortoise_auth.database import is_missing_table, is_transaction, translated, wait_uncancelled
 from tortoise_auth.events.catalog import (
     AccountLocked,
     Event,
@@ -263,7 +263,7 @@ class PasswordCheck(Generic[UserT]):
             _available(refused.lock.throttle.lock(refused.lock.reservation), patience)
         )
         try:
-            await to_the_end(locking)
+            await wait_uncancelled(locking)
         except asyncio.CancelledError:
             telling = self._tell_locked(refused, refused.lock, locking)
             self._core.emitter.detach(telling, "report of a lock")
@@ -379,7 +379,7 @@ class PasswordCheck(Generic[UserT]):
         """Count an attempt to the end, even if the caller hangs up: it may be the one that locks."""
         reserving = asyncio.ensure_future(_available(throttle.reserve(attempt), _PATIENCE))
         try:
-            await to_the_end(reserving)
+            await wait_uncancelled(reserving)
         except asyncio.CancelledError:
             if not reserving.cancelled() and reserving.exception() is None:
                 reservation = reserving.result()

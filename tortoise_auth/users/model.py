@@ -14,7 +14,12 @@ from tortoise.models import Model
 
 from tortoise_auth.clock import utc_now
 from tortoise_auth.context import current_context, sanitize_text
-from tortoise_auth.database import connection_for, guarded, is_unique_violation, violated_columns
+from tortoise_auth.database import (
+    connection_for,
+    is_unique_violation,
+    translates_database_errors,
+    violated_columns,
+)
 from tortoise_auth.events.catalog import PasswordChanged, UserRegistered
 from tortoise_auth.events.emitting import EventEmitter, emitter
 from tortoise_auth.events.unit_of_work import UnitOfWork
@@ -111,7 +116,7 @@ class AbstractUser(Model):
         return await cls._create_user(password, values)
 
     @classmethod
-    @guarded
+    @translates_database_errors
     async def _create_user(cls, password: str | None, values: dict[str, object]) -> Self:
         cls._refuse_unfit(values)
         values[cls.identifier_field] = cls.normalize_identifier(values.get(cls.identifier_field))
@@ -165,7 +170,7 @@ class AbstractUser(Model):
             raise InvalidIdentifierError(f"That is not a valid {cls.identifier_field}")
         return normal
 
-    @guarded
+    @translates_database_errors
     async def set_password(self, raw_password: str) -> None:
         """Store a new password, end every session of the account, emit ``password_changed``.
 
@@ -196,7 +201,7 @@ class AbstractUser(Model):
                 )
             )
 
-    @guarded
+    @translates_database_errors
     async def check_password(self, raw_password: str) -> bool:
         """Tell whether this is the password; replace an outdated hash if it is.
 
