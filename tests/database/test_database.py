@@ -51,10 +51,10 @@ from tortoise_auth.database import (
     in_caller_transaction,
     is_transaction,
     notify,
+    on_commit,
     root_of,
     transaction,
     translates_database_errors,
-    when_committed,
 )
 from tortoise_auth.exceptions import (
     AuthenticationError,
@@ -633,7 +633,7 @@ class TestWhenCommitted:
     async def test_outside(self, root: BaseDBAsyncClient) -> None:
         """Where no transaction is, it happens at once."""
         acted: list[str] = []
-        when_committed(root, lambda: acted.append("now"))
+        await on_commit(root, lambda: acted.append("now"))
         assert acted == ["now"]
 
     @pytest.mark.parametrize("own", [True, False])
@@ -644,8 +644,8 @@ class TestWhenCommitted:
         async with outer_block as outer:
             async with transaction(outer) as inner, transaction(inner) as innermost:
                 await write(innermost, "a")
-                when_committed(innermost, lambda: acted.append("first"))
-            when_committed(outer, lambda: acted.append("second"))
+                await on_commit(innermost, lambda: acted.append("first"))
+            await on_commit(outer, lambda: acted.append("second"))
             assert acted == []
         assert acted == ["first", "second"]
         assert await rows(root) == ["a"]
@@ -656,7 +656,7 @@ class TestWhenCommitted:
         acted: list[int] = []
         async with transaction(root) as connection:
             for number in range(5000):
-                when_committed(connection, partial(acted.append, number))
+                await on_commit(connection, partial(acted.append, number))
         assert acted == list(range(5000))
         await expect_nothing_left(root)
 
@@ -671,10 +671,10 @@ class TestWhenCommitted:
 
         async with transaction(root) as connection:
             await write(connection, "a")
-            when_committed(connection, fail)
-            when_committed(connection, lambda: acted.append("y"))
+            await on_commit(connection, fail)
+            await on_commit(connection, lambda: acted.append("y"))
         assert acted == ["y"]
-        assert caplog.messages == ["What was to follow a commit failed"]
+        assert caplog.messages == ["What follows a commit failed"]
         assert await rows(root) == ["a"]
 
     async def test_rollback(self, root: BaseDBAsyncClient) -> None:
@@ -682,7 +682,7 @@ class TestWhenCommitted:
         acted: list[str] = []
         with pytest.raises(LookupError):
             async with transaction(root) as outer, transaction(outer) as inner:
-                when_committed(inner, lambda: acted.append("x"))
+                await on_commit(inner, lambda: acted.append("x"))
                 raise LookupError
         await expect_nothing_left(root)
         assert acted == []
@@ -695,7 +695,7 @@ class TestWhenCommitted:
         with failing(monkeypatch, root, "commit", OperationalError("x")):
             with pytest.raises(OperationalError):
                 async with transaction(root) as connection:
-                    when_committed(connection, lambda: acted.append("x"))
+                    await on_commit(connection, lambda: acted.append("x"))
         await expect_nothing_left(root)
         assert acted == []
 

@@ -21,7 +21,7 @@ from tortoise_auth.events.catalog import (
     PasswordChangeFailed,
     UserLoginFailed,
 )
-from tortoise_auth.events.unit_of_work import report
+from tortoise_auth.events.unit_of_work import emit_failure
 from tortoise_auth.exceptions import (
     AuthenticationError,
     ConfigurationError,
@@ -287,7 +287,9 @@ class PasswordCheck(Generic[UserT]):
 
     async def _report(self, events: Sequence[Event]) -> None:
         connection = self._sessions.connection()
-        await report(*events, connection=connection, emitter=self._core.emitter, clock=self._clock)
+        await emit_failure(
+            *events, connection=connection, emitter=self._core.emitter, clock=self._clock
+        )
 
     def _tell_later(self, refused: _Refused) -> None:
         """Do that for a caller who is gone, or has other news."""

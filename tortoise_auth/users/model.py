@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Iterable
 from datetime import datetime
 from typing import Any, ClassVar, Self, TypeVar
 
 from tortoise import fields
+from tortoise.backends.base.client import BaseDBAsyncClient
 from tortoise.exceptions import BaseORMException, IntegrityError, ValidationError
 from tortoise.fields import Field
 from tortoise.fields.relational import RelationalField
@@ -22,7 +24,7 @@ from tortoise_auth.database import (
 )
 from tortoise_auth.events.catalog import PasswordChanged, UserRegistered
 from tortoise_auth.events.emitting import EventEmitter, emitter
-from tortoise_auth.events.unit_of_work import UnitOfWork
+from tortoise_auth.events.unit_of_work import UnitOfWork, pending_values
 from tortoise_auth.exceptions import (
     ConfigurationError,
     IdentifierTakenError,
@@ -89,6 +91,26 @@ class AbstractUser(Model):
 
     class PydanticMeta:
         exclude = ("password", "session_version")
+
+    async def save(
+        self,
+        using_db: BaseDBAsyncClient | None = None,
+        update_fields: Iterable[str] | None = None,
+        force_create: bool = False,
+        force_update: bool = False,
+    ) -> None:
+        """Save the account; see Tortoise's ``Model.save``.
+
+        In a transaction, columns that this library has changed are left alone until the commit: the
+        object still holds their old values, such as the old password.
+        """
+        if update_fields is None and self._saved_in_db and not force_create:
+            changed = await pending_values(self)
+            if changed:
+                update_fields = (
+                    self._meta.fields_db_projection.keys() - changed - {self._meta.pk_attr}
+                )
+        await super().save(using_db, update_fields, force_create, force_update)
 
     @classmethod
     async def create_user(cls, *, password: str | None = None, **values: object) -> Self:
