@@ -11,14 +11,13 @@ from typing import Any, Literal, TypeAlias, TypeVar
 
 from tortoise_auth.clock import utc_now
 from tortoise_auth.database import (
-    connection_for,
     context_outside_transactions,
     current_connection,
     in_caller_transaction,
     is_database_failure,
     is_transaction,
+    on_commit,
     translated,
-    when_committed,
 )
 from tortoise_auth.events import outbox
 from tortoise_auth.events.background import Backend, BackgroundQueue
@@ -142,20 +141,13 @@ class Dispatcher(Registry):
         """Run some handlers of *event* in a task of their own, outside any transaction."""
         self._rescue(Emission.of(event), subscriptions)
 
-    def submit(
-        self, event: Event, subscriptions: Sequence[Subscription], mark: int | None = None
-    ) -> None:
+    def submit(self, event: Event, subscriptions: Sequence[Subscription]) -> None:
         """Run some handlers of *event* in the background, for somebody who has other things to do.
 
-        What happened has happened: a backend that takes no more is logged, whatever it was told.
-
-        Args:
-            event: The event.
-            subscriptions: Its background subscriptions.
-            mark: Run them only if this mark was committed; see `outbox.mark`.
+        What happened has happened: a backend that takes no more is logged, whatever its policy.
         """
         try:
-            self._submit(Emission.of(event), subscriptions, mark)
+            self._submit(Emission.of(event), subscriptions)
         except Exception:
             logger.exception("event '%s' was not delivered in the background", event.name)
 
@@ -206,16 +198,15 @@ class Dispatcher(Registry):
                 "instance of a class of events, not a name"
             )
         await outbox.write(connection, emission.event, durable, utc_now())
-        when_committed(connection, self.wake_relays)
+        await on_commit(connection, self.wake_relays)
 
     async def _hand_over(self, emission: Emission, background: Sequence[Subscription]) -> None:
         """Submit to the background: now, or when the transaction of the caller is committed."""
         connection = current_connection(OutboxEntry) if in_caller_transaction() else None
         if connection is None or not is_transaction(connection):
             self._submit(emission, background)
-            return
-        mark = await outbox.mark(connection, emission.as_event(), utc_now())
-        when_committed(connection, lambda: self._submit(emission, background, mark))
+        else:
+            await on_commit(connection, lambda: self._submit(emission, background))
 
     async def _run_in_order(
         self, emission: Emission, subscriptions: Iterable[Subscription], *, rescue: bool = True
@@ -402,11 +393,9 @@ class Dispatcher(Registry):
         if self.errors != "log":
             self._log(failures)
 
-    def _submit(
-        self, emission: Emission, subscriptions: Sequence[Subscription], mark: int | None = None
-    ) -> None:
+    def _submit(self, emission: Emission, subscriptions: Sequence[Subscription]) -> None:
         if subscriptions:
-            self.backend.submit(_BackgroundJob(self, emission, subscriptions, mark))
+            self.backend.submit(_BackgroundJob(self, emission, subscriptions))
 
     def _track(self, task: asyncio.Task[ReturnT]) -> asyncio.Task[ReturnT]:
         self._stragglers.add(task)  # the loop itself keeps only weak references
@@ -420,27 +409,21 @@ class Dispatcher(Registry):
 
 
 class _BackgroundJob:
-    """Some handlers to run for one emission, perhaps only if a transaction was kept."""
+    """Some handlers to run for one emission."""
 
-    __slots__ = ("_emission", "_emitter", "_mark", "_subscriptions", "description")
+    __slots__ = ("_emission", "_emitter", "_subscriptions", "description")
 
     def __init__(
-        self,
-        emitter: Dispatcher,
-        emission: Emission,
-        subscriptions: Sequence[Subscription],
-        mark: int | None,
+        self, emitter: Dispatcher, emission: Emission, subscriptions: Sequence[Subscription]
     ) -> None:
         self._emitter = emitter
         self._emission = emission
         self._subscriptions = subscriptions
-        self._mark = mark
         handlers = ", ".join(describe_handler(each.handler) for each in subscriptions)
         self.description = f"{emission.text} for {handlers}"
 
     async def __call__(self) -> None:
-        if self._mark is None or await outbox.take_mark(connection_for(OutboxEntry), self._mark):
-            await self._emitter._run_quietly(self._emission, self._subscriptions)
+        await self._emitter._run_quietly(self._emission, self._subscriptions)
 
 
 async def _outlasting(call: asyncio.Future[object]) -> None:
