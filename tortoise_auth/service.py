@@ -10,7 +10,7 @@ from uuid import UUID
 from tortoise_auth.clock import Clock, utc_now
 from tortoise_auth.config import AuthConfig
 from tortoise_auth.context import RequestContext
-from tortoise_auth.database import guarded
+from tortoise_auth.database import translates_database_errors
 from tortoise_auth.events.catalog import Actor
 from tortoise_auth.events.event_emitter import EventEmitter
 from tortoise_auth.events.relay import Relay, RelaySettings
@@ -109,7 +109,7 @@ class AuthService(Generic[UserT]):
         """Says which new passwords are accepted."""
         return self._core.policy
 
-    @guarded
+    @translates_database_errors
     async def login(
         self,
         identifier: str,
@@ -136,7 +136,7 @@ class AuthService(Generic[UserT]):
             self._core, self._passwords, identifier, password, context, claims
         )
 
-    @guarded
+    @translates_database_errors
     async def authenticate(self, access_token: str) -> UserT:
         """Return the user of an access token, if token, session and user are alive now.
 
@@ -161,7 +161,7 @@ class AuthService(Generic[UserT]):
         """
         return self._core.tokens.read(access_token)
 
-    @guarded
+    @translates_database_errors
     async def refresh(
         self,
         refresh_token: str,
@@ -189,7 +189,7 @@ class AuthService(Generic[UserT]):
         """
         return await refresh.refresh(self._core, refresh_token, context, claims)
 
-    @guarded
+    @translates_database_errors
     async def logout(self, token: str, *, context: RequestContext | None = None) -> Revocation:
         """End the session of an access or refresh token. Emits ``user_logout`` if one ended.
 
@@ -209,7 +209,7 @@ class AuthService(Generic[UserT]):
         """
         return await logout.logout(self._core, token, context)
 
-    @guarded
+    @translates_database_errors
     async def logout_all(
         self,
         user: UserT,
@@ -231,7 +231,7 @@ class AuthService(Generic[UserT]):
         """
         return await logout.logout_all(self._core, user, keep, actor, context)
 
-    @guarded
+    @translates_database_errors
     async def set_password(
         self,
         user: UserT,
@@ -259,7 +259,7 @@ class AuthService(Generic[UserT]):
         """
         await password_change.set_password(self._core, user, new_password, keep, actor, context)
 
-    @guarded
+    @translates_database_errors
     async def change_password(
         self,
         user: UserT,
@@ -290,12 +290,12 @@ class AuthService(Generic[UserT]):
             self._core, self._passwords, user, current_password, new_password, keep, context
         )
 
-    @guarded
+    @translates_database_errors
     async def sessions(self, user: UserT) -> list[Session]:
         """Return the live sessions of *user*, the one used last first."""
         return await session_upkeep.list_sessions(self._core, user)
 
-    @guarded
+    @translates_database_errors
     async def revoke_session(
         self,
         session_id: Session | UUID | str,
@@ -318,7 +318,7 @@ class AuthService(Generic[UserT]):
         """
         return await logout.revoke_session(self._core, session_id, user, actor, context)
 
-    @guarded
+    @translates_database_errors
     async def deactivate(
         self, user: UserT, *, actor: Actor = "admin", context: RequestContext | None = None
     ) -> Revocation:
@@ -336,7 +336,7 @@ class AuthService(Generic[UserT]):
         """
         return await account_status.deactivate(self._core, user, actor, context)
 
-    @guarded
+    @translates_database_errors
     async def activate(
         self, user: UserT, *, actor: Actor = "admin", context: RequestContext | None = None
     ) -> None:
@@ -349,7 +349,7 @@ class AuthService(Generic[UserT]):
         """
         await account_status.activate(self._core, user, actor, context)
 
-    @guarded
+    @translates_database_errors
     async def purge_expired(self) -> int:
         """Delete the rows of sessions whose lifetime is over; return how many. For a cron job.
 

@@ -7,8 +7,10 @@ from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from typing import ClassVar, TypeVar, get_origin, overload
 
+from tortoise_auth.database import pending_effects
 from tortoise_auth.events import Event, EventEmitter
 from tortoise_auth.events.event_emitter import deliverer_of
+from tortoise_auth.events.unit_of_work import Outcome
 from tortoise_auth.passwords import PasswordHasher
 
 EventT = TypeVar("EventT", bound=Event)
@@ -141,3 +143,39 @@ def isolated(emitter: EventEmitter) -> Iterator[EventEmitter]:
         yield emitter
     finally:
         registry.restore(before)
+
+
+async def pending_events() -> list[Event]:
+    """Return the events that wait for the commit of the transaction that is open here, in order.
+
+    Savepoints that were rolled back have taken theirs with them.
+    """
+    return _events_of(await pending_effects(take=False))
+
+
+async def run_pending() -> list[Event]:
+    """Do what would follow the commit of the transaction that is open here; return its events.
+
+    For tests inside a transaction that is rolled back at the end, where no commit ever comes: live
+    objects get their new values, and inline handlers run, here inside the transaction. What they
+    raise is logged, as after a commit. Background deliveries are handed over; on SQLite they get
+    the database when the transaction is over. Durable ones are rows, which `Relay.drain` delivers
+    outside of the transaction alone.
+
+    Example::
+
+        async with in_transaction():            # a fixture, which rolls back at the end
+            await auth.logout(token)
+            assert [event.name for event in await run_pending()] == ["user_logout"]
+            assert audit_trail == ["user_logout"]
+    """
+    effects = await pending_effects(take=True)
+    for effect in effects:
+        effect.apply()
+    for effect in effects:
+        await effect.deliver()
+    return _events_of(effects)
+
+
+def _events_of(effects: Sequence[object]) -> list[Event]:
+    return [event for effect in effects if isinstance(effect, Outcome) for event in effect.events]

@@ -48,13 +48,13 @@ from tortoise_auth.database import (
     connection_for,
     context_outside_transactions,
     current_connection,
-    guarded,
     in_caller_transaction,
     is_transaction,
     notify,
+    on_commit,
     root_of,
     transaction,
-    when_committed,
+    translates_database_errors,
 )
 from tortoise_auth.exceptions import (
     AuthenticationError,
@@ -633,7 +633,7 @@ class TestWhenCommitted:
     async def test_outside(self, root: BaseDBAsyncClient) -> None:
         """Where no transaction is, it happens at once."""
         acted: list[str] = []
-        when_committed(root, lambda: acted.append("now"))
+        await on_commit(root, lambda: acted.append("now"))
         assert acted == ["now"]
 
     @pytest.mark.parametrize("own", [True, False])
@@ -644,8 +644,8 @@ class TestWhenCommitted:
         async with outer_block as outer:
             async with transaction(outer) as inner, transaction(inner) as innermost:
                 await write(innermost, "a")
-                when_committed(innermost, lambda: acted.append("first"))
-            when_committed(outer, lambda: acted.append("second"))
+                await on_commit(innermost, lambda: acted.append("first"))
+            await on_commit(outer, lambda: acted.append("second"))
             assert acted == []
         assert acted == ["first", "second"]
         assert await rows(root) == ["a"]
@@ -656,7 +656,7 @@ class TestWhenCommitted:
         acted: list[int] = []
         async with transaction(root) as connection:
             for number in range(5000):
-                when_committed(connection, partial(acted.append, number))
+                await on_commit(connection, partial(acted.append, number))
         assert acted == list(range(5000))
         await expect_nothing_left(root)
 
@@ -671,10 +671,10 @@ class TestWhenCommitted:
 
         async with transaction(root) as connection:
             await write(connection, "a")
-            when_committed(connection, fail)
-            when_committed(connection, lambda: acted.append("y"))
+            await on_commit(connection, fail)
+            await on_commit(connection, lambda: acted.append("y"))
         assert acted == ["y"]
-        assert caplog.messages == ["What was to follow a commit failed"]
+        assert caplog.messages == ["What follows a commit failed"]
         assert await rows(root) == ["a"]
 
     async def test_rollback(self, root: BaseDBAsyncClient) -> None:
@@ -682,7 +682,7 @@ class TestWhenCommitted:
         acted: list[str] = []
         with pytest.raises(LookupError):
             async with transaction(root) as outer, transaction(outer) as inner:
-                when_committed(inner, lambda: acted.append("x"))
+                await on_commit(inner, lambda: acted.append("x"))
                 raise LookupError
         await expect_nothing_left(root)
         assert acted == []
@@ -695,7 +695,7 @@ class TestWhenCommitted:
         with failing(monkeypatch, root, "commit", OperationalError("x")):
             with pytest.raises(OperationalError):
                 async with transaction(root) as connection:
-                    when_committed(connection, lambda: acted.append("x"))
+                    await on_commit(connection, lambda: acted.append("x"))
         await expect_nothing_left(root)
         assert acted == []
 
@@ -781,17 +781,17 @@ class TestNotify:
 class Store:
     """Methods as a service has them, with a database that fails as one likes."""
 
-    @guarded
+    @translates_database_errors
     async def login(self, error: BaseException) -> None:
         """Raise *error*."""
         raise error
 
-    @guarded
+    @translates_database_errors
     async def count(self, model: type[Model]) -> int:
         """Ask the database."""
         return await model.all().count()
 
-    @guarded
+    @translates_database_errors
     async def add(self, *numbers: int, more: int = 0) -> int:
         """Need no database."""
         return sum(numbers) + more
@@ -830,7 +830,7 @@ DATABASE_FAILURES: dict[str, tuple[Exception, str]] = {
 }
 
 
-class TestGuarded:
+class TestTranslatesDatabaseErrors:
     @pytest.mark.parametrize("what", DATABASE_FAILURES)
     async def test_database_failures(self, what: str) -> None:
         """Any failure of a database or driver is one error, without its text, values or cause."""
@@ -880,11 +880,11 @@ class TestGuarded:
         await root.execute_script("ALTER TABLE app_audit_row RENAME COLUMN subject TO topic")
 
         class Rows:
-            @guarded
+            @translates_database_errors
             async def read(self) -> None:
                 await AuditRow.all()
 
-            @guarded
+            @translates_database_errors
             async def write(self) -> None:
                 await AuditRow.create(event="a")
 

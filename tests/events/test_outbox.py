@@ -26,7 +26,7 @@ from tests.support.statements import every_statement
 from tortoise_auth import AuthenticationError, AuthService, EventEmitter, RequestContext
 from tortoise_auth.database import transaction
 from tortoise_auth.events import Event, SessionRefreshed, UserEvent, UserLogin, outbox
-from tortoise_auth.events.outbox import AFTER_COMMIT, Claimed
+from tortoise_auth.events.outbox import Claimed
 from tortoise_auth.exceptions import ConfigurationError
 from tortoise_auth.models import OutboxEntry
 from tortoise_auth.testing import FakeClock
@@ -249,56 +249,19 @@ class TestWriting:
                 await emitter.emit(PageTurned(page=1))
 
 
-class TestMarks:
-    """How a background delivery learns whether the transaction around it was kept."""
-
-    async def test_taken_once(self, db: TortoiseContext, clock: FakeClock) -> None:
-        """A mark that is there can be taken one time."""
-        mark = await outbox.mark(root(db), PageTurned(page=1), clock())
-        assert await outbox.take_mark(root(db), mark) is True
-        assert await outbox.take_mark(root(db), mark) is False
-
-    async def test_never_confused(self, db: TortoiseContext, clock: FakeClock) -> None:
-        """The mark after one that was rolled back is another, whatever ids the database gives."""
-        lost = []
-        async with in_transaction(connection_of(db).connection_name) as outer:
-            for _ in range(3):
-                with suppress(Undo):
-                    async with in_transaction(connection_of(db).connection_name) as inner:
-                        lost.append(await outbox.mark(inner, PageTurned(page=1), clock()))
-                        raise Undo
-            kept = await outbox.mark(outer, PageTurned(page=1), clock())
-        assert [await outbox.take_mark(root(db), mark) for mark in lost] == [False] * 3
-        assert await outbox.take_mark(root(db), kept)
-
-    async def test_of_what_json_cannot_hold(
-        self, db: TortoiseContext, emitter: EventEmitter
-    ) -> None:
-        """A background handler may be told anything, in a transaction as well: marks hold no payload."""
+class TestBackground:
+    async def test_writes_no_row(self, db: TortoiseContext, emitter: EventEmitter) -> None:
+        """A background delivery that waits for a commit may carry what JSON cannot hold."""
         told: list[Event] = []
         emitter.on(LiveShown, told.append, delivery="background", thread=False)
         event = LiveShown(thing=object())
         async with in_transaction(connection_of(db).connection_name):
             await emitter.emit(event)
-            assert await stored("payload") == [({},)]
+            await quiet(emitter)
+            assert told == []
+            assert await OutboxEntry.all().count() == 0
         await quiet(emitter)
         assert told == [event]
-        assert await OutboxEntry.all().count() == 0
-
-    async def test_for_no_relay(
-        self, db: TortoiseContext, emitter: EventEmitter, clock: FakeClock
-    ) -> None:
-        """No relay claims a mark, no count includes it, nobody retries it; a purge removes old ones."""
-        await outbox.mark(root(db), PageTurned(page=1), clock())
-        status = await outbox.status(root(db), clock())
-        assert (status.waiting, status.due, status.dead) == (0, 0, 0)
-        assert status.subscriptions == {}
-        assert await claim(root(db), clock, names=[AFTER_COMMIT]) == []
-        assert await outbox.entries(root(db)) == []
-        ((mark,),) = await stored("id")
-        assert await outbox.retry(root(db), [mark], clock()) == 0
-        assert await outbox.purge(root(db), before=clock()) == 0
-        assert await outbox.purge(root(db), before=clock() + MINUTE) == 1
 
 
 async def claim(
@@ -379,7 +342,7 @@ class TestClaiming:
         (later,) = await put(clock, "a")
         (other,) = await put(clock, "b")
         assert ids_of(await claim(root(db), clock, relay="r2")) == [other]
-        await outbox.done(root(db), claimed, "r1")
+        await outbox.delete_delivered(root(db), claimed, "r1")
         assert ids_of(await claim(root(db), clock, relay="r2")) == [later]
 
     async def test_all_of_a_subject(self, db: TortoiseContext, clock: FakeClock) -> None:
@@ -421,7 +384,7 @@ class TestClaiming:
         """A dead letter holds nobody up."""
         ids = await put(clock, "a", "a")
         (dead, _) = await claim(root(db), clock)
-        await outbox.bury(root(db), dead, "r1", at=clock(), error="x")
+        await outbox.dead_letter(root(db), dead, "r1", at=clock(), error="x")
         clock.advance(MINUTE)
         assert ids_of(await claim(root(db), clock)) == ids[1:]
 
@@ -433,7 +396,7 @@ class TestClaiming:
         await OutboxEntry.filter(id=second).update(due_at=clock() + timedelta(seconds=5))
         (row,) = await claim(root(db), clock)
         assert row.id == first
-        await outbox.done(root(db), [row], "r1")
+        await outbox.delete_delivered(root(db), [row], "r1")
         assert await claim(root(db), clock) == []
         clock.advance(timedelta(seconds=5))
         assert ids_of(await claim(root(db), clock)) == [second, third]
@@ -462,7 +425,7 @@ class TestClaiming:
             assert ids_of(theirs) == [ids[0], ids[2], ids[4]]
             assert ids_of(await claim(root(postgres), clock)) == [ids[5]]
         assert await claim(root(postgres), clock) == []
-        await outbox.done(root(postgres), theirs, "r2")
+        await outbox.delete_delivered(root(postgres), theirs, "r2")
         assert ids_of(await claim(root(postgres), clock)) == [ids[1], ids[3]]
 
     @needs_postgres
@@ -493,7 +456,7 @@ class TestClaiming:
             for _ in range(10):
                 rows = await claim(root(postgres), clock)
                 assert len(rows) == 100
-                await outbox.done(root(postgres), rows, "r1")
+                await outbox.delete_delivered(root(postgres), rows, "r1")
 
     async def test_nothing_to_listen_for(self, db: TortoiseContext, clock: FakeClock) -> None:
         """A relay without durable subscriptions asks for nothing and gets nothing."""
@@ -519,9 +482,9 @@ class TestLettingGo:
         clock.advance(MINUTE)
         await claim(root(db), clock, relay="r2")
         before = await OutboxEntry.all().values()
-        await outbox.done(root(db), [lost], "r1")
-        await outbox.postpone(root(db), lost, "r1", due_at=clock(), error="x")
-        await outbox.bury(root(db), lost, "r1", at=clock(), error="x")
+        await outbox.delete_delivered(root(db), [lost], "r1")
+        await outbox.reschedule(root(db), lost, "r1", due_at=clock(), error="x")
+        await outbox.dead_letter(root(db), lost, "r1", at=clock(), error="x")
         await outbox.release(root(db), [lost], "r1", clock())
         assert await OutboxEntry.all().values() == before
 
@@ -536,7 +499,7 @@ class TestLettingGo:
     async def test_nothing(self, db: TortoiseContext, clock: FakeClock) -> None:
         """No rows, no statement."""
         with every_statement(db) as seen:
-            await outbox.done(root(db), [], "r1")
+            await outbox.delete_delivered(root(db), [], "r1")
             await outbox.release(root(db), [], "r1", clock())
             await outbox.write(root(db), PageTurned(page=1), [], clock())
         assert seen == []
@@ -546,7 +509,7 @@ class TestOperating:
     async def bury_one(self, db: TortoiseContext, clock: FakeClock) -> int:
         """Make a dead letter."""
         (row,) = await claim(root(db), clock, limit=1)
-        await outbox.bury(root(db), row, "r1", at=clock(), error="RuntimeError: no")
+        await outbox.dead_letter(root(db), row, "r1", at=clock(), error="RuntimeError: no")
         return row.id
 
     async def test_status(self, db: TortoiseContext, clock: FakeClock) -> None:
@@ -595,11 +558,11 @@ class TestOperating:
         first, second, third = await put(clock, "a", "a", "a")
         await self.bury_one(db, clock)
         (row,) = await claim(root(db), clock, limit=1)
-        await outbox.postpone(root(db), row, "r1", due_at=clock() + MINUTE, error="x")
+        await outbox.reschedule(root(db), row, "r1", due_at=clock() + MINUTE, error="x")
         await outbox.retry(root(db), [first], clock())
         (row,) = await claim(root(db), clock)
         assert row.id == first
-        await outbox.done(root(db), [row], "r1")
+        await outbox.delete_delivered(root(db), [row], "r1")
         clock.advance(MINUTE)
         assert ids_of(await claim(root(db), clock)) == [second, third]
 
@@ -609,7 +572,7 @@ class TestOperating:
         for _ in range(2):
             await self.bury_one(db, clock)
         (waiting,) = await claim(root(db), clock)
-        await outbox.postpone(root(db), waiting, "r1", due_at=clock() + MINUTE, error="x")
+        await outbox.reschedule(root(db), waiting, "r1", due_at=clock() + MINUTE, error="x")
         assert await outbox.retry_dead(root(db), clock()) == 2
         assert waiting.id not in ids_of(await claim(root(db), clock))
 

@@ -387,6 +387,52 @@ class TestUnreadableRows:
         assert await relay.drain() == 1
         assert handler.delivered == [1]
 
+    @pytest.mark.parametrize(
+        ("column", "value", "on_postgres"),
+        [
+            ("payload", "'{oops'", False),
+            ("payload", "''", False),
+            ("payload", "X'ff'", False),
+            ("payload", "'[]'", True),
+            ("payload", "'7'", True),
+            ("payload", "'{\"n\": %s}'" % ("1" * 5000), True),
+            ("payload", "'%s%s'" % ("[" * 3000, "]" * 3000), True),  # noqa: UP031 - as above
+            ("payload", "'{\"n\": %s%s}'" % ("[" * 3000, "]" * 3000), True),  # noqa: UP031
+            ("event_id", "'oops'", False),
+            ("event_id", "7", False),
+        ],
+        ids=["json", "empty", "bytes", "list", "number", "digits", "deep", "inside", "id", "int"],
+    )
+    async def test_are_dead_letters_of_their_own(
+        self,
+        db: TortoiseContext,
+        auth: AuthService[User],
+        ada: User,
+        tell: Told,
+        handler: Handler,
+        column: str,
+        value: str,
+        on_postgres: bool,
+    ) -> None:
+        """What no program can read is dead at once, can be looked at, and holds up no other row."""
+        connection = root(db)
+        if connection.capabilities.dialect == "postgres" and not on_postgres:
+            pytest.skip("the column takes no such value")
+        await tell.letters(ada, 1, 2, 3)
+        (broken, *_) = await outbox.entries(connection)
+        table = OutboxEntry._meta.db_table
+        await connection.execute_query(
+            f"UPDATE {table} SET {column} = {value} WHERE id = {broken.id}"
+        )
+        relay = auth.relay()
+        assert await relay.drain() == 2
+        assert handler.delivered == [2, 3]
+        (letter,) = await outbox.entries(connection, dead=True)
+        assert letter.id == broken.id
+        assert letter.last_error is not None
+        assert len(letter.last_error) <= 2000
+        assert (await outbox.status(connection, auth._core.clock())).dead == 1
+
     async def test_of_unknown_subscriptions_wait(
         self,
         db: TortoiseContext,
@@ -620,6 +666,24 @@ class TestRetrying:
             assert row.last_error
             assert len(row.last_error) <= 2000
 
+    async def test_panic(
+        self, auth: AuthService[User], ada: User, emitter: EventEmitter, tell: Told
+    ) -> None:
+        """Whatever a handler raises is its own failure, and the relay goes on."""
+        rung: list[int] = []
+
+        @emitter.on("bell_rung", delivery="durable")
+        async def fail(times: int) -> None:
+            if times:
+                raise (Panic, GeneratorExit)[times - 1]("no")
+            rung.append(times)
+
+        await tell(BellRung(times=1), BellRung(times=2), BellRung(times=0))
+        assert await auth.relay(max_attempts=1).drain() == 1
+        assert rung == [0]
+        dead = await outbox.entries(connection_for(OutboxEntry), dead=True)
+        assert [row.last_error for row in dead] == ["Panic: no", "GeneratorExit: no"]
+
     async def test_clock_that_steps_back(
         self, auth: AuthService[User], ada: User, tell: Told, handler: Handler, clock: FakeClock
     ) -> None:
@@ -633,6 +697,10 @@ class TestRetrying:
         clock.advance(timedelta(hours=1, seconds=1))
         assert await auth.relay().drain() == 2
         assert handler.delivered == [1, 2]
+
+
+class Panic(BaseException):
+    """What no ``except Exception`` catches."""
 
 
 class Unspeakable(Exception):
@@ -712,7 +780,7 @@ class TestLease:
     ) -> None:
         """What a batch says of rows that its own relay has claimed anew since counts no more."""
         handler.failures = 1
-        postpone, late, go_on = outbox.postpone, asyncio.Event(), asyncio.Event()
+        postpone, late, go_on = outbox.reschedule, asyncio.Event(), asyncio.Event()
 
         async def slowly(*args: Any, **kwargs: Any) -> None:
             if not late.is_set():
@@ -720,7 +788,7 @@ class TestLease:
                 await go_on.wait()
             await postpone(*args, **kwargs)
 
-        monkeypatch.setattr(outbox, "postpone", slowly)
+        monkeypatch.setattr(outbox, "reschedule", slowly)
         await tell.letters(ada, 1, 2)
         relay = auth.relay()
         first = asyncio.create_task(relay.drain())
@@ -775,14 +843,14 @@ class TestLease:
         monkeypatch.setattr(relay_module, "_RECORD_EVERY", 0.01)
         may_end = asyncio.Event()
         recorded = asyncio.Event()
-        done = outbox.done
+        done = outbox.delete_delivered
 
         async def note_done(*args: Any) -> None:
             await done(*args)
             if await OutboxEntry.all().count() == 1:
                 recorded.set()
 
-        monkeypatch.setattr(outbox, "done", note_done)
+        monkeypatch.setattr(outbox, "delete_delivered", note_done)
 
         @emitter.on("bell_rung", delivery="durable")
         async def hang_at_first(times: int) -> None:
@@ -919,7 +987,7 @@ class TestRunning:
     ) -> None:
         """Whichever of its statements fails, it goes on, and the row comes, perhaps twice."""
         results = []
-        for name in ("claim", "done", "postpone", "release"):
+        for name in ("claim", "delete_delivered", "reschedule", "release"):
             original, failures = getattr(outbox, name), iter(range(2))
 
             async def fail_at_first(
@@ -971,7 +1039,7 @@ class TestRunning:
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         """If a failure cannot be recorded, what else was delivered is recorded all the same."""
-        monkeypatch.setattr(outbox, "postpone", _unavailable)
+        monkeypatch.setattr(outbox, "reschedule", _unavailable)
         rung: list[int] = []
 
         @emitter.on("bell_rung", delivery="durable")
@@ -988,6 +1056,43 @@ class TestRunning:
             await auth.relay().drain()
         assert rung == [1, 2, 3]
         assert [row.payload["times"] for row in await OutboxEntry.all()] == [0]
+
+    async def test_dies_visibly(
+        self,
+        db: TortoiseContext,
+        auth: AuthService[User],
+        monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        """What ends a relay, though nothing should, is logged at once and reaches who waits for it."""
+
+        async def panic(*args: object, **kwargs: object) -> None:
+            raise Panic("no")
+
+        monkeypatch.setattr(outbox, "claim", panic)
+        async with auth.relay() as relay:
+            with pytest.raises(Panic):
+                await finished(relay.join())
+            (record,) = caplog.records
+            assert record.levelname == "ERROR"
+            assert record.message == f"Relay {relay.name} failed and has ended"
+            assert record.exc_info is not None
+
+    async def test_cancelled_by_others(
+        self, db: TortoiseContext, auth: AuthService[User], caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """A relay that is cancelled from outside says that it delivers nothing any more."""
+        async with auth.relay() as relay:
+            assert relay._task is not None
+            relay._task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await finished(relay.join())
+            assert caplog.messages == [
+                f"Relay {relay.name} was cancelled: it delivers nothing any more"
+            ]
+        async with auth.relay():
+            caplog.clear()
+        assert caplog.messages == []
 
     async def test_stops_in_time(
         self,
@@ -1150,8 +1255,8 @@ class TestRunning:
             raise OperationalError("down")
 
         handler.failures = 1
-        monkeypatch.setattr(outbox, "done", refuse)
-        monkeypatch.setattr(outbox, "postpone", refuse)
+        monkeypatch.setattr(outbox, "delete_delivered", refuse)
+        monkeypatch.setattr(outbox, "reschedule", refuse)
         await tell.letters(ada, 1)
         with pytest.raises(ServiceUnavailableError):
             await auth.relay().drain()

@@ -30,7 +30,7 @@ from tests.support.database import (
     database,
     look,
 )
-from tests.support.deliveries import Ears, Undo, everywhere, inline_alone, quiet
+from tests.support.deliveries import Ears, Undo, everywhere, quiet
 from tests.support.ledger import Ledger
 from tests.support.rows import changed, columns, row, rows
 from tests.support.services import POSTGRES_URL, needs_postgres
@@ -60,7 +60,7 @@ from tortoise_auth.exceptions import (
 from tortoise_auth.models import OutboxEntry, Session
 from tortoise_auth.sessions import Sessions
 from tortoise_auth.sessions.refresh_tokens import RefreshToken
-from tortoise_auth.testing import FakeClock
+from tortoise_auth.testing import FakeClock, pending_events, run_pending
 
 Act: TypeAlias = Callable[[], Awaitable[object]]
 
@@ -228,16 +228,16 @@ class TestOutcomes:
         relay: Relay[User],
         around: Callable[[str, Act], Awaitable[None]],
     ) -> None:
-        """Where it does not, only the inline handlers had heard, and nothing is left behind."""
+        """Where it does not, no handler runs, and nothing is left behind."""
         ears = Ears(emitter, Shipped, UserLogin, PasswordChanged)
         before = await rows(User, AuditRow)
         name = connection_of(db).connection_name
         await finished(around(name, lambda: ship(emitter)))
-        assert await ears.outcome(relay) == inline_alone("shipped")
+        assert await ears.outcome(relay) == everywhere()
         await finished(around(name, lambda: log_in(auth)))
-        assert await ears.outcome(relay) == inline_alone("user_login")
+        assert await ears.outcome(relay) == everywhere()
         await finished(around(name, lambda: ada.set_password(NEW_PASSWORD)))
-        assert await ears.outcome(relay) == inline_alone("password_changed")
+        assert await ears.outcome(relay) == everywhere()
         assert await rows(User, AuditRow) == before
         assert await look(db, "SELECT count(*) FROM tortoise_auth_outbox") == [(0,)]
 
@@ -257,7 +257,7 @@ class TestOutcomes:
         postgres = connection_of(db).capabilities.dialect == "postgres"
         assert kept == [(0,)] if postgres else [(1,)]
         outcome = await ears.outcome(relay)
-        assert outcome == (inline_alone if postgres else everywhere)("user_login")
+        assert outcome == everywhere(*([] if postgres else ["user_login"]))
 
     async def test_nothing_before_the_outermost_commit(
         self,
@@ -267,7 +267,7 @@ class TestOutcomes:
         emitter: EventEmitter,
         relay: Relay[User],
     ) -> None:
-        """However often the loop turns, background and durable deliveries wait for the caller."""
+        """However often the loop turns, every delivery but the one inside waits for the caller."""
         ears = Ears(emitter, UserLogin)
         name = connection_of(db).connection_name
         async with in_transaction(name):
@@ -276,7 +276,7 @@ class TestOutcomes:
             for _ in range(100):
                 await asyncio.sleep(0)
             assert await AuditRow.all().count() == 1
-            assert (len(ears.inline), ears.background, ears.durable) == (1, [], [])
+            assert ears.inline == ears.background == ears.durable == []
         assert await ears.outcome(relay) == everywhere("user_login")
 
     async def test_two_changes_one_undone(
@@ -294,9 +294,7 @@ class TestOutcomes:
             result = await log_in(auth)
             await savepoint_rolled_back(name, lambda: auth.set_password(ada, NEW_PASSWORD))
             await auth.logout(result.access_token)
-        expected = everywhere("user_login", "user_logout")
-        expected["inline"].insert(1, "password_changed")
-        assert await ears.outcome(relay) == expected
+        assert await ears.outcome(relay) == everywhere("user_login", "user_logout")
 
     @pytest.mark.parametrize("kept", [True, False], ids=["kept", "undone"])
     @pytest.mark.parametrize("depth", [1, 2, 3])
@@ -325,7 +323,7 @@ class TestOutcomes:
                 await ship_within(outermost, depth - 1)
                 if not kept:
                     raise Undo
-        assert await ears.outcome(relay) == (everywhere if kept else inline_alone)("shipped")
+        assert await ears.outcome(relay) == everywhere(*["shipped"] * kept)
         assert await AuditRow.filter(event="parcel").count() == kept
 
     async def test_task_started_inside_a_transaction(
@@ -355,12 +353,88 @@ class TestOutcomes:
         assert await ears.outcome(relay) == everywhere("user_login")
 
 
+class TestSeveralAtOnce:
+    """Calls of the service that share one transaction of the caller."""
+
+    @pytest.mark.parametrize("kept", [True, False], ids=["kept", "undone"])
+    async def test_gathered(
+        self,
+        db: TortoiseContext,
+        auth: AuthService[User],
+        ada: User,
+        emitter: EventEmitter,
+        relay: Relay[User],
+        kept: bool,
+    ) -> None:
+        """They wait for each other; every session ends, with its event."""
+        results = [await log_in(auth) for _ in range(4)]
+        ears = Ears(emitter, UserLogout)
+        with suppress(Undo):
+            async with in_transaction(connection_of(db).connection_name):
+                ended = await finished(
+                    asyncio.gather(*[auth.logout(each.access_token) for each in results])
+                )
+                if not kept:
+                    raise Undo
+        assert [each.sessions for each in ended] == [1] * 4
+        assert await Session.filter(revoked_at__isnull=True).count() == 4 * (not kept)
+        assert await ears.outcome(relay) == everywhere(*["user_logout"] * 4 * kept)
+
+    async def test_gathered_inside_a_handler(
+        self, db: TortoiseContext, auth: AuthService[User], ada: User, emitter: EventEmitter
+    ) -> None:
+        """A handler in the transaction may do several things at once, and so may each of them."""
+        results = [await log_in(auth) for _ in range(4)]
+
+        @emitter.on(PasswordChanged, delivery="transaction", timeout=20)
+        async def end_more(event: PasswordChanged[User]) -> None:
+            await asyncio.gather(*[User.create_user(email=f"{n}@example.com") for n in range(3)])
+
+        async with in_transaction(connection_of(db).connection_name):
+            await finished(auth.set_password(ada, NEW_PASSWORD))
+            await finished(asyncio.gather(*[auth.logout(each.access_token) for each in results]))
+        assert await User.all().count() == 4
+        assert await Session.filter(revoked_at__isnull=True).count() == 0
+
+    @pytest.mark.parametrize("kept", [True, False], ids=["kept", "undone"])
+    @pytest.mark.parametrize("turns", [0, 1, 2, 3, 5, 8, 13, 30])
+    async def test_task_that_outlives_the_transaction(
+        self,
+        db: TortoiseContext,
+        auth: AuthService[User],
+        ada: User,
+        emitter: EventEmitter,
+        relay: Relay[User],
+        turns: int,
+        kept: bool,
+    ) -> None:
+        """Wherever the transaction ends meanwhile, the call works: inside or on its own."""
+        result = await log_in(auth)
+        ears = Ears(emitter, UserLogout)
+        with suppress(Undo):
+            async with in_transaction(connection_of(db).connection_name):
+                task = asyncio.create_task(auth.logout(result.access_token))
+                for _ in range(turns):
+                    await asyncio.sleep(0)
+                if not kept:
+                    raise Undo
+        assert (await finished(task)).sessions == 1
+        ended = (await row(Session, result.session.id))["revoked_at"] is not None
+        assert ended or not kept
+        assert await ears.outcome(relay) == everywhere(*["user_logout"] * ended)
+
+
 class TestOrder:
     async def test_from_the_transaction_to_the_background(
         self, db: TortoiseContext, emitter: EventEmitter
     ) -> None:
-        """Transaction, commit, effects, inline, background: whatever the priorities."""
+        """Transaction, commit, live objects, inline, background: whatever the priorities."""
         order: list[str] = []
+
+        class Noting:
+            def __setattr__(self, name: str, value: object) -> None:
+                order.append(f"{name}={value} after {seen[-1]}")
+
         priorities: dict[Delivery, int] = {"background": 1, "inline": 5, "transaction": 99}
         for delivery, priority in priorities.items():
             note = note_in(order, delivery)
@@ -368,11 +442,11 @@ class TestOrder:
         with statements(db) as seen:
             async with UnitOfWork(connection_for(AuditRow), emitter) as unit:
                 await AuditRow.create(event="parcel", using_db=unit.connection)
-                unit.when_committed(lambda: order.append(f"effect after {seen[-1]}"))
+                unit.set_on_commit(Noting(), paid=True)
                 unit.record(Shipped(parcel=7))
             order.append("left")
         await quiet(emitter)
-        assert order == ["transaction", "effect after COMMIT", "inline", "left", "background"]
+        assert order == ["transaction", "paid=True after COMMIT", "inline", "left", "background"]
 
     async def test_inline_handlers_see_what_is_committed(
         self, db: TortoiseContext, auth: AuthService[User], ada: User, emitter: EventEmitter
@@ -436,7 +510,7 @@ class TestOrder:
             "session_revoked", "user_login"
         )
         await rolled_back(connection_of(db).connection_name, lambda: log_in(auth))
-        assert await ears.outcome(relay) == inline_alone("session_revoked", "user_login")
+        assert await ears.outcome(relay) == everywhere()
 
     async def test_failure_of_one_event_does_not_silence_the_next(
         self, db: TortoiseContext, relay: Relay[User]
@@ -481,6 +555,204 @@ async def fail_on_seven(event: Shipped) -> None:
     """A handler that fails for one of two events."""
     if event.parcel == 7:
         raise RuntimeError("parcel 7 is lost")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Noted(Event):
+    """An event of a host that holds anything."""
+
+    text: str = ""
+    anything: Any = None
+
+
+def nested(depth: int) -> list[Any]:
+    value: list[Any] = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+class TestRecording:
+    @pytest.mark.parametrize(
+        ("values", "field"),
+        [
+            ({"text": "he\x00llo"}, "text"),
+            ({"text": "\ud83d"}, "text"),
+            ({"anything": {"a": ["b", {"c": "\x00"}]}}, "anything"),
+            ({"anything": {"\udc00": 1}}, "anything"),
+            ({"anything": ("\x00",)}, "anything"),
+            ({"anything": 10**5000}, "anything"),
+            ({"anything": nested(3000)}, "anything"),
+            ({"subject_id": "\x00"}, "subject_id"),
+        ],
+        ids=["nul", "surrogate", "inside", "key", "tuple", "digits", "deep", "subject"],
+    )
+    async def test_what_cannot_be_stored(
+        self, db: TortoiseContext, emitter: EventEmitter, values: dict[str, Any], field: str
+    ) -> None:
+        """It is refused on every database alike, by name, whoever is subscribed; nothing changes."""
+        with pytest.raises(ValueError, match=rf"^Noted\.{field} "):
+            async with UnitOfWork(connection_for(AuditRow), emitter) as unit:
+                await AuditRow.create(event="parcel", using_db=unit.connection)
+                unit.record(Noted(**values))
+        assert await AuditRow.all().count() == 0
+
+    async def test_what_can(
+        self, db: TortoiseContext, emitter: EventEmitter, relay: Relay[User]
+    ) -> None:
+        """Any other text and number arrives as it was."""
+        ears = Ears(emitter, Noted)
+        event = Noted(text="\U0001f600\u202e\n\x01", anything=[-(2**63), 10**4000, nested(50)])
+        async with UnitOfWork(connection_for(AuditRow), emitter) as unit:
+            unit.record(event)
+        await relay.drain()
+        assert ears.durable == [event]
+
+
+class TestInlineAtTheCommit:
+    """Inline handlers of what was recorded in a transaction of the caller."""
+
+    @pytest.mark.parametrize("errors", ["log", "raise", "group"])
+    @pytest.mark.parametrize("concurrent", [False, True])
+    async def test_failure_is_logged(
+        self,
+        db: TortoiseContext,
+        errors: Literal["log", "raise", "group"],
+        concurrent: bool,
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        """Whatever the policy, the commit stands, its caller goes on, and so do other handlers."""
+        emitter = EventEmitter(errors=errors, concurrent=concurrent)
+        ran: list[str] = []
+
+        @emitter.on("shipped")
+        async def fail() -> None:
+            ran.append("fail")
+            raise LookupError("mail is down")
+
+        emitter.on("shipped", note_in(ran, "next"))
+        async with in_transaction(connection_of(db).connection_name):
+            await ship(emitter, 1)
+            await ship(emitter, 2)
+            assert ran == []
+        assert sorted(ran) == ["fail", "fail", "next", "next"]
+        assert await AuditRow.filter(event="parcel").count() == 2
+        logged = [each for each in caplog.records if each.levelname == "ERROR"]
+        assert len(logged) == 2
+        for each in logged:
+            assert "fail' for event 'shipped' raised LookupError: mail is down" in each.message
+            assert each.exc_info
+
+    async def test_may_use_the_service(
+        self, narrow: TortoiseContext, auth: AuthService[User], emitter: EventEmitter
+    ) -> None:
+        """The connection and the lock are free, and what handlers do there is committed at once."""
+        await User.create_user(email=EMAIL, password=PASSWORD)
+        seen: list[object] = []
+
+        @emitter.on(UserLogin)
+        async def end(event: UserLogin[User]) -> None:
+            seen.append(is_transaction(connection_for(User)))
+            await auth.revoke_session(event.session_id)
+
+        for _ in range(3):
+            async with in_transaction(connection_of(narrow).connection_name):
+                result = await finished(log_in(auth))
+                assert seen == []
+            assert seen == [False]
+            assert (await row(Session, result.session.id))["revoked_at"] is not None
+            seen.clear()
+
+    async def test_while_another_transaction_is_open(
+        self, db: TortoiseContext, auth: AuthService[User], ada: User, emitter: EventEmitter
+    ) -> None:
+        """A transaction that another task opened in the meantime is none of the handler's."""
+        opened, ended = asyncio.Event(), asyncio.Event()
+
+        @emitter.on("user_login")
+        async def wait() -> None:
+            opened.set()
+            await ended.wait()
+
+        async def another() -> None:
+            await opened.wait()
+            async with in_transaction(connection_of(db).connection_name):
+                await AuditRow.create(event="another")
+                ended.set()
+
+        task = asyncio.create_task(another())
+        async with in_transaction(connection_of(db).connection_name):
+            await finished(log_in(auth))
+        await finished(task)
+        assert await AuditRow.filter(event="another").exists()
+
+    async def test_live_objects(
+        self, db: TortoiseContext, auth: AuthService[User], ada: User, emitter: EventEmitter
+    ) -> None:
+        """They have the new values before any handler runs, and not before the outermost commit."""
+        seen: list[object] = []
+        old = ada.password, ada.session_version, ada.is_active
+
+        @emitter.on("password_changed")
+        async def see() -> None:
+            seen.append((ada.password == old[0], ada.is_active))
+
+        name = connection_of(db).connection_name
+        for around in UNDONE:
+            await finished(around(name, lambda: auth.set_password(ada, NEW_PASSWORD)))
+            await finished(around(name, lambda: auth.deactivate(ada)))
+            assert (ada.password, ada.session_version, ada.is_active) == old
+        await ada.save()  # what was rolled back is not saved after all
+        assert await auth.login(EMAIL, PASSWORD)
+        async with in_transaction(name):
+            async with in_transaction(name):
+                await auth.set_password(ada, NEW_PASSWORD)
+            await auth.deactivate(ada)
+            assert (ada.password, ada.is_active) == (old[0], True)
+        assert seen == [(False, False)]
+
+    async def test_saved_before_the_commit(
+        self, db: TortoiseContext, auth: AuthService[User], ada: User
+    ) -> None:
+        """An object that is saved in the same transaction does not bring the old password back."""
+        name = connection_of(db).connection_name
+        async with in_transaction(name):
+            await savepoint_rolled_back(name, lambda: auth.deactivate(ada))
+            await auth.set_password(ada, NEW_PASSWORD)
+            ada.display_name = "Ada L."
+            await ada.save()
+        stored = await User.get()
+        assert (stored.display_name, stored.is_active) == ("Ada L.", True)
+        assert stored.session_version == ada.session_version == 1
+        assert stored.password == ada.password
+        assert await stored.check_password(NEW_PASSWORD)
+        ada.is_active = False
+        await ada.save()
+        assert not (await User.get()).is_active
+
+    async def test_pending_in_a_test(
+        self, db: TortoiseContext, auth: AuthService[User], ada: User, emitter: EventEmitter
+    ) -> None:
+        """A test whose transaction is rolled back sees what waits, and runs it."""
+        seen: list[int] = []
+
+        @emitter.on("user_login")
+        async def count_sessions() -> None:
+            seen.append(await Session.all().count())
+
+        name = connection_of(db).connection_name
+        with suppress(Undo):
+            async with in_transaction(name):
+                await log_in(auth)
+                await savepoint_rolled_back(name, lambda: log_in(auth))
+                assert [each.name for each in await pending_events()] == ["user_login"]
+                assert (seen, ada.last_login) == ([], None)
+                assert [each.name for each in await run_pending()] == ["user_login"]
+                assert seen == [1]
+                assert await pending_events() == await run_pending() == []
+                raise Undo
+        assert seen == [1]
+        assert await pending_events() == []
 
 
 class TestVeto:
@@ -879,7 +1151,7 @@ class TestTwoDatabases:
                     await finished(log_in(auth))
                     if not kept:
                         raise Undo
-            assert await ears.outcome(relay) == (everywhere if kept else inline_alone)("user_login")
+            assert await ears.outcome(relay) == everywhere(*["user_login"] * kept)
         assert await Session.all().count() == await Ledger.all().count() == 2 * kept
 
     async def test_handlers_write_to_the_hosts_own(
@@ -1005,24 +1277,24 @@ class TestCancellation:
     ) -> None:
         """However long the caller's transaction goes on, the session is over once it is committed."""
         await User.create_user(email=EMAIL, password=PASSWORD)
-        listening = asyncio.Event()
-
-        @emitter.on(UserLogin)
-        async def hang(event: UserLogin[User]) -> None:
-            listening.set()
-            await asyncio.Event().wait()
-
-        ears = Ears(emitter, SessionRevoked)
-        async with in_transaction("postgres"):
-            task = asyncio.create_task(log_in(auth))
-            await finished(listening.wait())
-            task.cancel()
-            await asyncio.wait([task])
-            await finished(quiet(emitter))
-        outcome = await ears.outcome(Relay(emitter, User))
-        assert outcome == everywhere("session_revoked")
-        ((revoked,),) = await look(postgres, "SELECT revoked_at FROM tortoise_auth_session")
-        assert revoked is not None
+        async with in_transaction("postgres"):  # statements that are prepared take fewer steps
+            await auth.logout((await log_in(auth)).access_token)
+        ears = Ears(emitter, UserLogin, SessionRevoked)
+        orphans = 0
+        for step in count(1):
+            async with in_transaction("postgres"):
+                attempt = Cancelled(log_in(auth), step)
+                await attempt.run()
+                await finished(quiet(emitter))
+            if not attempt.reached:
+                break
+            outcome = await ears.outcome(Relay(emitter, User))
+            orphaned = bool(outcome["inline"])
+            assert outcome == everywhere(*["user_login", "session_revoked"] * orphaned)
+            alive = "SELECT id FROM tortoise_auth_session WHERE revoked_at IS NULL"
+            assert await look(postgres, alive) == []
+            orphans += orphaned
+        assert orphans
 
     async def test_told_although_the_connection_breaks_after_the_commit(
         self,

@@ -82,11 +82,6 @@ def everywhere(*names: str) -> Outcome:
     return {kind: list(names) for kind in ("transaction", "inline", "background", "durable")}
 
 
-def inline_alone(*names: str) -> Outcome:
-    """The inline handlers ran in a transaction of the caller, which was not kept."""
-    return everywhere() | {"inline": list(names)}
-
-
 async def quiet(emitter: EventEmitter) -> None:
     """Wait until nothing is under way: neither handlers nor transactions that are being undone."""
     while transactions._background:

@@ -150,7 +150,12 @@ async def _carry(
                 "Relay %s has nothing to deliver to: importing %s registers no durable handler",
                 *(carrier.name, service),
             )
-        await stopping.wait()
+        ended = asyncio.create_task(carrier.join())
+        asked = asyncio.create_task(stopping.wait())
+        await asyncio.wait([ended, asked], return_when=asyncio.FIRST_COMPLETED)
+        if ended.done() and not asked.done():
+            raise CommandError("The relay has ended by itself; its log says why", FAILED)
+        ended.cancel()
         logger.info("Relay %s stops", carrier.name)
 
 

@@ -1,41 +1,50 @@
 """What Tortoise really does with connections, transactions and errors, and all SQL written by hand."""
 
-from tortoise_auth.database.connections import (
-    connection_for,
-    context_outside_transactions,
-    current_connection,
-    in_caller_transaction,
-    is_transaction,
-    root_of,
+from tortoise_auth.database.commits import (
+    CommitEffect,
+    attach,
+    on_commit,
+    pending_effects,
+    wait_uncancelled,
 )
+from tortoise_auth.database.connections import connection_for, current_connection
 from tortoise_auth.database.dialects import Listener, notify, run_statement
 from tortoise_auth.database.errors import (
-    guarded,
     is_database_failure,
     is_missing_table,
     is_unique_violation,
     translated,
+    translates_database_errors,
     violated_columns,
 )
-from tortoise_auth.database.transactions import to_the_end, transaction, when_committed
+from tortoise_auth.database.transactions import transaction
+from tortoise_auth.database.wrappers import (
+    context_outside_transactions,
+    in_caller_transaction,
+    is_transaction,
+    root_of,
+)
 
 __all__ = [
+    "CommitEffect",
     "Listener",
+    "attach",
     "connection_for",
     "context_outside_transactions",
     "current_connection",
-    "guarded",
     "in_caller_transaction",
     "is_database_failure",
     "is_missing_table",
     "is_transaction",
     "is_unique_violation",
     "notify",
+    "on_commit",
+    "pending_effects",
     "root_of",
     "run_statement",
-    "to_the_end",
     "transaction",
     "translated",
+    "translates_database_errors",
     "violated_columns",
-    "when_committed",
+    "wait_uncancelled",
 ]

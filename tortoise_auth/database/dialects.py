@@ -13,7 +13,7 @@ from typing import Any
 
 from tortoise.backends.base.client import BaseDBAsyncClient
 
-from tortoise_auth.database.connections import root_of
+from tortoise_auth.database.wrappers import root_of
 
 logger = logging.getLogger("tortoise_auth.database")
 
@@ -48,15 +48,48 @@ def _in_utc(value: object) -> object:
 
 
 async def notify(connection: BaseDBAsyncClient, channel: str) -> None:
-    """Wake those who listen on *channel*, on PostgreSQL when the transaction commits."""
+    """Wake every listener on *channel*, on PostgreSQL when the transaction commits."""
     if connection.capabilities.dialect == "postgres":
         await connection.execute_query_dict("SELECT pg_notify($1, '')", [channel])
 
 
-class Listener:
-    """Calls *wake* when somebody notifies *channel*, on PostgreSQL through asyncpg; else does nothing.
+async def set_mark(transaction: BaseDBAsyncClient, mark: int) -> int | None:
+    """Set a number that is rolled back with the innermost open savepoint; return the one before.
 
-    A convenience that may fail: whoever uses it polls as well. It listens on a connection of its
+    No row is written. PostgreSQL rolls back the settings of a session that are local to the
+    transaction, and SQLite the header of its temporary database, with every savepoint.
+    """
+    if transaction.capabilities.dialect == "postgres":
+        statement = f"SELECT {_MARK} AS mark, set_config('tortoise_auth.mark', $1, true)"
+        return _as_mark(await transaction.execute_query_dict(statement, [str(mark)]))
+    before = await mark_of(transaction)
+    await transaction.execute_query_dict(f"PRAGMA temp.user_version = {mark:d}")
+    return before
+
+
+async def mark_of(transaction: BaseDBAsyncClient) -> int | None:
+    """Return the number that was set last and has not been rolled back.
+
+    Raises:
+        TransactionManagementError: On PostgreSQL a statement failed, so that COMMIT will roll back.
+    """
+    postgres = transaction.capabilities.dialect == "postgres"
+    statement = f"SELECT {_MARK} AS mark" if postgres else "PRAGMA temp.user_version"
+    return _as_mark(await transaction.execute_query_dict(statement))
+
+
+_MARK = "current_setting('tortoise_auth.mark', true)"
+
+
+def _as_mark(rows: list[dict[str, Any]]) -> int | None:
+    value = next(iter(rows[0].values()))
+    return int(value) if value else None
+
+
+class Listener:
+    """Calls *wake* when *channel* is notified, on PostgreSQL through asyncpg; else does nothing.
+
+    A convenience that may fail: its user polls as well. It listens on a connection of its
     own, so that no pool is one short.
     """
 

@@ -22,10 +22,10 @@ ReturnT = TypeVar("ReturnT")
 SelfT = TypeVar("SelfT")
 
 
-def guarded(
+def translates_database_errors(
     method: Callable[Concatenate[SelfT, P], Awaitable[ReturnT]],
 ) -> Callable[Concatenate[SelfT, P], Coroutine[Any, Any, ReturnT]]:
-    """Turn whatever the database or its driver raises into `ServiceUnavailableError`.
+    """Turn every error of the database or its driver into `ServiceUnavailableError`.
 
     A database that is down must never look like wrong credentials.
     """
@@ -45,7 +45,7 @@ def guarded(
 
 
 def translated(error: Exception, doing: str) -> Exception:
-    """Return the error of ours for one of a database, without what that says of values."""
+    """Return our error for one of a database, without the values in its text."""
     if isinstance(error, TortoiseConfigurationError):
         return ConfigurationError(f"Tortoise ORM is not set up as it must be: {error}")
     if is_missing_table(error):
@@ -60,7 +60,7 @@ def translated(error: Exception, doing: str) -> Exception:
 
 
 def is_database_failure(error: Exception) -> bool:
-    """Tell whether it is the database, or its driver, that failed."""
+    """Return whether the database, or its driver, failed."""
     module = type(error).__module__.partition(".")[0]
     return (
         isinstance(error, BaseORMException | sqlite3.Error | OSError | TimeoutError)
@@ -73,7 +73,7 @@ def is_database_failure(error: Exception) -> bool:
 
 
 def is_missing_table(error: Exception) -> bool:
-    """Tell whether a table or column is missing."""
+    """Return whether a table or column is missing."""
     cause = error.args[0] if error.args and isinstance(error.args[0], Exception) else error
     return getattr(cause, "sqlstate", None) in {"42P01", "42703"} or (
         isinstance(cause, sqlite3.OperationalError)
@@ -82,22 +82,24 @@ def is_missing_table(error: Exception) -> bool:
 
 
 def is_unique_violation(error: IntegrityError) -> bool:
-    """Tell whether a row was refused because of another one with the same values."""
+    """Return whether a row was rejected because of another one with the same values."""
     cause = error.args[0] if error.args else None
     return getattr(cause, "sqlstate", None) == "23505" or "UNIQUE constraint" in str(cause)
 
 
 def violated_columns(error: IntegrityError) -> frozenset[str]:
-    """Return the columns whose values another row has; empty if the database does not tell.
+    """Return the columns whose values another row has; empty if the database does not say.
 
     For an index on an expression it is every word of that.
     """
     cause = error.args[0] if error.args else None
-    told = getattr(cause, "detail", None) or getattr(
+    detail = getattr(cause, "detail", None) or getattr(
         getattr(cause, "diag", None), "message_detail", None
     )
-    if isinstance(told, str):  # in the language of the server: Key (tenant, lower(phone))=(7, ...)
-        key = re.search(r"\((.+?)\)=", told)
+    if isinstance(
+        detail, str
+    ):  # in the language of the server: Key (tenant, lower(phone))=(7, ...)
+        key = re.search(r"\((.+?)\)=", detail)
         return frozenset(re.findall(r"\w+", key[1]) if key else ())
     _, _, names = str(cause).partition("UNIQUE constraint failed: ")
     return frozenset(name.rpartition(".")[2] for name in names.split(", ") if "." in name)

@@ -1,17 +1,18 @@
-"""Transactions that survive cancellation, and what is to happen when they commit.
+"""Transactions that survive cancellation.
 
 Tortoise 1.1 has three traps: cancelling ``in_transaction().__aenter__`` leaks the connection (on
-SQLite it leaves a lock that blocks the process for ever), a task started inside a transaction
-keeps the dead connection, and a second connection inside a transaction deadlocks.
+SQLite it leaves a lock that blocks the process for ever, https://github.com/tortoise/tortoise-orm/issues/1152),
+a task started inside a transaction keeps the dead connection, and a second connection inside a
+transaction deadlocks.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextvars
-import logging
+from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine
-from contextlib import suppress
+from contextlib import AbstractAsyncContextManager, nullcontext, suppress
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -24,11 +25,18 @@ from tortoise.backends.base.client import (
 from tortoise.connection import get_connections
 from tortoise.exceptions import OperationalError, TransactionManagementError
 
-logger = logging.getLogger("tortoise_auth.database")
-
+from tortoise_auth.database.commits import (
+    CommitEffect,
+    Ending,
+    Level,
+    call_logged,
+    deliver,
+    hand_over,
+    wait_uncancelled,
+)
+from tortoise_auth.database.wrappers import outermost, root_of
 
 ReturnT = TypeVar("ReturnT")
-
 
 _background: set[asyncio.Task[Any]] = set()
 
@@ -39,10 +47,18 @@ class transaction:
     Cancelled while it opens or runs, the transaction is rolled back and its connection returned.
     Cancelled while it commits, the commit is awaited, and the cancellation raised afterwards.
 
+    Several at once in one transaction, in several tasks, wait for each other. One that is begun when
+    the transaction around it has ended is a transaction of its own.
+
     Example::
 
         async with transaction(connection_for(User)) as connection:
             await User.create(..., using_db=connection)
+
+    Args:
+        connection: The database, or a transaction.
+        apply: Called when the outermost commit is over, if this is the outermost transaction, and
+            before anything else that follows the commit.
 
     Attributes:
         nested: It is a savepoint in a transaction of the caller.
@@ -50,19 +66,38 @@ class transaction:
             caller's transaction keeps them). Also true when a cancellation was raised afterwards.
     """
 
-    def __init__(self, connection: BaseDBAsyncClient) -> None:
+    def __init__(
+        self, connection: BaseDBAsyncClient, *, apply: Callable[[], object] = lambda: None
+    ) -> None:
         self.nested = isinstance(connection, TransactionalDBClient)
         self.committed = False
-        self._block = connection._in_transaction()
-        self._name = connection.connection_name
+        self._connection = connection
+        self._apply = apply
+        self._effects: deque[CommitEffect] = deque()
         # Tortoise restores the current connection when a block ends, and can only do so in the
         # context in which the block began; so both ends run in a context of their own.
         self._context = contextvars.copy_context()
 
     async def __aenter__(self) -> TransactionalDBClient:
-        self._opened = await _open(self._block, self._context, wait_even_if_cancelled=self.nested)
+        connection, self._level = self._connection, None
+        if isinstance(connection, TransactionalDBClient):
+            self._level = await Level.enter(Ending.of(connection).level)
+            if self._level is None:
+                connection = root_of(connection)
+        self.nested = self._level is not None
+        self._block = connection._in_transaction()
+        self._one_by_one: AbstractAsyncContextManager[object] = (
+            _statements_of(self._block) if self.nested else nullcontext()
+        )
+        try:
+            self._opened = await self._open()
+        except BaseException:
+            if self._level is not None:
+                self._level.leave()
+            raise
         # A savepoint is never made current by Tortoise either: it is the same connection.
-        self._token = None if self.nested else get_connections().set(self._name, self._opened)
+        name = connection.connection_name
+        self._token = None if self.nested else get_connections().set(name, self._opened)
         return self._opened
 
     async def __aexit__(
@@ -74,13 +109,43 @@ class transaction:
         ending = self._commit() if error is None else self._roll_back(error)
         try:
             await _uninterrupted(ending, self._context)
+        except BaseException:
+            hand_over(self._effects)  # none, unless it was committed
+            raise
         finally:
-            self._opened._finalized = True  # Tortoise forgets to say so when the ending fails
+            self._opened._finalized = True  # Tortoise does not set it when the ending fails
             get_connections().reset(self._token)
+            if self._level is not None:
+                self._level.leave()
+        await deliver(self._effects)
+
+    async def _open(self) -> TransactionalDBClient:
+        opening = _enter(self._block, self._one_by_one)
+        entering = asyncio.get_running_loop().create_task(opening, context=self._context)
+        try:
+            return await asyncio.shield(entering)
+        except asyncio.CancelledError as cancelled:
+            if entering.cancelled():
+                raise
+            undoing = _spawn(self._undo_open(entering, cancelled), self._context)
+            if self.nested:
+                # On the caller's own connection: it must be quiet before the caller goes on with it.
+                await wait_uncancelled(undoing)
+            raise
+
+    async def _undo_open(
+        self, entering: asyncio.Task[TransactionalDBClient], cancelled: asyncio.CancelledError
+    ) -> None:
+        await asyncio.wait([entering])
+        if entering.cancelled() or entering.exception() is not None:
+            return
+        async with self._one_by_one:
+            await self._block.__aexit__(type(cancelled), cancelled, None)
 
     async def _roll_back(self, error: BaseException) -> None:
         # Not the type of the error: after its own ones Tortoise leaves the transaction open.
-        await self._block.__aexit__(BaseException, error, error.__traceback__)
+        async with self._closing(), self._one_by_one:
+            await self._block.__aexit__(BaseException, error, error.__traceback__)
 
     async def _commit(self) -> None:
         """Commit and leave the block; roll back if the commit fails.
@@ -88,20 +153,27 @@ class transaction:
         Tortoise leaves a transaction open whose COMMIT failed, and on SQLite the next transaction
         would commit it.
         """
-        if not self.nested:
+        if self.nested:
+            async with self._closing(), self._one_by_one:
+                await self._block.__aexit__(None, None, None)
+        else:
             try:
                 await self._refuse_if_failed()
-                await self._opened.commit()
+                self._effects = await Ending.of(self._opened).settle()
             except BaseException as error:
                 with suppress(Exception):
                     await self._roll_back(error)
                 raise
             self.committed = True
-        await self._block.__aexit__(None, None, None)
+            call_logged(self._apply)
+            await self._block.__aexit__(None, None, None)
         self.committed = True
 
+    def _closing(self) -> AbstractAsyncContextManager[None]:
+        return self._level.closing() if self._level is not None else nullcontext()
+
     async def _refuse_if_failed(self) -> None:
-        """Raise if a statement failed and somebody passed over it.
+        """Raise if a statement failed and its error was swallowed.
 
         PostgreSQL rolls such a transaction back at its COMMIT, and does not say so.
         """
@@ -113,65 +185,26 @@ class transaction:
                 raise OperationalError("A statement failed in this transaction") from error
 
 
-def when_committed(connection: BaseDBAsyncClient, act: Callable[[], object]) -> None:
-    """Call *act* once the outermost transaction around *connection* has committed; now if there is none.
+def _statements_of(savepoint: Any) -> asyncio.Lock:  # noqa: ANN401 - a block of Tortoise
+    """Return the lock of the transaction around *savepoint*, in which one statement runs at a time.
 
-    A kick, not a proof: a savepoint in between may have been rolled back, and PostgreSQL answers a
-    COMMIT of a failed transaction without an error. Whoever is kicked looks at what is there.
-    Never called after a rollback. What *act* raises is logged: the transaction is committed, and
-    whoever commits it must not be told otherwise.
+    Tortoise gives each savepoint a lock of its own, and sends SAVEPOINT, RELEASE and ROLLBACK TO
+    without any. asyncpg refuses what comes while another statement runs.
     """
-    outermost = connection
-    while isinstance(outermost, TransactionalDBClient) and isinstance(
-        outermost._parent, TransactionalDBClient
-    ):
-        outermost = outermost._parent
-    if not isinstance(outermost, TransactionalDBClient) or outermost._finalized:
-        act()
-        return
-    commit = outermost.commit
-    if not isinstance(commit, _CommitAndAct):
-        commit = outermost.commit = _CommitAndAct(commit)  # type: ignore[method-assign]
-    commit.acts.append(act)
+    client: Any = savepoint.client
+    around: Any = outermost(client)
+    client._lock = around._lock
+    lock: asyncio.Lock = around._lock
+    return lock
 
 
-class _CommitAndAct:
-    """The commit of one transaction, and what follows it, however much that is."""
-
-    def __init__(self, commit: Callable[[], Awaitable[None]]) -> None:
-        self._commit = commit
-        self.acts: list[Callable[[], object]] = []
-
-    async def __call__(self) -> None:
-        await self._commit()
-        acts, self.acts = self.acts, []
-        for act in acts:
-            try:
-                act()
-            except Exception:
-                logger.exception("What was to follow a commit failed")
-
-
-async def _open(
-    block: TransactionContext, context: contextvars.Context, *, wait_even_if_cancelled: bool
+async def _enter(
+    block: TransactionContext, one_by_one: AbstractAsyncContextManager[object]
 ) -> TransactionalDBClient:
-    entering = asyncio.get_running_loop().create_task(_enter(block), context=context)
-    try:
-        return await asyncio.shield(entering)
-    except asyncio.CancelledError as cancelled:
-        if entering.cancelled():
-            raise
-        undoing = _spawn(_undo_open(entering, block, cancelled), context)
-        if wait_even_if_cancelled:
-            # On the caller's own connection: it must be quiet before the caller goes on with it.
-            await to_the_end(undoing)
-        raise
-
-
-async def _enter(block: TransactionContext) -> TransactionalDBClient:
     """Enter *block*; if that fails half-way, give back what it had taken, which Tortoise does not."""
     try:
-        return await block.__aenter__()
+        async with one_by_one:
+            return await block.__aenter__()
     except Exception as error:
         client = getattr(block, "client", None) or getattr(block, "connection", None)
         holds_lock = hasattr(block, "_trxlock")
@@ -185,36 +218,11 @@ async def _enter(block: TransactionContext) -> TransactionalDBClient:
         raise
 
 
-async def _undo_open(
-    entering: asyncio.Task[TransactionalDBClient],
-    block: TransactionContext,
-    cancelled: asyncio.CancelledError,
-) -> None:
-    await asyncio.wait([entering])
-    if entering.cancelled() or entering.exception() is not None:
-        return
-    await block.__aexit__(type(cancelled), cancelled, None)
-
-
 async def _uninterrupted(ending: Awaitable[ReturnT], context: contextvars.Context) -> ReturnT:
     """Await *ending* to its end, even if cancelled meanwhile; raise the cancellation after."""
     task = asyncio.get_running_loop().create_task(_as_coroutine(ending), context=context)
-    await to_the_end(task)
+    await wait_uncancelled(task)
     return task.result()
-
-
-async def to_the_end(task: asyncio.Task[Any]) -> None:
-    """Wait until *task* is done, even if cancelled meanwhile; raise the cancellation after."""
-    cancelled: asyncio.CancelledError | None = None
-    while not task.done():
-        try:
-            await asyncio.wait([task])
-        except asyncio.CancelledError as error:
-            cancelled = error
-    if cancelled is not None:
-        if not task.cancelled():
-            task.exception()
-        raise cancelled
 
 
 def _spawn(work: Coroutine[Any, Any, None], context: contextvars.Context) -> asyncio.Task[None]:

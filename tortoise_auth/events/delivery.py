@@ -16,18 +16,17 @@ from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
 
 from tortoise_auth.clock import utc_now
 from tortoise_auth.database import (
-    connection_for,
     context_outside_transactions,
     current_connection,
     in_caller_transaction,
     is_database_failure,
     is_transaction,
+    on_commit,
     translated,
-    when_committed,
 )
 from tortoise_auth.events import outbox
 from tortoise_auth.events.background import Backend, BackgroundJob, BackgroundQueue
-from tortoise_auth.events.event import Event, NamedEvent
+from tortoise_auth.events.event import Event
 from tortoise_auth.events.invocation import (
     Emitted,
     Nested,
@@ -96,31 +95,15 @@ class Deliverer:
         """
         await self._call_or_raise(Emitted.of(event), subscription, attempt=attempt)
 
-    def submit(
-        self, event: Event, subscriptions: Sequence[Subscription], mark: int | None = None
-    ) -> None:
+    def submit(self, event: Event, subscriptions: Sequence[Subscription]) -> None:
         """Run some handlers of *event* in the background, for a caller that is not to fail by it.
 
         What happened has happened: a backend that takes no more is logged, whatever its policy.
-
-        Args:
-            event: The event.
-            subscriptions: Its background subscriptions.
-            mark: Run them only if this mark was committed; see `outbox.mark`.
         """
-        if mark is not None:
-            self.spawn(self._submit_kept(event, subscriptions, mark), f"event '{event.name}'")
-            return
         try:
             self.hand_over(Emitted.of(event), subscriptions)
         except Exception:
             logger.exception("event '%s' was not delivered in the background", event.name)
-
-    async def _submit_kept(
-        self, event: Event, subscriptions: Sequence[Subscription], mark: int
-    ) -> None:
-        if await outbox.take_mark(connection_for(OutboxEntry), mark):
-            self.submit(event, subscriptions)
 
     def run_spawned(self, event: Event, subscriptions: Sequence[Subscription]) -> None:
         """Run some handlers of *event* in a task of their own, outside any transaction."""
@@ -249,7 +232,7 @@ class Deliverer:
                 "instance of a class of events, not a name"
             )
         await outbox.write(connection, emitted.event, durable, utc_now())
-        when_committed(connection, self.wake_relays)
+        await on_commit(connection, self.wake_relays)
 
     async def _hand_over_on_commit(
         self, emitted: Emitted, background: Sequence[Subscription]
@@ -258,10 +241,8 @@ class Deliverer:
         connection = current_connection(OutboxEntry) if in_caller_transaction() else None
         if connection is None or not is_transaction(connection):
             self.hand_over(emitted, background)
-            return
-        event = emitted.event or NamedEvent.of(emitted.name, emitted.args, emitted.kwargs)
-        mark = await outbox.mark(connection, event, utc_now())
-        when_committed(connection, partial(self.submit, event, background, mark))
+        else:
+            await on_commit(connection, partial(self.hand_over, emitted, background))
 
     async def _run(self, emitted: Emitted, subscriptions: Sequence[Subscription]) -> list[object]:
         """Run handlers by the error policy; return their results."""

@@ -1,4 +1,4 @@
-"""Durable rows: written with the change they tell of, claimed by relays, retried, buried.
+"""Durable rows: written with the change they belong to, claimed by relays, retried, dead letters.
 
 A row stands for one event and one durable subscription. It is there if and only if the change is,
 because both are written in one transaction; it goes when the handler has succeeded.
@@ -7,7 +7,6 @@ because both are written in one transaction; it goes when the handler has succee
 from __future__ import annotations
 
 import json
-import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -19,20 +18,13 @@ from tortoise.expressions import F
 from tortoise.functions import Count, Min
 from tortoise.queryset import QuerySet
 
-from tortoise_auth.database import guarded, notify, run_statement
+from tortoise_auth.database import notify, run_statement, translates_database_errors
 from tortoise_auth.events.catalog import Event, UserEvent
 from tortoise_auth.events.subscription import Subscription
 from tortoise_auth.models import OutboxEntry, user_table
 
 CHANNEL = "tortoise_auth_outbox"
 """On PostgreSQL, relays of other processes are woken through it."""
-
-AFTER_COMMIT = "*after-commit*"
-"""In the place of a subscription: the mark of a background delivery that waits for a commit.
-
-Whether a transaction of the caller was really kept, and the savepoint in it, only the database can
-tell: by whether the mark is there afterwards. No relay claims marks.
-"""
 
 _WRITE = """
 INSERT INTO tortoise_auth_outbox (
@@ -43,8 +35,8 @@ INSERT INTO tortoise_auth_outbox (
 _ROW = "({{event_id}}, {{event_name}}, {{{name}}}, {{user_table}}, {{subject_id}}, {{payload}}, {{at}}, {{at}}, 0)"
 
 # A row is ready if it is due and so is every row of its subject before it: the events of one user
-# arrive in order however many relays there are. Rows without a subject wait for nobody. Everybody's
-# first row comes before anybody's second.
+# arrive in order however many relays there are. Rows without a subject do not wait. The first row of
+# every subject comes before the second of any.
 #
 # Of the rows that were ready when the statement began, another relay may have been faster with some:
 # those are passed over, and so is whatever is behind them.
@@ -87,10 +79,15 @@ _CLAIM_ON_POSTGRES = (  # arrays are looked up by the primary key
     .replace("[skip locked]", "FOR UPDATE SKIP LOCKED")
 )
 
+_ENTRIES = """
+SELECT * FROM tortoise_auth_outbox WHERE {column} IS NOT NULL ORDER BY id LIMIT {{limit}}
+"""
+
 _WINDOW = 10
 """How many times as many rows as may be claimed are looked at, at first."""
 
 _ALL = 1 << 62
+_NO_ID = UUID(int=0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +101,8 @@ class Claimed:
     subject_id: str | None
     payload: Mapping[str, Any]
     attempts: int
+    unreadable: str | None = None
+    """Why the row is no event, whatever program reads it; then the payload is empty."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,7 +124,7 @@ class OutboxStatus:
     subscriptions: Mapping[str, int]
 
 
-@guarded
+@translates_database_errors
 async def write(
     connection: BaseDBAsyncClient,
     event: Event,
@@ -157,29 +156,6 @@ async def write(
             "at": at.astimezone(UTC),
         },
     )
-
-
-@guarded
-async def mark(connection: BaseDBAsyncClient, event: Event, at: datetime) -> int:
-    """Leave a mark in the transaction of *connection*; return its id, for `take_mark`."""
-    # SQLite gives the id of a row that was rolled back to the next one: the mark of one delivery
-    # must not be taken for that of another.
-    mark_id = -1 - secrets.randbits(62)
-    await OutboxEntry.create(
-        id=mark_id,
-        event_id=event.id,
-        event_name=event.name,
-        subscription=AFTER_COMMIT,
-        payload={},
-        created_at=at,
-        using_db=connection,
-    )
-    return mark_id
-
-
-async def take_mark(connection: BaseDBAsyncClient, mark_id: int) -> bool:
-    """Remove a mark; false if it is not there, because the transaction was not kept."""
-    return bool(await OutboxEntry.filter(id=mark_id).using_db(connection).delete())
 
 
 async def claim(
@@ -223,14 +199,16 @@ async def release(
         await mine.using_db(connection).update(due_at=now, attempts=F("attempts") - 1)
 
 
-async def done(connection: BaseDBAsyncClient, rows: Sequence[Claimed], holder: str) -> None:
-    """Remove delivered rows, but those that were claimed anew since."""
+async def delete_delivered(
+    connection: BaseDBAsyncClient, rows: Sequence[Claimed], holder: str
+) -> None:
+    """Delete delivered rows, except those that were claimed again since."""
     if rows:
         ids = [row.id for row in rows]
         await OutboxEntry.filter(id__in=ids, claimed_by=holder).using_db(connection).delete()
 
 
-async def postpone(
+async def reschedule(
     connection: BaseDBAsyncClient, row: Claimed, holder: str, *, due_at: datetime, error: str
 ) -> None:
     """Let a row that failed be claimed again at *due_at*."""
@@ -238,10 +216,10 @@ async def postpone(
     await mine.update(due_at=due_at, last_error=error)
 
 
-async def bury(
+async def dead_letter(
     connection: BaseDBAsyncClient, row: Claimed, holder: str, *, at: datetime, error: str
 ) -> None:
-    """Make a dead letter of a row: kept, visible, delivered no more until somebody says so."""
+    """Make a row a dead letter: kept, visible, and not delivered again until it is retried."""
     mine = OutboxEntry.filter(id=row.id, claimed_by=holder).using_db(connection)
     await mine.update(due_at=None, dead_at=at, last_error=error)
 
@@ -264,14 +242,17 @@ async def status(connection: BaseDBAsyncClient, now: datetime) -> OutboxStatus:
 async def entries(
     connection: BaseDBAsyncClient, *, dead: bool = False, limit: int = 100
 ) -> list[OutboxEntry]:
-    """Return rows, oldest first: those that wait, or the dead letters."""
-    which = {"dead_at__isnull": False} if dead else {"due_at__isnull": False}
-    return await OutboxEntry.filter(**which).using_db(connection).order_by("id").limit(limit)
+    """Return rows, oldest first: those that wait, or the dead letters.
+
+    Of a row that cannot be read the payload is empty and the id of the event is zero.
+    """
+    statement = _ENTRIES.format(column="dead_at" if dead else "due_at")
+    return [_entry(row) for row in await run_statement(connection, statement, {"limit": limit})]
 
 
 async def retry(connection: BaseDBAsyncClient, ids: Sequence[int], now: datetime) -> int:
     """Give dead letters, or rows that back off, a new start; return how many there were."""
-    rows = OutboxEntry.filter(id__in=list(ids)).exclude(subscription=AFTER_COMMIT)
+    rows = OutboxEntry.filter(id__in=list(ids))
     return await _start_again(rows, connection, now)
 
 
@@ -281,10 +262,9 @@ async def retry_dead(connection: BaseDBAsyncClient, now: datetime) -> int:
 
 
 async def purge(connection: BaseDBAsyncClient, *, before: datetime) -> int:
-    """Delete dead letters, and marks that a crash left behind, from before a time."""
+    """Delete dead letters from before a time; return how many there were."""
     dead = OutboxEntry.filter(dead_at__isnull=False, dead_at__lt=before)
-    left = OutboxEntry.filter(subscription=AFTER_COMMIT, created_at__lt=before)
-    return await dead.using_db(connection).delete() + await left.using_db(connection).delete()
+    return await dead.using_db(connection).delete()
 
 
 async def _start_again(
@@ -308,14 +288,30 @@ def _is_postgres(connection: BaseDBAsyncClient) -> bool:
 
 
 def _claimed(row: Mapping[str, Any]) -> Claimed:
-    payload = row["payload"]
-    event_id = row["event_id"]
+    payload, event_id, unreadable = row["payload"], row["event_id"], None
+    try:
+        event_id = event_id if isinstance(event_id, UUID) else UUID(event_id)
+        payload = json.loads(payload) if isinstance(payload, str | bytes) else payload
+        if not isinstance(payload, dict):
+            raise TypeError("the payload is no JSON object")
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        # Of this row alone: what else was claimed with it can be delivered.
+        payload, event_id = {}, _NO_ID
+        unreadable = f"{type(error).__name__}: {error}"
     return Claimed(
         id=row["id"],
-        event_id=event_id if isinstance(event_id, UUID) else UUID(event_id),
+        event_id=event_id,
         event_name=row["event_name"],
         subscription=row["subscription"],
         subject_id=row["subject_id"],
-        payload=json.loads(payload) if isinstance(payload, str) else payload,
+        payload=payload,
         attempts=row["attempts"],
+        unreadable=unreadable,
     )
+
+
+def _entry(row: Mapping[str, Any]) -> OutboxEntry:
+    try:
+        return OutboxEntry._init_from_db(**row)
+    except Exception:  # noqa: BLE001 - whatever the fields raise for what people wrote into them
+        return OutboxEntry._init_from_db(**{**row, "payload": "{}", "event_id": _NO_ID})

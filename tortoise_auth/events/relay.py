@@ -22,9 +22,9 @@ from tortoise_auth.database import (
     Listener,
     connection_for,
     context_outside_transactions,
-    guarded,
     in_caller_transaction,
     root_of,
+    translates_database_errors,
 )
 from tortoise_auth.events import outbox
 from tortoise_auth.events.catalog import Event, UserEvent, UserT
@@ -43,6 +43,10 @@ _RECORD_EVERY = 0.1
 
 _PATIENCE = 1.0
 """Seconds. A batch that takes longer goes on by itself, while other rows are delivered."""
+
+
+class UnreadableRowError(ValueError):
+    """The row is no event, and no other program can read it either."""
 
 
 class UserGoneError(LookupError):
@@ -131,7 +135,7 @@ class Relay(Generic[UserT]):
         self._batches: set[asyncio.Task[int]] = set()
         self._calls: set[asyncio.Task[None]] = set()
 
-    @guarded
+    @translates_database_errors
     async def drain(self) -> int:
         """Deliver everything that is due now; return how many rows were delivered.
 
@@ -196,10 +200,11 @@ class Relay(Generic[UserT]):
             ConfigurationError: Tortoise or the models are not set up.
         """
         connection_for(OutboxEntry)
-        self._stopping = False  # whoever stopped it before it ran meant another run
+        self._stopping = False  # a stop before it ran was meant for another run
         self._task = asyncio.get_running_loop().create_task(
             self.run(), name=f"relay {self.name}", context=context_outside_transactions()
         )
+        self._task.add_done_callback(self._ended)
         return self
 
     async def __aexit__(
@@ -222,6 +227,23 @@ class Relay(Generic[UserT]):
                 )
                 task.cancel()
         await asyncio.wait([task], timeout=1)
+
+    async def join(self) -> None:
+        """Wait until the relay that ``async with`` runs has ended, and raise what ended it.
+
+        It ends by itself only if it can do nothing else: handlers and a database that is down do
+        not end it.
+        """
+        if self._task is not None:
+            await asyncio.wait([self._task])
+            self._task.result()
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        asked = self._stopping or self._task is not task
+        if task.cancelled() and not asked:
+            logger.error("Relay %s was cancelled: it delivers nothing any more", self.name)
+        elif not task.cancelled() and (failure := task.exception()) is not None:
+            logger.error("Relay %s failed and has ended", self.name, exc_info=failure)
 
     async def _pause(self, failures: int) -> None:
         seconds = self.settings.poll_interval.total_seconds() * min(2**failures, 30)
@@ -324,7 +346,7 @@ class _Batch(Generic[UserT]):
             queue = row.id if row.subject_id is None else (row.subscription, row.subject_id)
             queues.setdefault(queue, []).append(row)
         tasks = {asyncio.ensure_future(self._deliver_in_order(each)) for each in queues.values()}
-        for task in tasks:  # if `_record` fails, nobody else asks what became of them
+        for task in tasks:  # if `_record` fails, their exceptions are read nowhere else
             task.add_done_callback(lambda task: task.cancelled() or task.exception())
         waiting = tasks
         try:
@@ -348,14 +370,16 @@ class _Batch(Generic[UserT]):
                     return await self._give_back(rows[position - 1 :])
                 try:
                     await self._within_the_lease(row)
-                except Exception as failure:  # noqa: BLE001 - of whatever kind, it is retried, then buried
+                except BaseException as failure:
+                    if not _is_failure(failure):
+                        raise
                     await self._failed(row, failure)
                     return await self._give_back(rows[position:])
                 self._delivered.append(row)
 
     async def _record(self) -> None:
         delivered, self._delivered = self._delivered, []
-        await outbox.done(self._connection, delivered, self._holder)
+        await outbox.delete_delivered(self._connection, delivered, self._holder)
         self._recorded += len(delivered)
 
     async def _give_back(self, rows: Sequence[Claimed]) -> None:
@@ -377,6 +401,8 @@ class _Batch(Generic[UserT]):
 
     async def _call(self, row: Claimed) -> None:
         subscription = self._subscription(row)
+        if row.unreadable is not None:
+            raise UnreadableRowError(row.unreadable)
         event = Event.from_dict(row.payload)
         if isinstance(event, UserEvent):
             user = self._users.get(row.subject_id or "")
@@ -386,28 +412,29 @@ class _Batch(Generic[UserT]):
         await deliverer_of(self._relay._emitter).call(event, subscription, attempt=row.attempts)
 
     def _subscription(self, row: Claimed) -> Subscription:
-        """Return whom a row is for: of several by one name the one that hears its event."""
-        hearing = self._relay._emitter.subscriptions(row.event_name, "durable")
-        mine = (each for each in hearing if each.name == row.subscription)
+        """Return the subscription of a row: of several with its name, the one of its event."""
+        subscribed = self._relay._emitter.subscriptions(row.event_name, "durable")
+        mine = (each for each in subscribed if each.name == row.subscription)
         return next(mine, self._known[row.subscription])
 
-    async def _failed(self, row: Claimed, failure: Exception) -> None:
+    async def _failed(self, row: Claimed, failure: BaseException) -> None:
         cause = failure.original if isinstance(failure, EventError) else failure
         error = sanitize_text(f"{type(cause).__name__}: {describe(cause)}", _MAX_ERROR_LENGTH)
         now = self._relay._clock()
-        if isinstance(failure, UserGoneError) or row.attempts >= self._settings.max_attempts:
+        hopeless = isinstance(failure, UserGoneError | UnreadableRowError)
+        if hopeless or row.attempts >= self._settings.max_attempts:
             logger.error(
                 "Outbox row %s (%s for %s) is a dead letter after %s attempts: %r",
                 *(row.id, row.event_name, row.subscription, row.attempts, error),
             )
-            await outbox.bury(self._connection, row, self._holder, at=now, error=error)
+            await outbox.dead_letter(self._connection, row, self._holder, at=now, error=error)
         else:
             logger.warning(
                 "Outbox row %s (%s for %s) failed, attempt %s: %r",
                 *(row.id, row.event_name, row.subscription, row.attempts, error),
             )
             due_at = now + self._pause_after(row.attempts)
-            await outbox.postpone(self._connection, row, self._holder, due_at=due_at, error=error)
+            await outbox.reschedule(self._connection, row, self._holder, due_at=due_at, error=error)
 
     def _pause_after(self, attempts: int) -> timedelta:
         """Return the back-off: doubled with each attempt, bounded, and spread by up to half."""
@@ -416,3 +443,11 @@ class _Batch(Generic[UserT]):
         if attempts < 32:  # beyond that the product would overflow
             pause = min(self._settings.backoff * (1 << (attempts - 1)), longest)
         return pause * (1 - secrets.SystemRandom().random() / 2)
+
+
+def _is_failure(failure: BaseException) -> bool:
+    """Return whether a handler failed, and not the program or this batch is to end."""
+    if isinstance(failure, asyncio.CancelledError):
+        task = asyncio.current_task()
+        return task is None or task.cancelling() == 0
+    return not isinstance(failure, KeyboardInterrupt | SystemExit)

@@ -20,10 +20,13 @@ from dataclasses import MISSING, Field, asdict, fields
 from datetime import datetime
 from decimal import Decimal
 from enum import Enum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 from tortoise_auth.context import RequestContext
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 _ARRAYS: Mapping[Any, type] = {
     **{kind: kind for kind in (tuple, list, set, frozenset)},
@@ -33,6 +36,8 @@ _ARRAYS: Mapping[Any, type] = {
     Set: frozenset,
     MutableSet: set,
 }
+_MAX_BITS = 14_000
+_MAX_DEPTH = 100
 _OBJECTS = frozenset({dict, Mapping, MutableMapping})
 
 
@@ -67,6 +72,50 @@ def plain(value: object, where: str) -> Any:  # noqa: ANN401 - JSON
                 f"{where} holds a {type(value).__name__}; an event carries ids and plain values "
                 "(text, numbers, UUID, datetime, Decimal, Enum, lists and dicts of them)"
             )
+
+
+def require_storable(event: DataclassInstance) -> None:
+    """Reject an event with a value that some database, or JSON, could not hold or give back.
+
+    PostgreSQL holds no NUL in text, UTF-8 no lone surrogate, and Python reads no number of more
+    than 4300 digits.
+
+    Raises:
+        ValueError: The message names the field.
+    """
+    for field in fields(event):
+        if not field.metadata.get("live"):
+            _require_storable(getattr(event, field.name), f"{type(event).__name__}.{field.name}", 0)
+
+
+def _require_storable(value: object, where: str, depth: int) -> None:
+    match value:
+        case str() if "\0" in value or not _is_unicode(value):
+            raise ValueError(
+                f"{where} holds a NUL character or a lone surrogate, which not every database can "
+                "store"
+            )
+        case int() if value.bit_length() > _MAX_BITS:
+            raise ValueError(f"{where} holds a number that is too long for JSON")
+        case str() | bytes() | bytearray() | memoryview():
+            return
+        case Mapping() | Sequence() | Set() if depth > _MAX_DEPTH:
+            raise ValueError(f"{where} is nested too deep for JSON")
+        case Mapping():
+            for key, each in value.items():
+                _require_storable(key, where, depth + 1)
+                _require_storable(each, where, depth + 1)
+        case Sequence() | Set():
+            for each in value:
+                _require_storable(each, where, depth + 1)
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def restored(cls: type, names: Sequence[str], data: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import deque
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import Self
 
 from tortoise.backends.base.client import BaseDBAsyncClient
 
 from tortoise_auth.clock import Clock, utc_now
-from tortoise_auth.database import is_transaction, root_of, transaction, when_committed
+from tortoise_auth.database import (
+    attach,
+    is_transaction,
+    pending_effects,
+    root_of,
+    transaction,
+)
 from tortoise_auth.events import outbox
 from tortoise_auth.events.catalog import Event
 from tortoise_auth.events.event_emitter import EventEmitter, deliverer_of
+from tortoise_auth.events.serialization import require_storable
+from tortoise_auth.events.subscription import Delivery, Subscription
+from tortoise_auth.exceptions import describe
+
+logger = logging.getLogger("tortoise_auth.events")
 
 
 class UnitOfWork:
@@ -25,16 +36,20 @@ class UnitOfWork:
 
         async with UnitOfWork(connection_for(Order), emitter) as unit:
             await Order.filter(id=7).using_db(unit.connection).update(paid=True)
+            unit.set_on_commit(order, paid=True)
             unit.record(OrderPaid(order_id=7))
         # committed, and the inline handlers have run
 
     Before the commit, handlers with ``delivery="transaction"`` run and may veto, and the rows of
-    durable deliveries are written. After it inline handlers run, and background deliveries are
-    handed over; inside a transaction of the caller those wait for its commit, and vanish with it.
+    durable deliveries are written. After it live objects are changed, inline handlers run, and
+    background deliveries are handed over. Inside a transaction of the caller all of that waits for
+    the outermost commit, which awaits the inline handlers, and none of it follows a rollback, be it
+    of a savepoint in between.
 
     Attributes:
         connection: The transaction; pass it as ``using_db=`` to every statement.
         committed: The change is kept, whatever is raised: a cancellation, a failure of a handler.
+            Inside a transaction of the caller it is kept as far as that is.
     """
 
     connection: BaseDBAsyncClient
@@ -42,14 +57,10 @@ class UnitOfWork:
     def __init__(
         self, connection: BaseDBAsyncClient, emitter: EventEmitter, *, clock: Clock = utc_now
     ) -> None:
-        self._outside = connection
         self._emitter = emitter
-        self._deliverer = deliverer_of(emitter)
         self._clock = clock
-        self._transaction = transaction(connection)
-        self._recorded: list[Event] = []
-        self._effects: list[Callable[[], object]] = []
-        self._handovers: list[Callable[[], None]] = []
+        self._outcome = Outcome(emitter)
+        self._transaction = transaction(connection, apply=self._outcome.apply)
 
     @property
     def committed(self) -> bool:
@@ -57,12 +68,17 @@ class UnitOfWork:
         return self._transaction.committed
 
     def record(self, event: Event) -> None:
-        """Emit *event* once the change is committed, and not at all if it is not."""
-        self._recorded.append(event)
+        """Emit *event* once the change is committed, and not at all if it is not.
 
-    def when_committed(self, effect: Callable[[], object]) -> None:
-        """Call *effect* after the commit and before any handler: to bring live objects up to date."""
-        self._effects.append(effect)
+        Raises:
+            ValueError: A field holds text, or a number, that not every database can store.
+        """
+        require_storable(event)
+        self._outcome.events.append(event)
+
+    def set_on_commit(self, instance: object, **values: object) -> None:
+        """Set attributes of a live object after the outermost commit, before any handler of it."""
+        self._outcome.values.append((instance, values))
 
     async def __aenter__(self) -> Self:
         self.connection = await self._transaction.__aenter__()
@@ -82,72 +98,135 @@ class UnitOfWork:
         except BaseException as refusal:
             await self._transaction.__aexit__(type(refusal), refusal, refusal.__traceback__)
             raise
+        nested = self._transaction.nested
         try:
             await self._transaction.__aexit__(None, None, None)
         except BaseException:
-            # Cancelled, or cut off from the database, too late: what happened is told all the same.
-            if self.committed:
-                self._take_effect()
-                self._run_detached(deque(self._recorded))
-                self._hand_over()
+            # Cancelled, or cut off from the database, too late: it happened all the same.
+            if self.committed and not nested:
+                self._outcome.deliver_detached()
             raise
-        self._take_effect()
-        try:
-            await self._run_inline()
-        finally:
-            self._hand_over()
+        if not nested:
+            await self._outcome.deliver_or_raise()
 
     async def _before_commit(self) -> None:
-        for event in self._recorded:
+        outcome = self._outcome
+        for event in outcome.events:
             for subscription in self._emitter.subscriptions(event.name, "transaction"):
-                await self._deliverer.call(event, subscription)
+                await deliverer_of(self._emitter).call(event, subscription)
             durable = self._emitter.subscriptions(event.name, "durable")
             if durable:
                 await outbox.write(self.connection, event, durable, self._clock())
-                self._handovers.append(self._deliverer.wake_relays)
-            background = self._emitter.subscriptions(event.name, "background")
-            if background:
-                mark = (
-                    await outbox.mark(self.connection, event, self._clock())
-                    if self._transaction.nested
-                    else None
-                )
-                self._handovers.append(partial(self._deliverer.submit, event, background, mark))
+                outcome.wakes_relays = True
+        if self._transaction.nested and not outcome.is_empty():
+            await attach(self.connection, outcome)
 
-    def _take_effect(self) -> None:
-        for effect in self._effects:
-            effect()
 
-    async def _run_inline(self) -> None:
-        pending = deque(self._recorded)
+class Outcome:
+    """What follows when a unit of work is committed.
+
+    Attributes:
+        events: What happened, in order.
+        values: Live objects, and the attributes that they get.
+        wakes_relays: Durable rows were written.
+    """
+
+    def __init__(self, emitter: EventEmitter) -> None:
+        self.events: list[Event] = []
+        self.values: list[tuple[object, dict[str, object]]] = []
+        self.wakes_relays = False
+        self._emitter = emitter
+
+    @property
+    def awaited(self) -> bool:
+        """Whether there are inline handlers."""
+        return any(self._subscriptions(event, "inline") for event in self.events)
+
+    def is_empty(self) -> bool:
+        """Return whether nothing follows."""
+        return not (self.values or self.wakes_relays or self.awaited) and not any(
+            self._subscriptions(event, "background") for event in self.events
+        )
+
+    def apply(self) -> None:
+        """Bring live objects up to date with what was committed."""
+        for instance, values in self.values:
+            for name, value in values.items():
+                setattr(instance, name, value)
+
+    async def deliver_or_raise(self) -> None:
+        """Run the inline handlers by the error policy of the emitter; hand the rest over."""
+        pending = deque((event, self._subscriptions(event, "inline")) for event in self.events)
         try:
             while pending:
-                event = pending.popleft()
-                await self._deliverer.run(event, self._emitter.subscriptions(event.name, "inline"))
-        except BaseException:
-            self._run_detached(pending)  # one event's failure does not silence the next
-            raise
+                await deliverer_of(self._emitter).run(*pending.popleft())
+        finally:  # one event's failure does not silence the next
+            self._hand_over(pending)
 
-    def _run_detached(self, events: deque[Event]) -> None:
-        for event in events:
-            self._deliverer.run_spawned(event, self._emitter.subscriptions(event.name, "inline"))
+    async def deliver(self) -> None:
+        """Do the same, and log what fails: the commit is the caller's, and it stands."""
+        pending = deque(
+            (event, group) for event in self.events for group in self._inline_groups(event)
+        )
+        try:
+            while pending:
+                try:
+                    await deliverer_of(self._emitter).run(*pending.popleft())
+                except Exception as failure:
+                    for each in getattr(failure, "exceptions", [failure]):
+                        logger.error("%s", describe(each), exc_info=each)
+        finally:
+            self._hand_over(pending)
 
-    def _hand_over(self) -> None:
-        for handover in self._handovers:
-            when_committed(self._outside, handover)
+    def deliver_detached(self) -> None:
+        """Do the same in tasks of their own, for a caller that was cancelled."""
+        self._hand_over((event, self._subscriptions(event, "inline")) for event in self.events)
+
+    def _hand_over(self, inline: Iterable[tuple[Event, Sequence[Subscription]]]) -> None:
+        for event, subscriptions in inline:
+            deliverer_of(self._emitter).run_spawned(event, subscriptions)
+        for event in self.events:
+            deliverer_of(self._emitter).submit(event, self._subscriptions(event, "background"))
+        if self.wakes_relays:
+            deliverer_of(self._emitter).wake_relays()
+
+    def _inline_groups(self, event: Event) -> list[Sequence[Subscription]]:
+        """Return the inline handlers of *event*, those together that run at the same time.
+
+        One by one, because with ``errors="raise"`` a failure would keep those behind it from running.
+        """
+        subscriptions = self._subscriptions(event, "inline")
+        if self._emitter.concurrent:
+            return [subscriptions]
+        return [[subscription] for subscription in subscriptions]
+
+    def _subscriptions(self, event: Event, delivery: Delivery) -> Sequence[Subscription]:
+        return self._emitter.subscriptions(event.name, delivery)
 
 
-async def report(
+async def pending_values(instance: object) -> frozenset[str]:
+    """Return the attributes of *instance* that change when the transaction that is open here commits."""
+    return frozenset(
+        name
+        for effect in await pending_effects(take=False)
+        if isinstance(effect, Outcome)
+        for changed, values in effect.values
+        if changed is instance
+        for name in values
+    )
+
+
+async def emit_failure(
     *events: Event,
     connection: BaseDBAsyncClient,
     emitter: EventEmitter,
     clock: Clock = utc_now,
 ) -> None:
-    """Tell what happened although no change of ours did: a login failed.
+    """Emit what happened although no change of ours did: a login failed.
 
-    Inside a transaction of the caller, durable and background deliveries do not wait for it and
-    survive its rollback: a failure happened even if what was tried around it did not. A caller who
-    hangs up, or a handler that raises, silences none of the events.
+    Inside a transaction of the caller no delivery waits for it, and all survive its rollback: a
+    failure happened even if what was tried around it did not. A cancelled caller, or a handler that
+    raises, silences none of the events.
 
     Raises:
         EventError: A handler in the transaction, or an inline one if the emitter says so, failed.
@@ -155,24 +234,24 @@ async def report(
     pending = deque(events)
     try:
         while pending:
-            await _report(pending.popleft(), connection, emitter, clock)
+            await _emit_failure(pending.popleft(), connection, emitter, clock)
     except BaseException:
-        report_detached(*pending, connection=connection, emitter=emitter, clock=clock)
+        emit_failure_detached(*pending, connection=connection, emitter=emitter, clock=clock)
         raise
 
 
-def report_detached(
+def emit_failure_detached(
     *events: Event, connection: BaseDBAsyncClient, emitter: EventEmitter, clock: Clock = utc_now
 ) -> None:
-    """Tell the same in a task of its own, for a caller who is gone."""
+    """Emit the same in a task of its own, for a caller that was cancelled."""
     for event in events:
         outside = root_of(connection)
         deliverer_of(emitter).spawn(
-            _report(event, outside, emitter, clock), f"report of {event.name}"
+            _emit_failure(event, outside, emitter, clock), f"emission of event '{event.name}'"
         )
 
 
-async def _report(
+async def _emit_failure(
     event: Event, connection: BaseDBAsyncClient, emitter: EventEmitter, clock: Clock
 ) -> None:
     transactional = emitter.subscriptions(event.name, "transaction")
@@ -184,7 +263,7 @@ async def _report(
                 unit.record(event)
         except asyncio.CancelledError:
             if not unit.committed:
-                report_detached(event, connection=connection, emitter=emitter, clock=clock)
+                emit_failure_detached(event, connection=connection, emitter=emitter, clock=clock)
             raise
         return
     if transactional:
@@ -192,7 +271,7 @@ async def _report(
             for subscription in transactional:
                 await deliverer_of(emitter).call(event, subscription)
     if durable:
-        # Another connection, in a task that nobody waits for: in the caller's transaction the row
+        # Another connection, in a task that is not awaited: in the caller's transaction the row
         # would go with a rollback, and to wait for a second connection here is a deadlock.
         deliverer_of(emitter).spawn(
             _write(event, connection, emitter, clock), f"outbox row of {event.name}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine, Mapping
+from contextlib import suppress
 from typing import Any, Generic, Literal, TypeVar, get_args
 from uuid import UUID
 
@@ -11,7 +12,7 @@ from tortoise.fields import CharField, TextField
 from tortoise_auth.clock import Clock
 from tortoise_auth.config import AuthConfig, checked_clock
 from tortoise_auth.context import RequestContext, current_context
-from tortoise_auth.database import when_committed
+from tortoise_auth.database import on_commit
 from tortoise_auth.events.catalog import Actor, Event, SessionRevoked
 from tortoise_auth.events.event_emitter import EventEmitter, deliverer_of
 from tortoise_auth.events.unit_of_work import UnitOfWork
@@ -118,12 +119,15 @@ class Core(Generic[UserT]):
         """Do *work* in a task of its own, outside any transaction; the emitter's end waits for it."""
         deliverer_of(self.emitter).spawn(work, what)
 
-    def end_orphan_later(self, user: UserT, session: Session, context: RequestContext) -> None:
+    async def end_orphan_later(
+        self, user: UserT, session: Session, context: RequestContext
+    ) -> None:
         """End a session whose tokens no client holds, once other connections see the session."""
-        when_committed(
-            self.sessions.connection(),
-            lambda: self.spawn(self._end_orphan(user, session, context), "orphan session"),
-        )
+        with suppress(Exception):  # a transaction that takes no statement any more is not committed
+            await on_commit(
+                self.sessions.connection(),
+                lambda: self.spawn(self._end_orphan(user, session, context), "orphan session"),
+            )
 
     async def _end_orphan(self, user: UserT, session: Session, context: RequestContext) -> None:
         async with self.unit_of_work() as unit:

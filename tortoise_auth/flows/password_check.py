@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any, Generic, TypeVar
 
 from tortoise_auth.context import RequestContext, sanitize_text
-from tortoise_auth.database import is_missing_table, is_transaction, to_the_end, translated
+from tortoise_auth.database import is_missing_table, is_transaction, translated, wait_uncancelled
 from tortoise_auth.events.catalog import (
     AccountLocked,
     Event,
@@ -21,7 +21,7 @@ from tortoise_auth.events.catalog import (
     PasswordChangeFailed,
     UserLoginFailed,
 )
-from tortoise_auth.events.unit_of_work import report
+from tortoise_auth.events.unit_of_work import emit_failure
 from tortoise_auth.exceptions import (
     AuthenticationError,
     ConfigurationError,
@@ -263,7 +263,7 @@ class PasswordCheck(Generic[UserT]):
             _available(refused.lock.throttle.lock(refused.lock.reservation), patience)
         )
         try:
-            await to_the_end(locking)
+            await wait_uncancelled(locking)
         except asyncio.CancelledError:
             telling = self._tell_locked(refused, refused.lock, locking)
             self._core.spawn(telling, "report of a lock")
@@ -287,7 +287,9 @@ class PasswordCheck(Generic[UserT]):
 
     async def _report(self, events: Sequence[Event]) -> None:
         connection = self._sessions.connection()
-        await report(*events, connection=connection, emitter=self._core.emitter, clock=self._clock)
+        await emit_failure(
+            *events, connection=connection, emitter=self._core.emitter, clock=self._clock
+        )
 
     def _tell_later(self, refused: _Refused) -> None:
         """Do that for a caller who is gone, or has other news."""
@@ -377,7 +379,7 @@ class PasswordCheck(Generic[UserT]):
         """Count an attempt to the end, even if the caller hangs up: it may be the one that locks."""
         reserving = asyncio.ensure_future(_available(throttle.reserve(attempt), _PATIENCE))
         try:
-            await to_the_end(reserving)
+            await wait_uncancelled(reserving)
         except asyncio.CancelledError:
             if not reserving.cancelled() and reserving.exception() is None:
                 reservation = reserving.result()

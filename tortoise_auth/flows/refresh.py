@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from tortoise_auth.context import RequestContext, current_context
 from tortoise_auth.database import is_transaction, root_of, transaction
 from tortoise_auth.events.catalog import RefreshTokenReused, SessionRefreshed
-from tortoise_auth.events.unit_of_work import report
+from tortoise_auth.events.unit_of_work import emit_failure
 from tortoise_auth.exceptions import (
     EventError,
     TokenExpiredError,
@@ -65,14 +65,14 @@ async def _rotate(
                         user,
                         context,
                         session_id=str(session.id),
-                        generation=session.generation + 1,
+                        generation=session.generation,
                     )
                 )
     except BaseException:
         if unit.committed and following is not None and not core.config.refresh_reuse_grace:
             # The caller was cancelled, or a handler raised: no client ever holds the new token,
             # and the old one would be taken for a stolen one.
-            core.end_orphan_later(user, session, context)
+            await core.end_orphan_later(user, session, context)
         raise
     return following
 
@@ -91,7 +91,7 @@ async def _reused(
         # transaction is rolled back, most likely because of the error that is raised next.
         if await core.sessions.revoke(pair.session, connection):
             core.spawn(_revoke_for_good(core, pair.session), "session revocation")
-            await report(event, connection=connection, emitter=core.emitter, clock=core.clock)
+            await emit_failure(event, connection=connection, emitter=core.emitter, clock=core.clock)
         return TokenReusedError()
     unit = core.unit_of_work()
     try:

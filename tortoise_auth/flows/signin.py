@@ -99,7 +99,7 @@ async def sign_in(
     except BaseException:
         if unit.committed and opened is not None:
             # The caller was cancelled, or a handler raised: no client ever holds the tokens.
-            core.end_orphan_later(user, opened[0], context)
+            await core.end_orphan_later(user, opened[0], context)
         raise
     return result_of(core, user, *opened, claims)
 

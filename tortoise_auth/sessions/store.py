@@ -129,7 +129,7 @@ class Sessions(Generic[UserT]):
         )
         if not await spendable.using_db(unit.connection).update(**changes):
             return None
-        unit.when_committed(lambda: session.update_from_dict(changes))
+        session.update_from_dict(changes)  # read for this rotation, and dropped if it fails
         return following
 
     def is_spendable(self, session: Session, token: RefreshToken) -> bool:

@@ -14,7 +14,7 @@ from tortoise_auth.database import (
     is_transaction,
     root_of,
     run_statement,
-    to_the_end,
+    wait_uncancelled,
 )
 from tortoise_auth.models import AttemptCount
 
@@ -96,7 +96,7 @@ class Counters:
             task = asyncio.create_task(self._add_unsaved(key, _connection()))
             self._saving[key] = task
             task.add_done_callback(lambda _: self._saving.pop(key, None))
-        await to_the_end(task)
+        await wait_uncancelled(task)
         task.result()
 
     async def _add_unsaved(self, key: str, connection: BaseDBAsyncClient) -> None:

@@ -43,7 +43,7 @@ async def store_password(
     """Write a new hash and raise ``session_version``; nothing else of the row changes.
 
     Args:
-        user: The account; its attributes follow once the unit of work is committed.
+        user: The account; its attributes change at the outermost commit.
         hashed: The new hash.
         unit: The unit of work to write in.
         instead_of: Write only if the stored hash is still this one.
@@ -65,7 +65,7 @@ async def store_password(
             return None
         raise ValueError(f"{user!r} is not in the database; save it before setting a password")
     version = await stored_version(user, unit)
-    unit.when_committed(lambda: follow(user, password=hashed, session_version=version))
+    unit.set_on_commit(user, password=hashed, session_version=version)
     return version
 
 
@@ -86,14 +86,8 @@ async def replace_outdated_hash(
         .update(password=replacement)
     )
     if replaced:
-        unit.when_committed(lambda: follow(user, password=replacement))
+        unit.set_on_commit(user, password=replacement)
         unit.record(PasswordRehashed(user=user, subject_id=str(user.pk), context=current_context()))
-
-
-def follow(user: Model, **values: object) -> None:
-    """Bring a live object up to date with what was committed."""
-    for name, value in values.items():
-        setattr(user, name, value)
 
 
 async def store_login(user: Model, unit: UnitOfWork, *, session_version: int, at: datetime) -> bool:
@@ -111,7 +105,7 @@ async def store_login(user: Model, unit: UnitOfWork, *, session_version: int, at
     unchanged = type(user).filter(pk=user.pk, session_version=session_version, is_active=True)
     if not await unchanged.using_db(unit.connection).update(last_login=at):
         return False
-    unit.when_committed(lambda: follow(user, last_login=at))
+    unit.set_on_commit(user, last_login=at)
     return True
 
 
@@ -130,5 +124,5 @@ async def store_status(user: Model, unit: UnitOfWork, *, is_active: bool, at: da
     if not changed:
         return False
     version = await stored_version(user, unit)
-    unit.when_committed(lambda: follow(user, is_active=is_active, session_version=version))
+    unit.set_on_commit(user, is_active=is_active, session_version=version)
     return True

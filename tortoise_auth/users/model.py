@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Iterable
 from datetime import datetime
 from typing import Any, ClassVar, Self, TypeVar
 
 from tortoise import fields
+from tortoise.backends.base.client import BaseDBAsyncClient
 from tortoise.exceptions import BaseORMException, IntegrityError, ValidationError
 from tortoise.fields import Field
 from tortoise.fields.relational import RelationalField
@@ -14,11 +16,16 @@ from tortoise.models import Model
 
 from tortoise_auth.clock import utc_now
 from tortoise_auth.context import current_context, sanitize_text
-from tortoise_auth.database import connection_for, guarded, is_unique_violation, violated_columns
+from tortoise_auth.database import (
+    connection_for,
+    is_unique_violation,
+    translates_database_errors,
+    violated_columns,
+)
 from tortoise_auth.events.catalog import PasswordChanged, UserRegistered
 from tortoise_auth.events.default import emitter
 from tortoise_auth.events.event_emitter import EventEmitter
-from tortoise_auth.events.unit_of_work import UnitOfWork
+from tortoise_auth.events.unit_of_work import UnitOfWork, pending_values
 from tortoise_auth.exceptions import (
     ConfigurationError,
     IdentifierTakenError,
@@ -86,6 +93,26 @@ class AbstractUser(Model):
     class PydanticMeta:
         exclude = ("password", "session_version")
 
+    async def save(
+        self,
+        using_db: BaseDBAsyncClient | None = None,
+        update_fields: Iterable[str] | None = None,
+        force_create: bool = False,
+        force_update: bool = False,
+    ) -> None:
+        """Save the account; see Tortoise's ``Model.save``.
+
+        In a transaction, columns that this library has changed are left alone until the commit: the
+        object still holds their old values, such as the old password.
+        """
+        if update_fields is None and self._saved_in_db and not force_create:
+            changed = await pending_values(self)
+            if changed:
+                update_fields = (
+                    self._meta.fields_db_projection.keys() - changed - {self._meta.pk_attr}
+                )
+        await super().save(using_db, update_fields, force_create, force_update)
+
     @classmethod
     async def create_user(cls, *, password: str | None = None, **values: object) -> Self:
         """Create an account: normalise, apply the password policy, hash, save, tell.
@@ -112,7 +139,7 @@ class AbstractUser(Model):
         return await cls._create_user(password, values)
 
     @classmethod
-    @guarded
+    @translates_database_errors
     async def _create_user(cls, password: str | None, values: dict[str, object]) -> Self:
         cls._refuse_unfit(values)
         values[cls.identifier_field] = cls.normalize_identifier(values.get(cls.identifier_field))
@@ -166,7 +193,7 @@ class AbstractUser(Model):
             raise InvalidIdentifierError(f"That is not a valid {cls.identifier_field}")
         return normal
 
-    @guarded
+    @translates_database_errors
     async def set_password(self, raw_password: str) -> None:
         """Store a new password, end every session of the account, emit ``password_changed``.
 
@@ -197,7 +224,7 @@ class AbstractUser(Model):
                 )
             )
 
-    @guarded
+    @translates_database_errors
     async def check_password(self, raw_password: str) -> bool:
         """Tell whether this is the password; replace an outdated hash if it is.
 

@@ -1,0 +1,486 @@
+"""What follows a commit: kept and dropped as the savepoints are, whoever opened them."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import random
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tortoise.backends.asyncpg.client import AsyncpgDBClient
+from tortoise.backends.asyncpg.client import TransactionWrapper as AsyncpgTransaction
+from tortoise.backends.base.client import BaseDBAsyncClient
+from tortoise.backends.sqlite.client import SqliteClient, SqliteTransactionWrapper
+from tortoise.context import TortoiseContext
+from tortoise.exceptions import IntegrityError, OperationalError
+from tortoise.transactions import in_transaction
+
+from tests.support.app import AuditRow
+from tests.support.concurrency import Cancelled, finished
+from tests.support.database import (
+    DATABASES,
+    assert_no_connection_is_held,
+    database,
+)
+from tests.support.deliveries import Undo
+from tests.support.services import needs_postgres
+from tortoise_auth.database import (
+    attach,
+    connection_for,
+    in_caller_transaction,
+    on_commit,
+    transaction,
+)
+from tortoise_auth.database.dialects import mark_of, set_mark
+
+
+@pytest.fixture(params=DATABASES)
+async def context(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[TortoiseContext]:
+    """Each database with one single connection: one that is held while handlers run is a deadlock."""
+    async with database(request.param, tmp_path, maxsize=1) as opened:
+        yield opened
+        assert_no_connection_is_held(opened)
+
+
+@pytest.fixture
+def root(context: TortoiseContext) -> BaseDBAsyncClient:
+    (connection,) = context.connections.all()
+    assert connection_for(AuditRow) is connection
+    return connection
+
+
+class Handler:
+    """A commit effect that queries the database, and notes what it is asked to do."""
+
+    awaited = True
+
+    def __init__(self, name: str, noted: list[str]) -> None:
+        self.name = name
+        self.noted = noted
+
+    def apply(self) -> None:
+        """Note it."""
+        self.noted.append(f"{self.name} applied")
+
+    async def deliver(self) -> None:
+        """Write a row, outside of any transaction."""
+        assert not in_caller_transaction()
+        async with transaction(connection_for(AuditRow)) as own:
+            await AuditRow.create(event=self.name, using_db=own)
+        self.noted.append(f"{self.name} delivered")
+
+    def deliver_detached(self) -> None:
+        """Note it."""
+        self.noted.append(f"{self.name} handed over")
+
+
+async def events() -> list[str]:
+    return [row.event for row in await AuditRow.all().order_by("id")]
+
+
+class TestSavepoints:
+    """Each callback shares the fate of the rows that were written beside it."""
+
+    @pytest.mark.parametrize("seed", range(12))
+    async def test_any_nesting(self, root: BaseDBAsyncClient, seed: int) -> None:
+        """Whatever is nested, by Tortoise or by us, kept or rolled back: callbacks go with rows."""
+        choose = random.Random(seed)
+        numbers = itertools.count()
+        called: list[str] = []
+
+        async def some(connection: BaseDBAsyncClient, depth: int) -> None:
+            for _ in range(choose.randint(1, 3)):
+                if choose.random() < 0.5:
+                    name = f"callback {next(numbers)}"
+                    await AuditRow.create(event=name, using_db=connection)
+                    await on_commit(connection, lambda name=name: called.append(name))  # type: ignore[misc]
+                if depth:
+                    begin: list[Callable[[], Any]] = [
+                        lambda: in_transaction(root.connection_name),
+                        lambda: connection._in_transaction(),
+                        lambda: transaction(connection),
+                    ]
+                    with suppress(Undo):
+                        async with choose.choice(begin)() as inner:
+                            await some(inner, depth - 1)
+                            if choose.random() < 0.4:
+                                raise Undo
+
+        for _ in range(4):
+            begin: list[Callable[[], Any]] = [
+                lambda: in_transaction(root.connection_name),
+                lambda: transaction(root),
+            ]
+            with suppress(Undo):
+                async with choose.choice(begin)() as outermost:
+                    await some(outermost, 3)
+                    before = list(called)
+                    if choose.random() < 0.2:
+                        raise Undo
+            assert called[: len(before)] == before
+            assert called == [each for each in await events() if each.startswith("callback")]
+
+    async def test_opened_before_anything_of_ours(self, root: BaseDBAsyncClient) -> None:
+        """A savepoint of the host counts though it is older than the first callback."""
+        called: list[str] = []
+        async with in_transaction(root.connection_name):
+            with suppress(Undo):
+                async with in_transaction(root.connection_name) as outer, outer._in_transaction():
+                    await on_commit(connection_for(AuditRow), lambda: called.append("dropped"))
+                    raise Undo
+            async with in_transaction(root.connection_name):
+                await on_commit(connection_for(AuditRow), lambda: called.append("kept"))
+            assert called == []
+        assert called == ["kept"]
+
+    async def test_written_by_hand(self, root: BaseDBAsyncClient) -> None:
+        """A savepoint in plain SQL is one like any other."""
+        called: list[str] = []
+        async with in_transaction(root.connection_name) as outer:
+            await outer.execute_query("SAVEPOINT mine")
+            await on_commit(outer, lambda: called.append("dropped"))
+            await outer.execute_query("ROLLBACK TO SAVEPOINT mine")
+            await on_commit(outer, lambda: called.append("kept"))
+        assert called == ["kept"]
+
+    async def test_marks_leave_nothing(self, root: BaseDBAsyncClient) -> None:
+        """What an earlier transaction of the same connection left is no mark of this one."""
+        called: list[str] = []
+        for _ in range(3):
+            async with in_transaction(root.connection_name) as outer:
+                await on_commit(outer, lambda: called.append("kept"))
+            with suppress(Undo):
+                async with in_transaction(root.connection_name) as outer:
+                    await on_commit(outer, lambda: called.append("dropped"))
+                    raise Undo
+        assert called == ["kept"] * 3
+
+    async def test_registered_at_once(self, root: BaseDBAsyncClient) -> None:
+        """Callbacks of many tasks of one transaction are all called."""
+        called: list[int] = []
+        async with in_transaction(root.connection_name) as outer:
+            await asyncio.gather(
+                *[on_commit(outer, lambda n=n: called.append(n)) for n in range(20)]  # type: ignore[misc]
+            )
+        assert sorted(called) == list(range(20))
+
+    async def test_cancelled_registration(self, root: BaseDBAsyncClient) -> None:
+        """One that was cancelled half-way takes no other with it."""
+        for step in itertools.count(1):
+            called: list[str] = []
+            async with in_transaction(root.connection_name) as outer:
+                await on_commit(outer, lambda: called.append("before"))  # noqa: B023
+                attempt = Cancelled(on_commit(outer, lambda: called.append("cut")), step)  # noqa: B023
+                await attempt.run()
+                await on_commit(outer, lambda: called.append("after"))  # noqa: B023
+            called = [each for each in called if each != "cut" or not attempt.reached]
+            assert called == ["before", *["cut"] * (not attempt.reached), "after"]
+            if not attempt.reached:
+                break
+
+    @needs_postgres
+    async def test_failed_statement(self, postgres: TortoiseContext) -> None:
+        """PostgreSQL rolls back at COMMIT and says nothing; no callback is called."""
+        called: list[str] = []
+        async with in_transaction("postgres") as outer:
+            await on_commit(outer, lambda: called.append("x"))
+            await AuditRow.create(id=1, event="first")
+            with suppress(IntegrityError):
+                await AuditRow.create(id=1, event="second")
+        assert (called, await events()) == ([], [])
+
+    async def test_rolled_back_by_the_database(self, root: BaseDBAsyncClient) -> None:
+        """SQLite may end a transaction by itself, and commits nothing then without an error."""
+        called: list[str] = []
+        async with in_transaction(root.connection_name) as outer:
+            await on_commit(outer, lambda: called.append("x"))
+            await AuditRow.create(id=1, event="first", using_db=outer)
+            table = AuditRow._meta.db_table
+            if isinstance(root, SqliteClient):
+                with suppress(IntegrityError):
+                    await outer.execute_query(
+                        f"INSERT OR ROLLBACK INTO {table} SELECT * FROM {table}"
+                    )
+            else:
+                await outer.execute_script("ROLLBACK")
+        assert (called, await events()) == ([], [])
+
+
+class TestDelivery:
+    """What is awaited as part of the commit."""
+
+    @pytest.mark.parametrize("own", [True, False])
+    async def test_outside_the_transaction(self, root: BaseDBAsyncClient, own: bool) -> None:
+        """Handlers run in order, after every object was changed, with a database to work on."""
+        noted: list[str] = []
+        block: Any = transaction(root) if own else in_transaction(root.connection_name)
+        async with block as outer:
+            await attach(outer, Handler("a", noted))
+            await attach(outer, Handler("b", noted))
+            assert noted == []
+        assert noted == ["a applied", "b applied", "a delivered", "b delivered"]
+        assert await events() == ["a", "b"]
+
+    async def test_by_hand(self, root: BaseDBAsyncClient) -> None:
+        """They belong to an explicit commit, whose block goes on and ends as ever."""
+        noted: list[str] = []
+        async with in_transaction(root.connection_name) as outer:
+            await attach(outer, Handler("a", noted))
+            await finished(outer.commit())
+            assert noted == ["a applied", "a delivered"]
+        assert await events() == ["a"]
+
+    async def test_others_have_the_database_meanwhile(self, root: BaseDBAsyncClient) -> None:
+        """A slow handler keeps no connection and no lock."""
+        noted: list[str] = []
+        waiting, go_on = asyncio.Event(), asyncio.Event()
+
+        class Slow(Handler):
+            async def deliver(self) -> None:
+                waiting.set()
+                await go_on.wait()
+
+        async def commit() -> None:
+            async with in_transaction(root.connection_name) as outer:
+                await attach(outer, Slow("a", noted))
+
+        committing = asyncio.create_task(commit())
+        await finished(waiting.wait())
+        async with in_transaction(root.connection_name):
+            await finished(AuditRow.create(event="another"))
+        assert not committing.done()
+        go_on.set()
+        await finished(committing)
+        assert await events() == ["another"]
+
+    async def test_failure(self, root: BaseDBAsyncClient, caplog: pytest.LogCaptureFixture) -> None:
+        """It is logged; the commit stands, and what is behind it goes on."""
+        noted: list[str] = []
+
+        class Failing(Handler):
+            def apply(self) -> None:
+                raise LookupError("apply")
+
+            async def deliver(self) -> None:
+                raise LookupError("deliver")
+
+        async with in_transaction(root.connection_name) as outer:
+            await AuditRow.create(event="kept")
+            await attach(outer, Failing("a", noted))
+            await attach(outer, Handler("b", noted))
+        assert noted == ["b applied", "b delivered"]
+        assert caplog.messages == ["What follows a commit failed"] * 2
+        assert await events() == ["kept", "b"]
+
+    @pytest.mark.parametrize("late", [False, True], ids=["early", "late"])
+    @pytest.mark.parametrize("own", [True, False])
+    async def test_cancelled(self, root: BaseDBAsyncClient, own: bool, late: bool) -> None:
+        """Cancelled at any step: if and only if the row is there, everything else happened, once."""
+        committed = 0
+        for step in itertools.count(1):
+            noted: list[str] = []
+
+            async def work() -> None:
+                block: Any = transaction(root) if own else in_transaction(root.connection_name)
+                async with block as outer:
+                    await AuditRow.create(event="kept", using_db=outer)
+                    for name in "ab":
+                        await attach(outer, Handler(name, noted))  # noqa: B023
+
+            if not own and step < 3:
+                continue  # Tortoise leaks a connection that is cancelled while it is opened
+            attempt = Cancelled(work(), step, late=late)
+            await attempt.run()
+            kept = "kept" in await events()
+            ends = [each for each in noted if not each.endswith("applied")]
+            begun = {each[0] for each in ends}
+            assert len(ends) == len(begun)
+            # One that was running when it was cancelled is cancelled with the caller.
+            assert len(ends) in ((2, 1) if kept and attempt.reached else (2 * kept,))
+            assert [each for each in noted if each.endswith("applied")] == [
+                f"{name} applied" for name in "ab" if kept
+            ]
+            committed += kept
+            await AuditRow.all().delete()
+            if not attempt.reached:
+                break
+        assert committed > 1
+
+    async def test_no_transaction(self, root: BaseDBAsyncClient) -> None:
+        """Without one it happens at once."""
+        noted: list[str] = []
+        await attach(root, Handler("a", noted))
+        assert noted == ["a applied", "a delivered"]
+
+    async def test_commit_fails(
+        self, root: BaseDBAsyncClient, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Then nothing follows, and the transaction may be rolled back."""
+        noted: list[str] = []
+        kind = AsyncpgTransaction if isinstance(root, AsyncpgDBClient) else SqliteTransactionWrapper
+
+        async def fail(self: object) -> None:
+            raise OperationalError("no")
+
+        with monkeypatch.context() as patch, suppress(Undo):
+            patch.setattr(kind, "commit", fail)
+            async with in_transaction(root.connection_name) as outer:
+                await AuditRow.create(event="x")
+                await attach(outer, Handler("a", noted))
+                with pytest.raises(OperationalError):
+                    await outer.commit()
+                assert connection_for(AuditRow) is outer
+                raise Undo
+        assert (noted, await events()) == ([], [])
+
+
+class TestTurns:
+    """Savepoints of several tasks in one transaction do not overlap."""
+
+    async def test_gathered(self, root: BaseDBAsyncClient) -> None:
+        """Each waits for the one before, so that a rollback undoes its own rows alone."""
+
+        async def write(number: int) -> None:
+            async with transaction(connection_for(AuditRow)) as own:
+                await AuditRow.create(event=f"{number}", using_db=own)
+                await asyncio.sleep(0)
+                if number % 2:
+                    raise Undo
+
+        async with in_transaction(root.connection_name):
+            await finished(
+                asyncio.gather(*[write(number) for number in range(6)], return_exceptions=True)
+            )
+        assert await events() == ["0", "2", "4"]
+
+    async def test_inside_one_another(self, root: BaseDBAsyncClient) -> None:
+        """Tasks inside a savepoint wait for their siblings, not for the savepoint around them."""
+
+        async def write(depth: int) -> None:
+            async with transaction(connection_for(AuditRow)) as own:
+                await AuditRow.create(event=f"{depth}", using_db=own)
+                if depth:
+                    await asyncio.gather(write(depth - 1), write(depth - 1))
+
+        async with in_transaction(root.connection_name):
+            await finished(asyncio.gather(write(2), write(2)))
+        assert sorted(await events()) == ["0"] * 8 + ["1"] * 4 + ["2"] * 2
+
+    async def test_left_behind(self, root: BaseDBAsyncClient) -> None:
+        """A savepoint ends after those of the tasks that it started, awaited or not."""
+        tasks: list[asyncio.Task[None]] = []
+
+        async def write() -> None:
+            async with transaction(connection_for(AuditRow)) as own:
+                for _ in range(5):
+                    await asyncio.sleep(0)
+                await AuditRow.create(event="child", using_db=own)
+
+        async with in_transaction(root.connection_name):
+            async with transaction(connection_for(AuditRow)):
+                tasks.append(asyncio.create_task(write()))
+                await asyncio.sleep(0)
+            await AuditRow.create(event="after")
+        await finished(asyncio.gather(*tasks))
+        assert await events() == ["child", "after"]
+
+    async def test_cancelled_in_the_queue(self, root: BaseDBAsyncClient) -> None:
+        """Who is cancelled while waiting for a turn takes it from nobody."""
+
+        async def write(name: str) -> None:
+            async with transaction(connection_for(AuditRow)) as own:
+                await AuditRow.create(event=name, using_db=own)
+
+        async with in_transaction(root.connection_name):
+            async with asyncio.TaskGroup() as group:
+                async with transaction(connection_for(AuditRow)):
+                    pass
+                tasks = [group.create_task(write(f"{number}")) for number in range(3)]
+                await asyncio.sleep(0)
+                tasks[1].cancel()
+        assert await events() == ["0", "2"]
+
+    @pytest.mark.parametrize("kept", [True, False])
+    @pytest.mark.parametrize("turns", [0, 1, 2, 3, 5, 8])
+    async def test_begun_while_the_transaction_ends(
+        self, root: BaseDBAsyncClient, turns: int, kept: bool
+    ) -> None:
+        """A task that goes on while that ends is part of it, or has one of its own."""
+        tasks: list[asyncio.Task[bool]] = []
+
+        async def write() -> bool:
+            await AuditRow.all().using_db(connection_for(AuditRow)).count()
+            own = transaction(connection_for(AuditRow))
+            async with own as connection:
+                await AuditRow.create(event="task", using_db=connection)
+            return own.nested
+
+        with suppress(Undo):
+            async with in_transaction(root.connection_name):
+                await AuditRow.create(event="host")
+                tasks.append(asyncio.create_task(write()))
+                for _ in range(turns):
+                    await asyncio.sleep(0)
+                if not kept:
+                    raise Undo
+        nested = await finished(tasks[0])
+        expected = ["host"] * kept + ["task"] * (kept or not nested)
+        assert sorted(await events()) == expected
+
+
+class TestPrivateNames:
+    """What this uses of Tortoise beyond its documentation, so that a new version fails here."""
+
+    async def test_what_a_block_holds(self, root: BaseDBAsyncClient) -> None:
+        """A transaction has a lock for its statements, and gives back to its parent what it holds."""
+        async with in_transaction(root.connection_name) as outer:
+            wrapper: Any = outer
+            assert not wrapper._lock.locked()
+            if isinstance(root, AsyncpgDBClient):
+                assert root._pool is not None
+                assert root._pool.get_idle_size() == 0
+                await root._pool.release(wrapper._connection)
+                await root._pool.release(wrapper._connection)  # which is ignored
+                wrapper._connection = await root._pool.acquire()
+                wrapper._finalized = True
+            else:
+                assert isinstance(root, SqliteClient)
+                assert root._lock.locked()
+
+    async def test_ends_call_methods_of_the_instance(self, root: BaseDBAsyncClient) -> None:
+        """A block ends by `commit` or `rollback` of its client, where others can be put."""
+        for error in (None, Undo()):
+            called: list[str] = []
+            with suppress(Undo):
+                async with in_transaction(root.connection_name) as outer:
+                    for name in ("commit", "rollback"):
+                        original: Callable[[], Awaitable[None]] = getattr(outer, name)
+
+                        async def noting(
+                            name: str = name, original: Callable[[], Awaitable[None]] = original
+                        ) -> None:
+                            called.append(name)  # noqa: B023
+                            await original()
+
+                        setattr(outer, name, noting)
+                    if error is not None:
+                        raise error
+            assert called == ["rollback" if error else "commit"]
+
+    async def test_marks(self, root: BaseDBAsyncClient) -> None:
+        """The number that was set last is rolled back with a savepoint, and passed up by a release."""
+        async with in_transaction(root.connection_name) as outer:
+            before = await mark_of(outer)
+            assert await set_mark(outer, 7) == before
+            with suppress(Undo):
+                async with in_transaction(root.connection_name) as inner:
+                    assert await set_mark(inner, 8) == 7
+                    raise Undo
+            assert await mark_of(outer) == 7
+            async with in_transaction(root.connection_name) as inner:
+                assert await set_mark(inner, 2**31 - 1) == 7
+            assert await mark_of(outer) == 2**31 - 1

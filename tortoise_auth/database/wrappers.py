@@ -1,0 +1,68 @@
+"""Tortoise's wrappers of a connection: the database itself, a transaction, a savepoint."""
+
+from __future__ import annotations
+
+import contextvars
+
+from tortoise.backends.base.client import BaseDBAsyncClient, TransactionalDBClient
+from tortoise.connection import get_connections
+from tortoise.context import get_current_context
+
+ENDS = "_tortoise_auth_ends"
+"""Attribute of a transaction that is being committed or rolled back: nothing may begin in it."""
+
+
+def context_outside_transactions(*, still_open: bool = False) -> contextvars.Context:
+    """Return a copy of the current context in which no transaction of Tortoise is open.
+
+    With *still_open* those remain that have not ended. For work that outlives the transaction in which it was begun: request ids and the like are
+    kept, the connection that will be dead by then is not.
+    """
+    context = contextvars.copy_context()
+    if get_current_context() is None:
+        return context
+    connections = get_connections()
+    for alias, connection in connections._get_storage().items():
+        root = root_of(connection)
+        if root is not connection and not (still_open and is_transaction(connection)):
+            context.run(connections.set, alias, root)
+    return context
+
+
+def root_of(connection: BaseDBAsyncClient) -> BaseDBAsyncClient:
+    """Return the database itself behind *connection*, be it a transaction or not."""
+    while isinstance(connection, TransactionalDBClient):
+        connection = connection._parent
+    return connection
+
+
+def is_transaction(connection: BaseDBAsyncClient) -> bool:
+    """Return whether *connection* is an open transaction or savepoint, which does not end just now."""
+    return (
+        isinstance(connection, TransactionalDBClient)
+        and not connection._finalized
+        and not getattr(outermost(connection), ENDS, False)
+    )
+
+
+def outermost(transaction: TransactionalDBClient) -> TransactionalDBClient:
+    """Return the transaction around a savepoint, or *transaction* itself."""
+    while isinstance(transaction._parent, TransactionalDBClient):
+        transaction = transaction._parent
+    return transaction
+
+
+def in_caller_transaction() -> bool:
+    """Return whether a transaction of Tortoise is open in this context."""
+    return bool(open_transactions())
+
+
+def open_transactions() -> list[TransactionalDBClient]:
+    """Return the transactions of Tortoise that are open in this context, one for each database."""
+    if get_current_context() is None:
+        return []
+    return [
+        connection
+        for connection in get_connections()._get_storage().values()
+        if isinstance(connection, TransactionalDBClient) and is_transaction(connection)
+    ]
