@@ -166,7 +166,7 @@ class TestOrder:
         assert done == list(range(1000))
 
     async def test_no_room_is_taken_for_nobody(self) -> None:
-        """An event that nobody listens to is not queued."""
+        """An event without subscriptions is not queued."""
         queue = BackgroundQueue(size=1, overflow="raise")
         emitter = EventEmitter(backend=queue)
         for _ in range(5):
@@ -180,8 +180,8 @@ class TestFailures:
         self, errors: Literal["log", "raise", "group"], caplog: pytest.LogCaptureFixture
     ) -> None:
         """Nobody could catch them, so they are logged once whatever the policy, and the rest runs."""
-        told: list[object] = []
-        emitter, ran = EventEmitter(errors=errors, on_error=told.append), list[int]()
+        failures: list[object] = []
+        emitter, ran = EventEmitter(errors=errors, on_error=failures.append), list[int]()
 
         async def failing() -> None:
             raise ValueError("no")
@@ -196,7 +196,7 @@ class TestFailures:
         await drained(emitter)
         assert ran == [1, 1]
         assert caplog.messages == ["Handler 'failing' for event 'evt' raised ValueError: no"] * 2
-        assert len(told) == 2
+        assert len(failures) == 2
 
     async def test_a_handler_s_own_cancellation(
         self, emitter: EventEmitter, caplog: pytest.LogCaptureFixture
@@ -219,7 +219,7 @@ class TestFailures:
         assert caplog.messages == ["Handler 'confused' for event 'a' raised CancelledError: "]
 
     async def test_a_job_that_fails(self, caplog: pytest.LogCaptureFixture) -> None:
-        """A job of somebody else's that raises is logged, and the next one is carried out."""
+        """A job that no emitter made and that raises is logged, and the next one is carried out."""
         queue, done = BackgroundQueue(), list[int]()
 
         class Work:

@@ -90,7 +90,7 @@ PATHS: list[Any] = [
 
 class TestWhatIsHeard:
     async def test_by_class_by_name_and_all(self, emitter: EventEmitter) -> None:
-        """By class comes the event, by name its arguments, ``*`` hears every event as an object."""
+        """By class comes the event, by name its arguments, ``*`` receives every event as an object."""
         typed, named, everything = [], [], []
 
         @emitter.on(UserLogin)
@@ -305,7 +305,7 @@ class TestErrorPolicies:
 
     @pytest.mark.parametrize("options", PATHS)
     async def test_raise(self, options: Modes, caplog: pytest.LogCaptureFixture) -> None:
-        """``errors="raise"`` raises the first failure, calls nobody after it and logs nothing."""
+        """``errors="raise"`` raises the first failure, calls no handler after it and logs nothing."""
         ran: list[int] = []
         emitter, original = EventEmitter(errors="raise"), ValueError("no")
         emitter.on("evt", noting(ran, 1), **options)
@@ -363,8 +363,8 @@ class TestErrorPolicies:
         self, errors: Literal["log", "raise", "group"], concurrent: bool
     ) -> None:
         """`on_error` is called with each failure, whatever the policy."""
-        told: list[EventError] = []
-        emitter = EventEmitter(errors=errors, concurrent=concurrent, on_error=told.append)
+        failures: list[EventError] = []
+        emitter = EventEmitter(errors=errors, concurrent=concurrent, on_error=failures.append)
         emitter.on("evt", failing(ValueError("no")))
         raised: list[BaseException] = []
         try:
@@ -372,7 +372,7 @@ class TestErrorPolicies:
         except (EventError, ExceptionGroup) as error:
             raised.append(error)
         assert bool(raised) is (errors != "log")
-        (failure,) = told
+        (failure,) = failures
         assert (failure.event_name, failure.handler_name) == ("evt", "failing")
         assert isinstance(failure.__cause__, ValueError)
 
@@ -463,20 +463,20 @@ class TestTimeout:
     async def test_on_a_thread(self) -> None:
         """A plain function that blocks for longer is given up, too."""
         release = threading.Event()
-        told: list[EventError] = []
-        emitter = EventEmitter(on_error=told.append)
+        failures: list[EventError] = []
+        emitter = EventEmitter(on_error=failures.append)
         emitter.on("evt", lambda: release.wait(PATIENCE), timeout=SHORT)
         began = time.monotonic()
         await emitter.emit("evt")
         assert time.monotonic() - began < PATIENCE / 2
         release.set()
-        assert isinstance(told[0].original, TimeoutError)
+        assert isinstance(failures[0].original, TimeoutError)
 
     async def test_in_time(self) -> None:
         """A handler that finishes in time is as any other: it sees the context, its error is its own."""
-        told: list[EventError] = []
+        failures: list[EventError] = []
         seen: list[str] = []
-        emitter = EventEmitter(on_error=told.append)
+        emitter = EventEmitter(on_error=failures.append)
         request_id.set("r-1")
 
         async def prompt() -> None:
@@ -486,7 +486,7 @@ class TestTimeout:
         emitter.on("evt", prompt, timeout=PATIENCE)
         await emitter.emit("evt")
         assert seen == ["r-1"]
-        assert isinstance(told[0].original, ValueError)
+        assert isinstance(failures[0].original, ValueError)
 
     @pytest.mark.parametrize("delivery", ["inline", "background"])
     async def test_its_own_timeouts(
@@ -639,7 +639,7 @@ class TestCancellation:
     async def test_while_concurrent_handlers_run(
         self, errors: Literal["log", "raise", "group"], caplog: pytest.LogCaptureFixture
     ) -> None:
-        """Concurrent handlers all started: they go on, and their failures are still told."""
+        """Concurrent handlers all started: they go on, and their failures are still reported."""
         emitter = EventEmitter(concurrent=True, errors=errors)
         ran: list[int] = []
         started, release = asyncio.Event(), asyncio.Event()
@@ -667,13 +667,13 @@ class TestInterrupts:
     @pytest.mark.parametrize("concurrent", [False, True])
     def test_pass(self, interrupt: type[BaseException], options: Modes, concurrent: bool) -> None:
         """What ends the program is no failure of a handler: it passes, and nothing is reported."""
-        told: list[EventError] = []
-        emitter = EventEmitter(concurrent=concurrent, on_error=told.append)
+        failures: list[EventError] = []
+        emitter = EventEmitter(concurrent=concurrent, on_error=failures.append)
         emitter.on("evt", failing(interrupt()), **options)
         emitter.on("evt", noting([], 1), **options)
         with pytest.raises(interrupt):
             asyncio.run(emitter.emit("evt"))
-        assert told == []
+        assert failures == []
 
 
 class Panic(BaseException):
@@ -718,9 +718,9 @@ class TestRecursion:
     @pytest.mark.parametrize(("options", "kind"), RECURSION)
     async def test_two_that_emit_each_other(self, options: Modes, kind: Modes) -> None:
         """Handlers that emit each other's event are stopped, and it is reported once."""
-        told: list[EventError] = []
+        failures: list[EventError] = []
         calls = [0]
-        emitter = EventEmitter(**kind, on_error=told.append)
+        emitter = EventEmitter(**kind, on_error=failures.append)
 
         def answering(event: str) -> Handler:
             async def answer() -> None:
@@ -736,8 +736,8 @@ class TestRecursion:
                 await emitter.emit("ping")
         else:
             await emitter.emit("ping")
-        assert len(told) == 1
-        assert isinstance(told[0].original, RecursionError)
+        assert len(failures) == 1
+        assert isinstance(failures[0].original, RecursionError)
         assert 10 < calls[0] < 1000
 
     @pytest.mark.parametrize(("options", "kind"), RECURSION[:5])
@@ -746,9 +746,9 @@ class TestRecursion:
 
         Each fails in the outermost emit, and that is what is reported.
         """
-        told: list[EventError] = []
+        failures: list[EventError] = []
         calls = [0]
-        emitter = EventEmitter(**kind, on_error=told.append)
+        emitter = EventEmitter(**kind, on_error=failures.append)
 
         async def first() -> None:
             calls[0] += 1
@@ -762,14 +762,14 @@ class TestRecursion:
         emitter.on("evt", second, **options)
         with suppress(ExceptionGroup):
             await emitter.emit("evt")
-        assert sorted(error.handler_name for error in told) == ["first", "second"]
+        assert sorted(error.handler_name for error in failures) == ["first", "second"]
         assert calls[0] < 3000
 
     async def test_through_worker_threads(self) -> None:
         """Plain functions that emit from their threads are stopped as well."""
-        told: list[EventError] = []
+        failures: list[EventError] = []
         calls = [0]
-        emitter = EventEmitter(on_error=told.append)
+        emitter = EventEmitter(on_error=failures.append)
 
         def recursing() -> None:
             calls[0] += 1
@@ -1107,7 +1107,7 @@ class TestCollect:
 
 class TestObserver:
     async def test_outcomes(self) -> None:
-        """After each call it is told how it ended, how long that took, and of which subscription."""
+        """After each call it receives how that ended, how long it took, and of which subscription."""
         seen: list[Delivered] = []
         emitter = EventEmitter(observer=seen.append)
 

@@ -37,14 +37,14 @@ LOGIN = UserLogin(user=ADA, session_id="s-1")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ShopEvent(Event):
+class Storefront(Event):
     """A base of a host's, which can be emitted as well."""
 
     shop: str = "Paris"
 
 
 @dataclass(frozen=True, kw_only=True)
-class CartFilled(ShopEvent):
+class CartFilled(Storefront):
     """Derived from it, with a name of its own form."""
 
     name: ClassVar[str] = "shop.cart_filled"
@@ -53,7 +53,7 @@ class CartFilled(ShopEvent):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CartEmptied(ShopEvent):
+class CartEmptied(Storefront):
     """Derived from it as well."""
 
     name: ClassVar[str] = "shop.cart_emptied"
@@ -94,9 +94,9 @@ class TestBase:
     async def test_itself(self, emitter: EventEmitter) -> None:
         """A base that is emitted itself reaches its handlers, those of a subclass do not get it."""
         received: list[Event] = []
-        emitter.on(ShopEvent, noting(received))
+        emitter.on(Storefront, noting(received))
         emitter.on(CartFilled, noting(received, "derived"))
-        event = ShopEvent()
+        event = Storefront()
         await emitter.emit(event)
         assert received == [event]
 
@@ -112,11 +112,11 @@ class TestBase:
     async def test_declared_later(self, emitter: EventEmitter) -> None:
         """A class that is declared after the subscription, and after an emit of its name, counts."""
         received: list[Event] = []
-        emitter.on(ShopEvent, noting(received))
+        emitter.on(Storefront, noting(received))
         await emitter.emit("shop_closed_at_last")
 
         @dataclass(frozen=True, kw_only=True)
-        class ShopClosedAtLast(ShopEvent):
+        class ShopClosedAtLast(Storefront):
             """Only now."""
 
         await emitter.emit(ShopClosedAtLast())
@@ -133,14 +133,14 @@ class TestBase:
         self, emitter: EventEmitter, caplog: pytest.LogCaptureFixture
     ) -> None:
         """An emit by name has no object for a handler by class, which is logged as a failure."""
-        emitter.on(ShopEvent, noting([]))
+        emitter.on(Storefront, noting([]))
         await emitter.emit("shop.cart_filled")
         assert "needs an event object" in caplog.text
 
     async def test_once(self, emitter: EventEmitter) -> None:
         """`once` means the first event of any of the classes."""
         received: list[Event] = []
-        emitter.once(ShopEvent, noting(received))
+        emitter.once(Storefront, noting(received))
         for event in (CartEmptied(), CartFilled()):
             await emitter.emit(event)
         assert [event.name for event in received] == ["shop.cart_emptied"]
@@ -204,7 +204,7 @@ class TestBase:
     def test_the_library_s_own_emitter(self) -> None:
         """On the shared emitter, which is strict, bases and classes of the host are fine."""
         handler = noting([])
-        for base in (UserEvent, ShopEvent):
+        for base in (UserEvent, Storefront):
             events.on(base, handler)
             events.off(base, handler)
 
@@ -313,7 +313,7 @@ class TestOrder:
             "*",
             CartFilled,
             "shop.*",
-            ShopEvent,
+            Storefront,
             "shop.cart_filled",
             Event,
             "*_filled",
@@ -343,7 +343,7 @@ class TestOrder:
     async def test_changes_count(self, emitter: EventEmitter) -> None:
         """What was added or removed counts from the next emit on, for names that were emitted before."""
         calls: list[object] = []
-        for selector in ("shop.*", ShopEvent, "*", "shop.cart_filled"):
+        for selector in ("shop.*", Storefront, "*", "shop.cart_filled"):
             handler = noting(calls, str(selector))
             await emitter.emit(CartFilled())
             await emitter.emit("shop.made_up")
@@ -357,7 +357,7 @@ class TestOrder:
         """`restore` brings patterns and bases back, and takes away what came since."""
         calls: list[object] = []
         emitter.on("order.*", noting(calls, "pattern"))
-        emitter.on(ShopEvent, noting(calls, "base"))
+        emitter.on(Storefront, noting(calls, "base"))
         before = deliverer_of(emitter).registry.snapshot()
         emitter.clear()
         emitter.on("other.*", noting(calls, "other"))
@@ -368,7 +368,7 @@ class TestOrder:
 
 
 class TestDurable:
-    @pytest.mark.parametrize("selector", [ShopEvent, "shop.*", "*"], ids=str)
+    @pytest.mark.parametrize("selector", [Storefront, "shop.*", "*"], ids=str)
     async def test_is_delivered(
         self, sqlite: TortoiseContext, emitter: EventEmitter, selector: Any
     ) -> None:
@@ -392,7 +392,7 @@ class TestGrowth:
         """Any number of names that a pattern matches is served, and a bounded number remembered."""
         calls: list[object] = []
         emitter.on("order.*", lambda number: calls.append(number), thread=False)
-        emitter.on(ShopEvent, noting([]))
+        emitter.on(Storefront, noting([]))
         emitter.on("*", lambda event: None, thread=False)
         for number in range(2 * _MAX_MADE_UP):
             await emitter.emit(f"order.{number}", number)
@@ -408,7 +408,7 @@ class TestGrowth:
 
     async def test_made_up_names_beside_a_base(self, emitter: EventEmitter) -> None:
         """Names that no class has leave nothing behind where there are bases alone."""
-        emitter.on(ShopEvent, noting([]))
+        emitter.on(Storefront, noting([]))
         emitter.on(UserEvent, noting([]))
         await emitter.emit("warm up")
         before = blocks()
@@ -426,14 +426,14 @@ class TestGrowth:
 
     def test_declaring_while_threads_emit(self, emitter: EventEmitter) -> None:
         """Classes are declared in threads while others look subscriptions up: nothing breaks."""
-        emitter.on(ShopEvent, noting([]))
+        emitter.on(Storefront, noting([]))
         failed: list[BaseException] = []
 
         def declare(number: int) -> None:
             try:
                 for turn in range(30):
                     name = f"shop.thread_{number}_{turn}"
-                    kind = type("Declared", (ShopEvent,), {"name": name})
+                    kind = type("Declared", (Storefront,), {"name": name})
                     assert emitter.listeners(name), kind
                     emitter.on("shop.*", print)
                     emitter.off("shop.*")

@@ -123,12 +123,16 @@ async def live(auth: AuthService[User], clock: FakeClock) -> None:
     tell("relayed", await auth.relay().drain())
 
 
-async def main() -> None:
-    """Live, and tell which events were heard."""
-    clock, emitter = FakeClock(), EventEmitter()
+def service(clock: FakeClock, emitter: EventEmitter) -> AuthService[User]:
+    """Set up as a host does, before a loop runs: libraries are imported here."""
     AbstractUser.password_hasher, AbstractUser.emitter = cheap_hasher(), emitter
     throttle = DatabaseThrottle(account=Limit(free=4), clock=clock)
-    auth = AuthService(User, AuthConfig(secret=SECRET), throttle=throttle, clock=clock)
+    return AuthService(User, AuthConfig(secret=SECRET), throttle=throttle, clock=clock)
+
+
+async def main(auth: AuthService[User], clock: FakeClock) -> None:
+    """Live, and print which events were emitted."""
+    emitter = auth.emitter
 
     @emitter.on("*", thread=False)
     def heard(event: Event) -> None:
@@ -141,7 +145,6 @@ async def main() -> None:
     async def later(user: User, event: Event) -> None:
         tell("later", event.name, user)
 
-    refused_settings()
     async with TortoiseContext() as context:
         await context.init(config=CONFIG)
         await context.generate_schemas()
@@ -155,4 +158,6 @@ if __name__ == "__main__":
     print(
         f"{locale.setlocale(locale.LC_CTYPE)} {sys.flags.optimize} {sys.flags.hash_randomization}"
     )
-    asyncio.run(main())
+    the_clock = FakeClock()
+    refused_settings()
+    asyncio.run(main(service(the_clock, EventEmitter()), the_clock))

@@ -249,7 +249,7 @@ class BackgroundQueue:
             return
         if lanes.by_key.get(key) is lane:
             del lanes.by_key[key]
-        # The loop ends and nobody closed the emitter before, or something ends the program.
+        # The loop ends without an aclose() before, or something ends the program.
         why = "was cancelled" if pump.cancelled() else f"ended by {pump.exception()!r}"
         self._give_up([lane], why)
 

@@ -19,7 +19,7 @@ from tortoise_auth.events.subscription import EVERYTHING, Arguments, Handler, Su
 from tortoise_auth.threads import Threads
 
 Spawn: TypeAlias = Callable[[Coroutine[Any, Any, Any]], asyncio.Task[Any]]
-"""Begins a task that somebody keeps and waits for at the end."""
+"""Begins a task that is kept, and waited for at the end."""
 
 MAX_NESTED = 100
 """How many handlers may be inside one another, each called by an emit of the one around it."""
@@ -243,7 +243,7 @@ async def _on_thread(
 
 
 def lane_of(subscription: Subscription) -> Hashable:
-    """Return what tells one handler from another: it has threads and a background lane of its own."""
+    """Return the identity of a handler, which has threads and a background lane of its own."""
     return id(subscription.handler), subscription.registration
 
 
@@ -275,7 +275,7 @@ def _called(handler: Handler, args: Sequence[Any], kwargs: dict[str, Any]) -> ob
     try:
         return handler(*args, **kwargs)
     except (StopIteration, GeneratorExit) as error:
-        # No future can hold the one, and the other would look like the end of whoever awaits it.
+        # No future can hold the one, and the other would look like the end of its caller.
         raise RuntimeError(f"the handler raised {type(error).__name__}") from error
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Coroutine, Mapping
 from contextlib import suppress
 from typing import Any, Generic, Literal, TypeVar, get_args
@@ -55,6 +56,9 @@ class Core(Generic[UserT]):
         if not isinstance(config, AuthConfig):
             raise ConfigurationError("AuthService takes an AuthConfig: AuthConfig(secret=...)")
         _check_parts(emitter, passwords, policy, throttle)
+        # Address parsing takes 40 ms to import. A program may take them while it starts; the first
+        # login would take them from the event loop.
+        importlib.import_module("email_validator")
         self.user_model = user_model
         self.config = config
         self.clock = checked_clock(clock)
