@@ -778,7 +778,7 @@ class TestRecursion:
         emitter.on("evt", recursing)
         await emitter.emit("evt")
         assert calls == [MAX_NESTED]
-        assert [type(error.original) for error in told] == [RecursionError]
+        assert [type(error.original) for error in failures] == [RecursionError]
 
     @pytest.mark.parametrize("limit", [None, PATIENCE])
     async def test_a_handler_s_own(
