@@ -1,9 +1,10 @@
 """What an emit costs, against a bare loop over the handlers and against other emitters.
 
 Run it with ``python tests/benchmarks/emitters.py`` in an environment with the peers:
-``pip install blinker pyee regstack django litestar tina4-python``. Whatever is not installed is
-left out, visibly. tortoise-auth 0.6.0 has our import name and is loaded from its wheel, which
-``pip download`` fetches unless ``--seed`` names one. It exits with 1 when a target is missed.
+``pip install blinker pyee regstack django litestar tina4-python``, started in an empty folder:
+importing tina4 puts a project there, keys included. Whatever is not installed is left out, visibly.
+tortoise-auth 0.6.0 has our import name and is loaded from its wheel, which ``pip download`` fetches
+unless ``--seed`` names one. It exits with 1 when a target is missed.
 
 All systems are measured in turn, in a new random order each round, on the CPU time of the thread
 with the garbage collector off. A ratio is the median over the rounds of one system's time by
