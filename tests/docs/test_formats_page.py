@@ -63,7 +63,7 @@ async def page(
         namespace: dict[str, Any] = {name: Sink() for name in ("siem", "elastic", "receiver")}
         namespace["os"] = os
         sources = list(snippets(PAGE))
-        assert len(sources) == 4
+        assert len(sources) == 5
         for source in sources:
             await run(source, namespace, str(PAGE))
         yield namespace

@@ -48,9 +48,8 @@ class Model:
         self.entries = [each for each in self.entries if each not in gone]
 
     def heard(self, event: str) -> list[Entry]:
-        """Sort those of the event, and after them those of all."""
-        names = [event, "*"] if event != "*" else ["*"]
-        found = [each for name in names for each in self.entries if each.event == name]
+        """Sort those of the event and those of all; equals stay in the order of registration."""
+        found = [each for each in self.entries if each.event in (event, "*")]
         return sorted(found, key=lambda each: each.priority)
 
     def listeners(self, event_name: str) -> list[Handler]:

@@ -1044,9 +1044,10 @@ class TestRegistration:
         assert names == ["broker", "second"]
 
     def test_everything(self, publisher: Any, emitter: EventEmitter) -> None:
-        """Whoever asks for everything and more gets everything, once."""
+        """An event that several of the names and classes match is published once."""
         publish_events(emitter, publisher, "*", "user_login", UserLogout, source=SOURCE)
-        assert emitter.events() == ["*"]
+        for name in ("user_login", "user_logout", "password_changed", "made up"):
+            assert len(emitter.subscriptions(name, "durable")) == 1
 
     def test_misspelt_event(self, publisher: Any) -> None:
         """On a strict emitter a name that nearly exists warns of itself."""

@@ -122,6 +122,14 @@ class TestByClass:
         emitter.once(UserLogin, UserLogout)(goodbye)  # type: ignore[arg-type]
         assert len(emitter.listeners(UserLogout)) == 4
 
+    def test_a_base(self, emitter: EventEmitter) -> None:
+        """A handler of a base must take every event that is derived from it."""
+        emitter.on(UserEvent)(takes_any_account)
+        emitter.on(UserEvent[User], takes_any)
+        emitter.on(UserEvent)(welcome)  # type: ignore[arg-type]
+        emitter.once(UserEvent, takes_text)  # type: ignore[arg-type]
+        assert len(emitter.listeners(UserLogin)) == 4
+
     def test_more_classes(self, emitter: EventEmitter) -> None:
         """Three and more may be named, too."""
 

@@ -1,4 +1,4 @@
-"""Hooks: what can happen, who listens, and what happens when a handler fails."""
+"""Hooks: the events, the handlers for them, and what happens when a handler fails."""
 
 from tortoise_auth.events.background import Backend, BackgroundQueue, BackgroundQueueFull, Job
 from tortoise_auth.events.catalog import (
@@ -21,6 +21,8 @@ from tortoise_auth.events.catalog import (
     UserLogout,
     UserRegistered,
 )
+from tortoise_auth.events.checks import SubscriptionWarning
+from tortoise_auth.events.classification import Classification
 from tortoise_auth.events.emitting import (
     EventEmitter,
     add_listener,
@@ -33,7 +35,7 @@ from tortoise_auth.events.emitting import (
     once,
     remove_listener,
 )
-from tortoise_auth.events.registry import Listening, SubscriptionWarning
+from tortoise_auth.events.registry import Listening
 from tortoise_auth.events.subscription import Delivery, Subscription
 from tortoise_auth.exceptions import EventError, SubscriptionError
 
@@ -43,6 +45,7 @@ __all__ = [
     "Backend",
     "BackgroundQueue",
     "BackgroundQueueFull",
+    "Classification",
     "Delivery",
     "Event",
     "EventEmitter",

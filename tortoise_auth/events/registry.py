@@ -1,29 +1,33 @@
-"""Who listens to what, and in what order."""
+"""Subscriptions: which handlers an event reaches, and in what order."""
 
 from __future__ import annotations
 
-import difflib
-import inspect
+import itertools
 import threading
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias, TypedDict, TypeVar, overload
+from typing import Any, TypeAlias, TypeVar, overload
 
 from typing_extensions import Unpack
 
-from tortoise_auth.events.catalog import Event, declared_events
+from tortoise_auth.events.checks import Options, check_call, check_declared
+from tortoise_auth.events.event import (
+    Event,
+    class_names,
+    declared_events,
+    observe_declarations,
+)
 from tortoise_auth.events.subscription import (
     EVERYTHING,
     Delivery,
     Handler,
     Subscription,
-    available_names,
     default_name,
     describe_handler,
     event_class,
     event_name,
+    is_pattern,
     subscribe,
 )
 from tortoise_auth.exceptions import SubscriptionError
@@ -34,24 +38,11 @@ FirstT = TypeVar("FirstT", bound=Event)
 SecondT = TypeVar("SecondT", bound=Event)
 
 _MAX_SHAPES = 64
+_MAX_MADE_UP = 64
+"""How many names, of those that only patterns match, have a table kept: there may be any number."""
 
 Call: TypeAlias = Callable[[tuple[Any, ...], dict[str, Any]], Any]
 """Calls one handler with what it takes of a payload."""
-
-
-class SubscriptionWarning(UserWarning):
-    """A subscription is probably not what was meant: the event name is nearly a known one."""
-
-
-class Options(TypedDict, total=False):
-    """How a handler is called; see `Registry.on`."""
-
-    priority: int
-    once: bool
-    delivery: Delivery
-    timeout: float | None
-    name: str | None
-    thread: bool | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +50,7 @@ class Listening:
     """One row of ``EventEmitter.describe()``.
 
     Attributes:
-        event: The event, or ``*``.
+        event: The event, the pattern of names, or ``*``; of a class its name.
         position: When its turn is, from 1.
         handler: ``module:qualname``.
         name: The name of the subscription.
@@ -82,15 +73,24 @@ class Listening:
 
 
 class Registry:
-    """Subscriptions, and for each event the table of who hears it. Safe to change from any thread."""
+    """Subscriptions, and for each event a table of them. Safe to change from any thread.
+
+    Tables are made when an event is emitted for the first time, and dropped when a subscription or a
+    class of events is added that may belong into them.
+    """
 
     def __init__(self, *, strict: bool) -> None:
         self.strict = strict
         self._subscriptions: dict[str, list[Subscription]] = {}
         self._names: Counter[str] = Counter()
-        self._tables: dict[str, Table] = {}
+        self._registrations = itertools.count(1)
+        self._wide: tuple[Subscription, ...] | None = ()
+        self._patterns: set[str] = set()
+        self._tables: dict[str, Table | None] = {}
+        self._made_up: dict[str, Table | None] = {}
         self._lock = threading.RLock()
         self._may_run_plainly = True
+        observe_declarations(self)
 
     # ---- registering -------------------------------------------------------------------------
 
@@ -137,13 +137,19 @@ class Registry:
             @emitter.on(UserLogin)                           # by class: it gets the event
             async def greet(event: UserLogin[User]): ...
 
+            @emitter.on("order.*")                           # by pattern: as by name
+            async def count(order_id): ...
+
             emitter.on("*", record_everything)               # every event, as an object
 
         A handler names only the arguments it needs: those of the event, any field of its class,
-        or ``event`` itself.
+        or ``event`` itself. A class stands for its events and those of every subclass, also of one
+        that is declared later. A name with ``*``, ``?`` or ``[`` in it is a pattern, matched as by
+        `fnmatch.fnmatchcase`.
 
         Args:
-            *events: Names, classes, or ``"*"``; then perhaps the handler.
+            *events: Names, patterns, classes, or ``"*"``; then perhaps the handler. Where several
+                of them match one event, the handler runs once.
             priority: Lower runs first; 10 by default.
             once: Remove it before its first call.
             delivery: ``"inline"`` (default), ``"transaction"``, ``"background"`` or ``"durable"``.
@@ -155,7 +161,9 @@ class Registry:
             The function, unchanged.
 
         Raises:
-            SubscriptionError: A `TypeError`; says which handler, which event and what is wrong.
+            SubscriptionError: A `TypeError`; says which handler, which event and what is wrong. On
+                a strict emitter also for a pattern that matches no declared name, and for an
+                abstract class without a subclass.
         """
         return self._on(events, options)
 
@@ -248,7 +256,10 @@ class Registry:
         return every if delivery is None else tuple(s for s in every if s.delivery == delivery)
 
     def events(self) -> list[str]:
-        """Return the names that somebody listens to, sorted; ``*`` among them."""
+        """Return what there are subscriptions for, sorted: names, patterns, names of classes, ``*``.
+
+        Every subscription is among ``subscriptions(each)`` of these.
+        """
         return sorted(self._subscriptions)
 
     def known_events(self) -> list[str]:
@@ -256,7 +267,7 @@ class Registry:
         return sorted({each.name for each in declared_events()})
 
     def describe(self) -> list[Listening]:
-        """Return a table of who hears what, in which order, by which delivery."""
+        """Return a table of handlers: for which event, in which order, by which delivery."""
         return [
             Listening(
                 event=event,
@@ -285,7 +296,8 @@ class Registry:
         with self._lock:
             self._subscriptions = {event: list(each) for event, each in snapshot.items()}
             self._names = Counter(each.name for every in snapshot.values() for each in every)
-            self._tables.clear()
+            self._patterns = {event for event in snapshot if is_pattern(event)} - {EVERYTHING}
+            self._forget_all_tables()
 
     # ---- inside -----------------------------------------------------------------------------
 
@@ -304,18 +316,23 @@ class Registry:
     def _register(
         self, events: Sequence[str | type[Event]], handler: Handler, options: Options
     ) -> None:
-        _check_call(events, handler, options)
-        subscriptions = [subscribe(event, handler, **options) for event in events]
+        check_call(events, handler, options)
+        registration = next(self._registrations)
+        subscriptions = [
+            subscribe(event, handler, registration=registration, **options) for event in events
+        ]
         with self._lock:
             if options.get("name") or options.get("delivery") == "durable":
                 self._refuse_duplicate(subscriptions[0], of_any=bool(options.get("name")))
             if self.strict:
                 for subscription in subscriptions:
-                    _check_against_catalogue(subscription)
+                    check_declared(subscription)
             for subscription in subscriptions:
                 self._subscriptions.setdefault(subscription.event, []).append(subscription)
                 self._names[subscription.name] += 1
-                self._forget_tables(subscription.event)
+                if is_pattern(subscription.event) and subscription.event != EVERYTHING:
+                    self._patterns.add(subscription.event)
+                self._forget_tables(subscription)
 
     def _refuse_duplicate(self, new: Subscription, *, of_any: bool) -> None:
         if new.name not in self._names:
@@ -333,36 +350,70 @@ class Registry:
         remaining.remove(subscription)
         if not remaining:
             del self._subscriptions[subscription.event]
+            self._patterns.discard(subscription.event)
         self._names[subscription.name] -= 1
         if not self._names[subscription.name]:
             del self._names[subscription.name]
-        self._forget_tables(subscription.event)
+        self._forget_tables(subscription)
 
-    def _forget_tables(self, event: str) -> None:
-        if event == EVERYTHING:
-            self._tables.clear()
+    def event_declared(self) -> None:
+        """Take note of a new class of events, which wide subscriptions may be for."""
+        with self._lock:
+            self._forget_all_tables()
+
+    def _forget_tables(self, subscription: Subscription) -> None:
+        if subscription.is_wide:
+            self._forget_all_tables()
         else:
-            self._tables.pop(event, None)
+            self._tables.pop(subscription.event, None)
+            self._made_up.pop(subscription.event, None)
+
+    def _forget_all_tables(self) -> None:
+        self._wide = None
+        self._tables.clear()
+        self._made_up.clear()
 
     def _table(self, name: str) -> Table | None:
-        """Return who listens to *name*.
+        """Return the subscriptions for *name*, if there are any.
 
-        Names that nobody listens to leave nothing behind; those that only listeners to everything
-        hear share one table.
+        Names that are neither subscribed to nor declared leave nothing behind, however many are
+        emitted: where no pattern is, they share the table of subscriptions to everything; else the
+        last few are kept.
         """
-        if name not in self._subscriptions:
-            name = EVERYTHING
         table = self._tables.get(name)
-        if table is None and name in self._subscriptions:
-            with self._lock:
-                listening = list(self._subscriptions.get(name, ()))
-                if name != EVERYTHING:
-                    listening += self._subscriptions.get(EVERYTHING, ())
-                if listening:
-                    # Sorting keeps the order of equals, and each list is in order of registration.
-                    listening.sort(key=lambda each: each.priority)
-                    table = self._tables[name] = Table(listening, plainly=self._may_run_plainly)
-        return table
+        if table is not None or not self._subscriptions:
+            return table
+        if name in self._subscriptions or name in class_names:
+            return self._table_in(self._tables, name)
+        if self._patterns:
+            return self._table_in(self._made_up, name)
+        if EVERYTHING in self._subscriptions:
+            return self._table_in(self._tables, EVERYTHING)
+        return None
+
+    def _table_in(self, tables: dict[str, Table | None], name: str) -> Table | None:
+        try:
+            return tables[name]
+        except KeyError:
+            pass
+        with self._lock:
+            if len(self._made_up) >= _MAX_MADE_UP:
+                self._made_up.clear()
+            table = tables[name] = self._make_table(name)
+            return table
+
+    def _make_table(self, name: str) -> Table | None:
+        if self._wide is None:
+            every = itertools.chain.from_iterable(self._subscriptions.values())
+            self._wide = tuple(each for each in every if each.is_wide)
+        matching = list(self._subscriptions.get(name, ()))
+        if name != EVERYTHING:
+            matching += (each for each in self._wide if each.event != name and each.matches(name))
+        once_each = {each.registration: each for each in reversed(matching)}
+        if not once_each:
+            return None
+        in_order = sorted(once_each.values(), key=lambda each: (each.priority, each.registration))
+        return Table(in_order, plainly=self._may_run_plainly)
 
     def _consume(self, subscription: Subscription) -> bool:
         """Remove a subscription for one call; false if another emit was first."""
@@ -374,7 +425,7 @@ class Registry:
 
 
 class Table:
-    """Who listens to one name, in order: made once, replaced when that changes, never changed.
+    """The subscriptions for one name, in order. It is replaced when they change, never changed.
 
     Attributes:
         subscriptions: In the order in which they run.
@@ -428,51 +479,5 @@ def _call_for(subscription: Subscription, count: int, names: tuple[str, ...]) ->
     return lambda args, kwargs: handler(*args, **{name: kwargs[name] for name in taken})
 
 
-def _check_call(events: Sequence[object], handler: object, options: Mapping[str, object]) -> None:
-    if not events:
-        raise SubscriptionError('Say which event to listen to: @on("user_login")')
-    if not callable(handler):
-        raise SubscriptionError(f"A handler is a function or another callable, not {handler!r}")
-    unknown = options.keys() - Options.__annotations__.keys()
-    if unknown:
-        raise SubscriptionError(
-            f"Handler '{describe_handler(handler)}': unknown option {', '.join(sorted(unknown))}. "
-            f"There are {', '.join(Options.__annotations__)}."
-        )
-
-
 def _key(event: str | type[Event]) -> str:
     return event if isinstance(event, str) else event_name(event)
-
-
-def _level_of_caller() -> int:
-    """Return the ``stacklevel`` at which a function here warns of the line that called the module."""
-    frame, level = inspect.currentframe(), 0
-    while frame is not None and frame.f_globals.get("__name__") == __name__:
-        frame, level = frame.f_back, level + 1
-    return level
-
-
-def _check_against_catalogue(subscription: Subscription) -> None:
-    declared = {each.name: each for each in declared_events()}
-    event = declared.get(subscription.event)
-    called = describe_handler(subscription.handler)
-    if event is None:
-        near = difflib.get_close_matches(subscription.event, declared, n=1, cutoff=0.8)
-        if near:
-            warnings.warn(
-                f"Handler '{called}' listens to '{subscription.event}', which nobody declared. "
-                f"Did you mean '{near[0]}'?",
-                SubscriptionWarning,
-                stacklevel=_level_of_caller(),
-            )
-        return
-    if subscription.wants_event:
-        return
-    missing = subscription.takes.never_supplied_by(event)
-    if missing:
-        raise SubscriptionError(
-            f"Handler '{called}' for event '{subscription.event}' requires "
-            f"{', '.join(map(repr, missing))}, which this event never has. "
-            f"It may name: {', '.join(sorted(available_names(event)))}."
-        )

@@ -63,7 +63,7 @@ def plain(value: object, where: str) -> Any:  # noqa: ANN401 - JSON
         case Mapping():
             members = {_name(key, where): plain(each, where) for key, each in value.items()}
             if len(members) < len(value):
-                raise TypeError(f"{where} has two keys that JSON cannot tell apart")
+                raise TypeError(f"{where} has two keys that are the same in JSON")
             return members
         case Sequence() | Set() if not isinstance(value, bytes | bytearray | memoryview):
             return [plain(each, where) for each in value]

@@ -6,9 +6,10 @@ import functools
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
+from fnmatch import fnmatchcase
 from typing import Any, Literal, TypeAlias, get_args, get_origin
 
-from tortoise_auth.events.catalog import Event, NamedEvent, UserEvent
+from tortoise_auth.events.event import Event, NamedEvent, classes_named
 from tortoise_auth.exceptions import SubscriptionError
 
 Delivery: TypeAlias = Literal["inline", "transaction", "background", "durable"]
@@ -18,6 +19,7 @@ Arguments: TypeAlias = tuple[Sequence[Any], dict[str, Any]]
 EVERYTHING = "*"
 """Subscribes to every event; the handler receives the event object."""
 
+_WILDCARDS = frozenset("*?[")
 _UNLIMITED = 1 << 30
 
 
@@ -26,7 +28,7 @@ class Subscription:
     """A handler and how it wants to be called.
 
     Attributes:
-        event: The name it listens to, or ``*``.
+        event: The event name, the pattern of names, or ``*``; of a class its name.
         handler: The function as it was registered.
         name: Identifies the subscription over restarts: ``module:qualname`` unless it was given.
         priority: Lower runs first.
@@ -36,6 +38,9 @@ class Subscription:
         is_async: It is a coroutine function.
         threaded: It is a plain function and runs on a worker thread.
         wants_event: It is called with the event object and nothing else.
+        base: It was made by class, for the events of this class and of every subclass.
+        registration: Increases in the order of registration. Subscriptions to several events that
+            were made by one call share it, so that one emit runs the handler once.
     """
 
     event: str
@@ -48,6 +53,8 @@ class Subscription:
     is_async: bool = False
     threaded: bool = False
     wants_event: bool = False
+    base: type[Event] | None = None
+    registration: int = 0
     takes: Parameters = field(repr=False, kw_only=True)
 
     def arguments_from(self, event: Event) -> Arguments:
@@ -55,8 +62,21 @@ class Subscription:
         return ([event], {}) if self.wants_event else self.takes.pick(event)
 
     def requires_user(self, event: type[Event]) -> bool:
-        """Tell whether the handler cannot be called for *event* without its user."""
+        """Return whether the handler cannot be called for *event* without its user."""
         return not self.wants_event and self.takes.requires("user", event)
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether it may be for events of other names than its own."""
+        return self.base is not None or is_pattern(self.event)
+
+    def matches(self, name: str) -> bool:
+        """Return whether it is for the events of a name."""
+        if name == self.event or self.event == EVERYTHING:
+            return True
+        if self.base is not None:
+            return any(issubclass(each, self.base) for each in classes_named(name))
+        return is_pattern(self.event) and fnmatchcase(name, self.event)
 
     @property
     def is_plain(self) -> bool:
@@ -75,11 +95,12 @@ def subscribe(
     timeout: float | None = None,
     name: str | None = None,
     thread: bool | None = None,
+    registration: int = 0,
 ) -> Subscription:
     """Check the options and make a subscription.
 
     Raises:
-        SubscriptionError: Something cannot be meant so; the message says what.
+        SubscriptionError: An option is wrong; the message says which and why.
     """
     called = describe_handler(handler)
     _check_options(called, priority, delivery, timeout, name, once=once)
@@ -88,16 +109,16 @@ def subscribe(
         raise SubscriptionError(
             f"Handler '{called}' is a coroutine function; thread=True is for plain functions"
         )
-    listens_to = event_name(event)
+    key, cls = event_name(event), event_class(event)
     wants_event = not isinstance(event, str) or event == EVERYTHING
     takes = Parameters.of(handler)
     if wants_event and not takes.one_argument:
         raise SubscriptionError(
-            f"Handler '{called}' for event '{listens_to}' is called with the event object alone "
+            f"Handler '{called}' for event '{key}' is called with the event object alone "
             "and must take one positional argument"
         )
     return Subscription(
-        event=listens_to,
+        event=key,
         handler=handler,
         name=name or default_name(handler),
         priority=priority,
@@ -107,22 +128,26 @@ def subscribe(
         is_async=is_async,
         threaded=not is_async and thread is not False,
         wants_event=wants_event,
+        base=None if cls is Event else cls,
+        registration=registration,
         takes=takes,
     )
 
 
 def event_name(event: str | type[Event]) -> str:
-    """Return the name under which to listen: of a name, of a class, ``*`` for `Event` itself.
+    """Return the name for which subscriptions are kept: the text itself, or the name of a class.
+
+    `Event` is ``*``.
 
     Raises:
-        SubscriptionError: It is neither a name nor a class of event, or a class that others are
-            made of, under whose own name nothing is ever emitted.
+        SubscriptionError: It is neither a name nor a class of events, or it is `NamedEvent`, which
+            stands for names without a class.
     """
     cls = event_class(event)
-    if cls is UserEvent or cls is NamedEvent:
+    if cls is NamedEvent:
         raise SubscriptionError(
-            f"No {cls.__name__} is emitted under that name. Listen to the events themselves, or "
-            "to every event: @on(Event)."
+            "A NamedEvent has the name that it was emitted by. Subscribe to that name, to a "
+            'pattern such as "order.*", or to every event: @on(Event).'
         )
     if cls is not None:
         return EVERYTHING if cls is Event else cls.name
@@ -134,6 +159,11 @@ def event_name(event: str | type[Event]) -> str:
     )
 
 
+def is_pattern(name: str) -> bool:
+    """Return whether *name* selects names by ``*``, ``?`` or ``[...]``, as `fnmatch` does."""
+    return not _WILDCARDS.isdisjoint(name)
+
+
 def event_class(event: object) -> type[Event] | None:
     """Return the class that *event* is: ``UserLogin``, also for ``UserLogin[User]``."""
     cls = get_origin(event) or event
@@ -142,7 +172,7 @@ def event_class(event: object) -> type[Event] | None:
 
 @dataclass(frozen=True, slots=True)
 class Parameters:
-    """Which arguments a handler takes, found out once, when it is registered.
+    """Which arguments a handler takes: inspected once, when it is registered.
 
     Attributes:
         positional: Names of the parameters that can be given by position, in order.
@@ -256,7 +286,7 @@ class Parameters:
         return chosen, picked
 
     def requires(self, field_name: str, event: type[Event]) -> bool:
-        """Tell whether a parameter without a default gets this positional field of *event*."""
+        """Return whether a parameter without a default gets this positional field of *event*."""
         if field_name in (*self.positional, *self.keyword_only):
             return field_name in self.required
         available = available_names(event)
@@ -300,7 +330,7 @@ def describe_handler(handler: Handler) -> str:
 
 
 def is_coroutine_function(handler: Handler) -> bool:
-    """Tell whether calling *handler* gives a coroutine and does nothing else."""
+    """Return whether calling *handler* gives a coroutine and does nothing else."""
     while isinstance(handler, functools.partial):
         handler = handler.func
     return inspect.iscoroutinefunction(handler) or inspect.iscoroutinefunction(

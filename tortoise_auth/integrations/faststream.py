@@ -12,8 +12,8 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Protocol
 from uuid import UUID, uuid5
 
-from tortoise_auth.events.catalog import Event
 from tortoise_auth.events.emitting import EventEmitter
+from tortoise_auth.events.event import Event
 from tortoise_auth.events.formats import (
     CloudEventError,
     cloudevent,
@@ -21,8 +21,6 @@ from tortoise_auth.events.formats import (
     event_name,
     uri_reference,
 )
-from tortoise_auth.events.subscription import EVERYTHING
-from tortoise_auth.events.subscription import event_name as name_to_listen_to
 from tortoise_auth.exceptions import ConfigurationError
 
 try:
@@ -79,7 +77,8 @@ def publish_events(
         emitter: Whose events.
         publisher: The destination, made by the broker: a Redis stream, a subject of a JetStream
             stream, a RabbitMQ exchange or queue, a Kafka topic.
-        *events: Which: names, classes, or ``"*"``.
+        *events: Which: names, patterns, classes, or ``"*"``. An event that several of them match is
+            published once.
         source: The ``source`` of the CloudEvents, a URI reference: which of your systems it is.
         name: Identifies the subscription, over restarts too.
         timeout: Seconds that the broker may take to confirm a message.
@@ -91,7 +90,6 @@ def publish_events(
     """
     broker = _broker_of(publisher)
     uri_reference(source)
-    names = dict.fromkeys(map(name_to_listen_to, events))
 
     async def publish(event: Event) -> None:
         envelope = cloudevent(event, source)
@@ -100,13 +98,8 @@ def publish_events(
         if broker == "rabbit":
             _check_confirmation(publisher, answer)
 
-    listen = emitter.on(
-        *([EVERYTHING] if EVERYTHING in names else names),
-        delivery="durable",
-        name=name,
-        timeout=timeout,
-    )
-    listen(publish)
+    for_events: tuple[Any, ...] = events  # names and classes side by side
+    emitter.on(*for_events, delivery="durable", name=name, timeout=timeout)(publish)
 
 
 def event_from(message: StreamMessage[Any] | bytes | str | Mapping[str, Any]) -> Event:
@@ -131,7 +124,7 @@ def event_from(message: StreamMessage[Any] | bytes | str | Mapping[str, Any]) ->
 def feed(emitter: EventEmitter) -> Callable[[object], Awaitable[None]]:
     """Return a subscriber function for FastStream that emits each event it receives on *emitter*.
 
-    Events that nobody listens to, and CloudEvents of others, are passed over. When a handler fails,
+    Events without a subscription, and CloudEvents of other types, are passed over. When a handler fails,
     or a message is malformed, the function raises, and FastStream does what the ``ack_policy`` says.
 
     Example::
@@ -184,7 +177,7 @@ def _broker_of(publisher: Publisher) -> str:
 
 
 def _options(broker: str, envelope: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Return what this broker's ``publish`` is told beside the message.
+    """Return the options of this broker's ``publish``.
 
     Brokers drop duplicates by the id of the message. It is made of that of the event and of the name
     of the subscription, because the messages of two subscriptions may meet in one stream.
@@ -218,7 +211,7 @@ def _check_confirmation(publisher: Publisher, answer: object) -> None:
     raise RuntimeError("RabbitMQ returned the message: no queue is bound where it was published")
 
 
-def _envelope(message: object) -> Any:  # noqa: ANN401 - JSON, checked by whoever reads it
+def _envelope(message: object) -> Any:  # noqa: ANN401 - JSON, checked where it is read
     body = message.body if isinstance(message, StreamMessage) else message
     if not isinstance(body, bytes | str):
         return body

@@ -1,0 +1,12 @@
+"""What tests of growth measure."""
+
+from __future__ import annotations
+
+import gc
+import sys
+
+
+def blocks() -> int:
+    """Return how many blocks of memory are in use."""
+    gc.collect()
+    return sys.getallocatedblocks()
