@@ -20,7 +20,7 @@ $(STAMP): pyproject.toml
 
 install: $(STAMP) ## Make .venv with the package and the development tools
 
-demo: $(STAMP) ## Run the quickstart: every step of a session, every hook heard
+demo: $(STAMP) ## Run the quickstart: every step of a session, each handler printing
 	$(BIN)/python examples/quickstart.py
 
 test: $(STAMP) ## The quick tests: SQLite alone, no server (make test ARGS="-k login")

@@ -1,4 +1,4 @@
-"""Logins in one service, heard in another: over Redis Streams, with FastStream.
+"""Logins in one service, handled in another: over Redis Streams, with FastStream.
 
 Run it with ``python examples/broker.py``. It needs a Redis server, at ``REDIS_URL`` or on this
 machine, and the extra: ``pip install '.[faststream]' 'faststream[redis]'``. Both
@@ -24,7 +24,7 @@ from tortoise_auth.models import OutboxEntry
 
 REDIS_URL = os.environ.get("REDIS_URL", "redis://127.0.0.1:6379")
 STREAM = f"auth-events-{secrets.token_hex(4)}"
-QUIET = logging.getLogger("example")  # FastStream's own tells of every message
+QUIET = logging.getLogger("example")  # FastStream's own logs every message
 
 # ---- The shop: people log in here. -----------------------------------------------------------
 
@@ -108,18 +108,18 @@ async def tour() -> None:
 
     step("A relay carries what is due to the broker")
     say("relay", f"published {await auth.relay().drain()} event to Redis")
-    await heard()
+    await next_delivery()
 
     step("With a relay in the application, events leave when the change is committed")
     async with auth.relay():
         await auth.logout(result.access_token)
         say("shop", "Ada has logged out")
-        await heard()
+        await next_delivery()
 
     say("shop", f"{await OutboxEntry.all().count()} events wait in the outbox")
 
 
-async def heard() -> None:
+async def next_delivery() -> None:
     async with asyncio.timeout(10):
         say("audit", f"received {await audited.get()}")
 
@@ -128,8 +128,8 @@ def step(title: str) -> None:
     print(f"\n{title}")
 
 
-def say(who: str, text: str) -> None:
-    print(f"  {who:<6} {text}")
+def say(speaker: str, text: str) -> None:
+    print(f"  {speaker:<6} {text}")
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ class User(AbstractUser):
 
 
 class AuditEntry(Model):
-    """Who did what, when and from where."""
+    """One line of the audit trail: actor, event, time, address."""
 
     event = fields.CharField(max_length=64)
     user_id = fields.CharField(max_length=255, null=True)

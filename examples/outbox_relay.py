@@ -40,7 +40,7 @@ auth = AuthService(User, AuthConfig(secret=secrets.token_urlsafe(48)))
 
 
 class MailServer:
-    """Refuses as often as it is told to."""
+    """Refuses as many mails as ``refusals`` says."""
 
     refusals = 0
 
@@ -81,7 +81,7 @@ async def start_again() -> None:
         await deliver(max_attempts=3)
         outbox("list", "--dead")
 
-        step("The mail server works again, and somebody gives the dead letter a new start")
+        step("The mail server works again, and an operator gives the dead letter a new start")
         outbox("retry", "--all-dead")
         await deliver(max_attempts=3)
         outbox("list", "--dead")

@@ -1,4 +1,4 @@
-"""One account, one session, from sign-up to logout, with every hook printing what it heard.
+"""One account, one session, from sign-up to logout, with every handler printing what it received.
 
 Run it with ``make demo``, or ``python examples/quickstart.py``. It needs no service: the database
 is an SQLite file in a temporary folder.
@@ -30,37 +30,37 @@ class User(AbstractUser):
 
 @on("user_registered")
 async def welcome(user: User) -> None:
-    heard("user_registered", f"welcome, {user.display_name}")
+    received("user_registered", f"welcome, {user.display_name}")
 
 
 @on("user_login")
 async def audit_login(user: User) -> None:
-    heard("user_login", f"{user.email} is in")
+    received("user_login", f"{user.email} is in")
 
 
 @on("user_login_failed")
 async def audit_failure(*, identifier: str, reason: str) -> None:
-    heard("user_login_failed", f"{identifier!r}: {reason} (the visitor is not told the reason)")
+    received("user_login_failed", f"{identifier!r}: {reason} (the visitor does not see the reason)")
 
 
 @on("session_refreshed")
 async def audit_refresh(user: User) -> None:
-    heard("session_refreshed", f"{user.email} got a new pair of tokens")
+    received("session_refreshed", f"{user.email} got a new pair of tokens")
 
 
 @on("refresh_token_reused")
 async def alarm(user: User) -> None:
-    heard("refresh_token_reused", f"somebody holds a copy of a token of {user.email}")
+    received("refresh_token_reused", f"there is a copy of a token of {user.email}")
 
 
 @on("password_changed")
 async def notify(user: User) -> None:
-    heard("password_changed", f"mail to {user.email}: was that you?")
+    received("password_changed", f"mail to {user.email}: was that you?")
 
 
 @on("user_logout")
 async def audit_logout(user: User) -> None:
-    heard("user_logout", f"{user.email} is out")
+    received("user_logout", f"{user.email} is out")
 
 
 async def main() -> None:
@@ -138,8 +138,8 @@ def outcome(text: str) -> None:
     print(f"  {text}")
 
 
-def heard(event: str, text: str) -> None:
-    print(f"  hook {event}: {text}")
+def received(event: str, text: str) -> None:
+    print(f"  handler of {event}: {text}")
 
 
 if __name__ == "__main__":

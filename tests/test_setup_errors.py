@@ -262,6 +262,7 @@ def run(script: str, *, expected: str) -> list[str]:
     return lines
 
 
+@pytest.mark.slow
 class TestRegistration:
     """Models that `Tortoise.init` was not told of. Each runs in a fresh process."""
 

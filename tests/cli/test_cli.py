@@ -30,6 +30,8 @@ from tortoise_auth import AuthConfig, AuthService, EventEmitter
 from tortoise_auth.clock import utc_now
 from tortoise_auth.models import OutboxEntry
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 COMMAND = Path(sys.executable).with_name("tortoise-auth")
 EMAIL = "ada@example.com"

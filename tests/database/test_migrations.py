@@ -29,6 +29,8 @@ from tests.support.services import POSTGRES_URL, needs_postgres
 from tortoise_auth import migrations
 from tortoise_auth.migrations import OwnMigration
 
+pytestmark = pytest.mark.slow
+
 PACKAGE = Path(tortoise_auth.__file__).parent
 SILENT = "No changes detected\n"
 

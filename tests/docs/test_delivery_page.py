@@ -77,6 +77,7 @@ class TestProofs:
         assert not without
 
 
+@pytest.mark.slow
 class TestSnippets:
     async def test_run(
         self,

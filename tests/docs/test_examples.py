@@ -49,6 +49,7 @@ def run(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 class TestScripts:
     @pytest.mark.parametrize(
         "script",
@@ -65,7 +66,7 @@ class TestScripts:
         assert list(tmp_path.iterdir()) == []
 
     def test_quickstart(self, tmp_path: Path) -> None:
-        """Every step has its outcome, and every hook that is registered is heard."""
+        """Every step has its outcome, and every handler that is registered runs."""
         script = ROOT / "examples" / "quickstart.py"
         output = run(script, cwd=tmp_path).stdout
         for line in (
@@ -78,9 +79,9 @@ class TestScripts:
             assert f"  {line}\n" in output
         assert output.count("TokenRevokedError: The session has ended") == 4
         source = script.read_text()
-        hooks = set(re.findall(r'heard\("(\w+)"', source))
-        assert len(hooks) == source.count("\n@on(") >= 7
-        assert set(re.findall(r"^  hook (\w+): ", output, re.MULTILINE)) == hooks
+        handled = set(re.findall(r'received\("(\w+)"', source))
+        assert len(handled) == source.count("\n@on(") >= 7
+        assert set(re.findall(r"^  handler of (\w+): ", output, re.MULTILINE)) == handled
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 
 from tortoise_auth.events import EventEmitter, EventError
 
+pytestmark = pytest.mark.slow
+
 Errors = Literal["log", "raise", "group"]
 Handler = Callable[..., Awaitable[None]]
 

@@ -987,6 +987,7 @@ JSON = st.recursive(
 )
 
 
+@pytest.mark.slow
 class TestFuzz:
     @given(data=st.data())
     @settings(max_examples=3000, deadline=None)
