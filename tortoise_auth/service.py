@@ -12,7 +12,7 @@ from tortoise_auth.config import AuthConfig
 from tortoise_auth.context import RequestContext
 from tortoise_auth.database import translates_database_errors
 from tortoise_auth.events.catalog import Actor
-from tortoise_auth.events.emitting import EventEmitter
+from tortoise_auth.events.event_emitter import EventEmitter
 from tortoise_auth.events.relay import Relay, RelaySettings
 from tortoise_auth.flows import (
     account_status,

@@ -9,6 +9,7 @@ from typing import ClassVar, TypeVar, get_origin, overload
 
 from tortoise_auth.database import pending_effects
 from tortoise_auth.events import Event, EventEmitter
+from tortoise_auth.events.event_emitter import deliverer_of
 from tortoise_auth.events.unit_of_work import Outcome
 from tortoise_auth.passwords import PasswordHasher
 
@@ -136,11 +137,12 @@ def capture(emitter: EventEmitter, *, mute: bool = False) -> Iterator[Captured]:
 @contextmanager
 def isolated(emitter: EventEmitter) -> Iterator[EventEmitter]:
     """Restore the subscriptions of *emitter* at the end, whatever was added or removed."""
-    before = emitter.snapshot()
+    registry = deliverer_of(emitter).registry
+    before = registry.snapshot()
     try:
         yield emitter
     finally:
-        emitter.restore(before)
+        registry.restore(before)
 
 
 async def pending_events() -> list[Event]:

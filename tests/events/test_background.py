@@ -6,8 +6,10 @@ import asyncio
 import contextvars
 import gc
 import logging
+import sys
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from types import TracebackType
 from typing import Any, Literal
@@ -27,6 +29,7 @@ from tortoise_auth.events import (
     Job,
 )
 from tortoise_auth.events.background import MAX_HOPS
+from tortoise_auth.events.event_emitter import deliverer_of
 
 PATIENCE = 10.0
 SHORT = 0.02
@@ -58,7 +61,7 @@ async def hang() -> None:
 
 class TestOrder:
     async def test_kept_over_many_emits(self, emitter: EventEmitter) -> None:
-        """However it was queued, and however often a handler waits, what was first is done first."""
+        """However it was queued, and however often a handler waits, each subscription is in order."""
         done: list[tuple[str, int]] = []
 
         async def handler(name: str, number: int) -> None:
@@ -67,15 +70,55 @@ class TestOrder:
             done.append((name, number))
 
         emitter.on("direct", partial(handler, "direct"))
-        emitter.on("subscribed", partial(handler, "subscribed"), delivery="background")
+        emitter.on("both", partial(handler, "both"), delivery="background")
         for number in range(100):
             emitter.emit_nowait("direct", number)
-            await emitter.emit("subscribed", number)
+            if number % 2:
+                emitter.emit_nowait("both", number)
+            else:
+                await emitter.emit("both", number)
         await drained(emitter)
-        assert done == [(name, n) for n in range(100) for name in ("direct", "subscribed")]
+        for name in ("direct", "both"):
+            assert [n for each, n in done if each == name] == list(range(100))
+
+    async def test_over_the_events_of_one_subscription(self, emitter: EventEmitter) -> None:
+        """A handler of several events is called in the order in which these were emitted."""
+        done: list[int] = []
+
+        async def handler(number: int) -> None:
+            for _ in range(number % 3):
+                await asyncio.sleep(0)
+            done.append(number)
+
+        emitter.on("a", "b", delivery="background")(handler)
+        for number in range(30):
+            await emitter.emit("ab"[number % 2], number)
+        await drained(emitter)
+        assert done == list(range(30))
+
+    async def test_one_that_hangs_holds_up_no_other(self, emitter: EventEmitter) -> None:
+        """Each subscription has a lane of its own, also those of the same event."""
+        release, done = asyncio.Event(), list[str]()
+
+        async def hanging() -> None:
+            await release.wait()
+            done.append("hanging")
+
+        async def prompt(name: str) -> None:
+            done.append(name)
+            if name == "other event":
+                release.set()
+
+        emitter.on("evt", hanging, delivery="background", priority=1)
+        emitter.on("evt", partial(prompt, "same event"), delivery="background")
+        emitter.on("other", partial(prompt, "other event"), delivery="background")
+        await emitter.emit("evt")
+        await emitter.emit("other")
+        await drained(emitter)
+        assert done == ["same event", "other event", "hanging"]
 
     async def test_priority_within_one_emit(self, emitter: EventEmitter) -> None:
-        """The handlers of one event run by their priority, in the background as elsewhere."""
+        """The handlers of one event begin by their priority, in the background as elsewhere."""
         order: list[int] = []
         for priority in (3, 1, 2):
 
@@ -123,7 +166,7 @@ class TestOrder:
         assert done == list(range(1000))
 
     async def test_no_room_is_taken_for_nobody(self) -> None:
-        """An event that nobody listens to is not queued."""
+        """An event without subscriptions is not queued."""
         queue = BackgroundQueue(size=1, overflow="raise")
         emitter = EventEmitter(backend=queue)
         for _ in range(5):
@@ -137,8 +180,8 @@ class TestFailures:
         self, errors: Literal["log", "raise", "group"], caplog: pytest.LogCaptureFixture
     ) -> None:
         """Nobody could catch them, so they are logged once whatever the policy, and the rest runs."""
-        told: list[object] = []
-        emitter, ran = EventEmitter(errors=errors, on_error=told.append), list[int]()
+        failures: list[object] = []
+        emitter, ran = EventEmitter(errors=errors, on_error=failures.append), list[int]()
 
         async def failing() -> None:
             raise ValueError("no")
@@ -153,7 +196,7 @@ class TestFailures:
         await drained(emitter)
         assert ran == [1, 1]
         assert caplog.messages == ["Handler 'failing' for event 'evt' raised ValueError: no"] * 2
-        assert len(told) == 2
+        assert len(failures) == 2
 
     async def test_a_handler_s_own_cancellation(
         self, emitter: EventEmitter, caplog: pytest.LogCaptureFixture
@@ -176,7 +219,7 @@ class TestFailures:
         assert caplog.messages == ["Handler 'confused' for event 'a' raised CancelledError: "]
 
     async def test_a_job_that_fails(self, caplog: pytest.LogCaptureFixture) -> None:
-        """A job of somebody else's that raises is logged, and the next one is carried out."""
+        """A job that no emitter made and that raises is logged, and the next one is carried out."""
         queue, done = BackgroundQueue(), list[int]()
 
         class Work:
@@ -197,10 +240,108 @@ class TestFailures:
         assert done == [1]
         assert caplog.messages == ["Background delivery of broken work failed"]
 
+    @pytest.mark.parametrize("thread", [None, False, True], ids=["async", "plain", "on a thread"])
+    async def test_of_any_class(
+        self, emitter: EventEmitter, thread: bool | None, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """What is no `Exception` is a failure, too, and the same subscription goes on."""
+        ran: list[int] = []
+
+        def handler(number: int) -> None:
+            ran.append(number)
+            if number == 0:
+                raise Panic("no")
+
+        async def asynchronous(number: int) -> None:
+            handler(number)
+
+        if thread is None:
+            emitter.on("evt", asynchronous)
+        else:
+            emitter.on("evt", handler, thread=thread)
+        for number in range(2):
+            emitter.emit_nowait("evt", number)
+        await drained(emitter)
+        assert ran == [0, 1]
+        (message,) = caplog.messages
+        assert message.endswith("for event 'evt' raised Panic: no")
+
+    def test_what_ends_the_program_is_said(
+        self, emitter: EventEmitter, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """`KeyboardInterrupt` passes, and what was lost with its lane is logged."""
+
+        async def interrupted(number: int) -> None:
+            raise KeyboardInterrupt
+
+        async def program() -> None:
+            emitter.emit_nowait("evt", 1)
+            emitter.emit_nowait("evt", 2)
+            await asyncio.sleep(PATIENCE)
+
+        emitter.on("evt", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            asyncio.run(program())
+        (message,) = caplog.messages
+        assert "with 2 deliveries lost: event 'evt' for interrupted" in message
+
+
+class Panic(BaseException):
+    """What some libraries raise: no `Exception`."""
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="there are no eager tasks")
+class TestEagerTasks:
+    async def test_deliver_in_order(self, emitter: EventEmitter) -> None:
+        """Nothing runs inside the emit, all is in order, and the end is found."""
+        asyncio.get_running_loop().set_task_factory(
+            getattr(asyncio, "eager_task_factory")  # noqa: B009 - of 3.12
+        )
+        done: list[int] = []
+
+        async def handler(number: int) -> None:
+            done.append(number)
+            if number % 2:
+                await asyncio.sleep(0)
+            if number == 3:
+                emitter.emit_nowait("evt", 5)
+
+        emitter.on("evt", handler)
+        emitter.on("limited", handler, timeout=PATIENCE)
+        for number in range(5):
+            emitter.emit_nowait("evt", number)
+            assert done == []
+        await drained(emitter)
+        assert done == list(range(6))
+        emitter.emit_nowait("limited", 6)
+        await emitter.emit("limited", 7)
+        await drained(emitter)
+        assert sorted(done) == list(range(8))
+
+    async def test_outside_the_transaction(
+        self, db: TortoiseContext, emitter: EventEmitter
+    ) -> None:
+        """A job of an eager loop is outside the caller's transaction as well."""
+        asyncio.get_running_loop().set_task_factory(
+            getattr(asyncio, "eager_task_factory")  # noqa: B009 - of 3.12
+        )
+
+        async def audit(event: str) -> None:
+            await AuditRow.create(event=event)
+
+        emitter.on("evt", audit)
+        with pytest.raises(ZeroDivisionError):
+            async with in_transaction(connection_of(db).connection_name):
+                emitter.emit_nowait("evt", "kept")
+                await AuditRow.create(event="rolled back")
+                raise ZeroDivisionError
+        await drained(emitter)
+        assert await audited() == ["kept"]
+
 
 class TestBound:
     async def test_more_is_dropped_loudly(self, caplog: pytest.LogCaptureFixture) -> None:
-        """Beyond its size the queue takes no more: an ERROR for each, a counter, and life goes on."""
+        """Beyond its size a lane takes no more: an ERROR, a counter, and life goes on."""
         queue = BackgroundQueue(size=3)
         emitter, done = EventEmitter(backend=queue), list[int]()
 
@@ -208,25 +349,79 @@ class TestBound:
             done.append(number)
 
         emitter.on("evt", handler)
-        for number in range(5):
+        for number in range(4):
             emitter.emit_nowait("evt", number)
-        assert queue.dropped == 2
-        assert (
-            caplog.messages
-            == [
-                "event 'evt' for handler was not delivered in the background: "
-                "3 deliveries are waiting already"
-            ]
-            * 2
-        )
+        assert queue.dropped == 1
+        assert caplog.messages == [
+            "event 'evt' for handler was not delivered in the background: "
+            "3 deliveries are waiting already"
+        ]
         assert {record.levelno for record in caplog.records} == {logging.ERROR}
         await drained(emitter)
         emitter.emit_nowait("evt", 5)
         await drained(emitter)
         assert done == [0, 1, 2, 5]
 
+    async def test_a_flood_is_one_line_a_second(
+        self, emitter: EventEmitter, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """Of 4 000 deliveries that are not taken the first is named at once, the others counted."""
+
+        async def handler() -> None: ...
+
+        emitter.on("evt", handler)
+        for _ in range(5000):
+            emitter.emit_nowait("evt")
+        assert len(caplog.messages) == 1
+        await drained(emitter)
+        assert caplog.messages[1:] == [
+            "3999 deliveries were not taken in the background, the last one: event 'evt' for "
+            "handler was not delivered in the background: 1000 deliveries are waiting already"
+        ]
+
+    async def test_a_flood_displaces_no_other(self) -> None:
+        """A subscription that is flooded loses its own deliveries, and no other's."""
+        emitter, done = EventEmitter(backend=BackgroundQueue(size=10)), list[str]()
+        release = asyncio.Event()
+
+        async def flooded(identifier: str) -> None:
+            await release.wait()
+
+        async def mail() -> None:
+            done.append("mail")
+
+        emitter.on("login_throttled", flooded, delivery="background")
+        emitter.on("password_changed", mail, delivery="background")
+        for _ in range(100):
+            await emitter.emit("login_throttled", identifier="ada")
+        await emitter.emit("password_changed")
+        for _ in range(5):
+            await asyncio.sleep(0)
+        assert done == ["mail"]
+        release.set()
+        await drained(emitter)
+
+    async def test_full_for_one_handler_of_an_event(self) -> None:
+        """A lane that raises keeps no other handler of the same event from its delivery."""
+        queue = BackgroundQueue(size=1, overflow="raise")
+        emitter, done = EventEmitter(backend=queue), list[str]()
+
+        async def first() -> None:
+            done.append("first")
+
+        async def second() -> None:
+            done.append("second")
+
+        emitter.on("full", "evt", delivery="background")(first)
+        emitter.on("evt", second, delivery="background")
+        await emitter.emit("full")
+        with pytest.raises(BackgroundQueueFull, match="'evt' for first was not delivered"):
+            await emitter.emit("evt")
+        await drained(emitter)
+        assert sorted(done) == ["first", "second"]
+
     async def test_or_refused(self) -> None:
-        """With ``overflow="raise"`` whoever emits is told."""
+        """With ``overflow="raise"`` the emit raises."""
         queue = BackgroundQueue(size=1, overflow="raise")
         emitter, done = EventEmitter(backend=queue), list[int]()
 
@@ -341,12 +536,13 @@ class TestContext:
         assert seen == ["none", "leaked", "none", "leaked"]
         assert request_id.get() == "none"
 
-    async def test_of_one_delivery_is_shared(self, emitter: EventEmitter) -> None:
-        """Handlers of one delivery share its context, and tasks that they start inherit it."""
+    async def test_is_each_handler_s_own(self, emitter: EventEmitter) -> None:
+        """Handlers of one emit do not see what another one sets; tasks that they start inherit it."""
         seen: list[str] = []
 
         async def setting() -> None:
             request_id.set("set by the first")
+            await reading()
 
         async def reading() -> None:
             async def inner() -> None:
@@ -358,7 +554,7 @@ class TestContext:
         emitter.on("evt", reading)
         emitter.emit_nowait("evt")
         await drained(emitter)
-        assert seen == ["set by the first"]
+        assert sorted(seen) == ["none", "set by the first"]
 
 
 class TestTransactions:
@@ -579,7 +775,7 @@ class TestEnd:
         emitter.on("b", hanging)
         for event in ("a", "b", "a"):
             emitter.emit_nowait(event)
-        lost = [f"event '{event}' for hanging" for event in ("a", "b", "a")]
+        lost = [f"event '{event}' for hanging" for event in ("a", "a", "b")]  # lane by lane
         assert await emitter.aclose(SHORT) == lost
         async with asyncio.timeout(PATIENCE):
             await cancelled.wait()
@@ -645,7 +841,7 @@ class TestEnd:
                 await emitter.emit("more")
 
         async def begin() -> None:
-            emitter.detach(work("task"), "task")
+            deliverer_of(emitter).spawn(work("task"), "task")
 
         emitter.on("evt", begin, delivery="background")
         emitter.on("more", lambda: done.append("more"), delivery="background")
@@ -664,6 +860,20 @@ class TestEnd:
         emitter.emit_nowait("evt")
         await drained(emitter)
         assert done == [[]]
+
+    async def test_from_two_handlers_at_once(self, emitter: EventEmitter) -> None:
+        """Handlers in two lanes that close the emitter do not wait for each other."""
+        done: list[object] = []
+
+        async def closing(name: str) -> None:
+            await asyncio.sleep(0)
+            done.append(await emitter.aclose())
+
+        emitter.on("evt", partial(closing, "a"))
+        emitter.on("evt", partial(closing, "b"), timeout=PATIENCE)
+        emitter.emit_nowait("evt")
+        await drained(emitter)
+        assert done == [[], []]
 
     async def test_two_at_once(self, emitter: EventEmitter) -> None:
         """Two that close an emitter at the same time report a loss once."""
@@ -720,6 +930,22 @@ class Recorder:
         self.jobs.append(job)
 
 
+class AtOnce(Recorder):
+    """A backend that makes a task of each job where it is submitted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tasks: list[asyncio.Task[None]] = []
+
+    def submit(self, job: Job) -> None:
+        """Begin."""
+        self.tasks.append(asyncio.ensure_future(job()))
+
+    async def __aexit__(self, *exc: object) -> None:
+        """Wait for all."""
+        await asyncio.gather(*self.tasks)
+
+
 class TestBackend:
     async def test_that_takes_nothing_harms_no_login(
         self, db: TortoiseContext, caplog: pytest.LogCaptureFixture
@@ -772,10 +998,36 @@ class TestBackend:
             assert done == [("handler", 1)]
             assert [job.description for job in backend.jobs] == [
                 "event 'evt' for <lambda>",
-                "event 'evt' for handler, <lambda>",
+                "event 'evt' for handler",
+                "event 'evt' for <lambda>",
             ]
         assert backend.log == ["entered", "left"]
         assert done == [("handler", 1), ("background", 1), ("handler", 2), ("background", 2)]
+
+    @pytest.mark.parametrize("outcome", ["commit", "roll back"])
+    async def test_that_begins_at_once_is_outside_the_transaction(
+        self, db: TortoiseContext, outcome: str
+    ) -> None:
+        """A backend may await a job inside the caller's transaction: its writes are its own."""
+        backend = AtOnce()
+        emitter = EventEmitter(backend=backend)
+
+        async def audit(event: str) -> None:
+            await asyncio.sleep(0)
+            await AuditRow.create(event=event)
+
+        emitter.on("evt", audit, delivery="background")
+        emitter.on("now", audit)
+        with suppress(ZeroDivisionError):
+            async with in_transaction(connection_of(db).connection_name):
+                await emitter.emit("evt", "on commit")
+                emitter.emit_nowait("now", "at once")
+                await AuditRow.create(event="in the transaction")
+                if outcome == "roll back":
+                    raise ZeroDivisionError
+        await drained(emitter)
+        kept = ["at once"] + ["in the transaction", "on commit"] * (outcome == "commit")
+        assert sorted(await audited()) == kept
 
     async def test_that_takes_too_long(self, caplog: pytest.LogCaptureFixture) -> None:
         """A backend that does not stop in time is given up, and that is reported."""

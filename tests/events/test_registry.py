@@ -26,6 +26,7 @@ from tortoise_auth.events import (
     UserLogin,
     UserLogout,
 )
+from tortoise_auth.events.event_emitter import deliverer_of
 from tortoise_auth.events.registry import _MAX_SHAPES
 
 Handler = Callable[..., Any]
@@ -283,7 +284,7 @@ class TestRefused:
             lambda handler: emitter.remove_listener("evt", handler),
             lambda handler: emitter.clear("evt"),
             lambda handler: emitter.clear(),
-            lambda handler: emitter.restore({}),
+            lambda handler: deliverer_of(emitter).registry.restore({}),
         ]
         for free in ways:
             handler = noting([], 1)
@@ -292,9 +293,9 @@ class TestRefused:
         emitter.once("evt", noting([], 2), name="shop.audit")
         await emitter.emit("evt")
         emitter.on("evt", noting([], 3), name="shop.audit")
-        before = emitter.snapshot()
+        before = deliverer_of(emitter).registry.snapshot()
         emitter.clear()
-        emitter.restore(before)
+        deliverer_of(emitter).registry.restore(before)
         with pytest.raises(SubscriptionError, match="taken"):
             emitter.on("evt", noting([], 4), name="shop.audit")
 
@@ -616,7 +617,7 @@ class TestGrowth:
             heard.append(wanted)
 
         emitter.on("evt", handler)
-        table = emitter._table("evt")
+        table = deliverer_of(emitter).registry.table("evt")
         assert table is not None
         for number in range(10 * _MAX_SHAPES):
             await emitter.emit("evt", wanted=number, **{f"made up {number}": 0})

@@ -30,6 +30,7 @@ from tortoise_auth import AuthConfig, AuthService, EventEmitter, RequestContext
 from tortoise_auth.database import Listener, connection_for, in_caller_transaction
 from tortoise_auth.events import Event, UserEvent, UserLogin, UserLogout, outbox
 from tortoise_auth.events import relay as relay_module
+from tortoise_auth.events.event_emitter import deliverer_of
 from tortoise_auth.events.outbox import Claimed
 from tortoise_auth.events.relay import Relay
 from tortoise_auth.events.unit_of_work import UnitOfWork
@@ -1180,7 +1181,7 @@ class TestRunning:
             heard.get_nowait()
         async with relay:
             pass
-        assert auth.emitter.relays == set()
+        assert deliverer_of(auth.emitter).relays == set()
         assert_no_connection_is_held(db)
 
     async def test_cancelled_while_it_stops(
@@ -1213,7 +1214,7 @@ class TestRunning:
         with suppress(asyncio.CancelledError):
             await finished(task)
         await finished(asyncio.wait(_tasks_of(relay) or [task]))
-        assert emitter.relays == set()
+        assert deliverer_of(emitter).relays == set()
         assert (await OutboxEntry.get()).claimed_by == f"{relay.name}:1"
 
     async def test_stopped_before_it_began(

@@ -26,6 +26,7 @@ from tortoise_auth.events import (
     UserLoginFailed,
     UserLogout,
 )
+from tortoise_auth.events.event_emitter import deliverer_of
 from tortoise_auth.events.registry import _MAX_MADE_UP
 from tortoise_auth.events.relay import Relay
 from tortoise_auth.events.unit_of_work import UnitOfWork
@@ -357,10 +358,10 @@ class TestOrder:
         calls: list[object] = []
         emitter.on("order.*", noting(calls, "pattern"))
         emitter.on(Storefront, noting(calls, "base"))
-        before = emitter.snapshot()
+        before = deliverer_of(emitter).registry.snapshot()
         emitter.clear()
         emitter.on("other.*", noting(calls, "other"))
-        emitter.restore(before)
+        deliverer_of(emitter).registry.restore(before)
         for event in ("order.paid", "other.paid", CartFilled()):
             await emitter.emit(event)
         assert calls == ["pattern", "base"]
@@ -400,10 +401,10 @@ class TestGrowth:
         for number in range(5_000):
             await emitter.emit(f"order.{number}", -1)
             await emitter.emit(f"other.{number}", -1)
-            assert len(emitter._made_up) <= _MAX_MADE_UP
+            assert len(deliverer_of(emitter).registry._made_up) <= _MAX_MADE_UP
         assert calls == [-1] * 5_000
         assert blocks() - before < 6_000  # the calls, and no more
-        assert len(emitter._tables) < 10
+        assert len(deliverer_of(emitter).registry.tables) < 10
 
     async def test_made_up_names_beside_a_base(self, emitter: EventEmitter) -> None:
         """Names that no class has leave nothing behind where there are bases alone."""

@@ -65,6 +65,7 @@ from tortoise_auth.events import (
     UserLogout,
 )
 from tortoise_auth.events import emitter as library_emitter
+from tortoise_auth.events.event_emitter import deliverer_of
 from tortoise_auth.events.formats import cloudevent
 from tortoise_auth.integrations.faststream import (
     CONTENT_TYPE,
@@ -755,7 +756,7 @@ class TestJetStream:
         async with publishing(place, emitter):
             (subscription,) = emitter.subscriptions("user_login", "durable")
             for _ in range(3):
-                await emitter.call(event, subscription)
+                await deliverer_of(emitter).call(event, subscription)
         assert await place.stored() == 1
 
     async def test_two_subscriptions_in_one_stream(
@@ -770,7 +771,7 @@ class TestJetStream:
         event = UserLogin(user=None, subject_id="7", session_id="s-1")  # type: ignore[type-var]
         async with running(broker):
             for subscription in emitter.subscriptions("user_login", "durable"):
-                await emitter.call(event, subscription)
+                await deliverer_of(emitter).call(event, subscription)
         assert await place.stored() == 2
 
     async def test_no_stream(
@@ -971,7 +972,7 @@ class TestWithoutServers:
         publish_events(emitter, Topic(), "user_login_failed", source=SOURCE)
         event = UserLoginFailed(identifier="x", reason="bad_password", subject_id=subject)
         (subscription,) = emitter.subscriptions("user_login_failed", "durable")
-        await emitter.call(event, subscription)
+        await deliverer_of(emitter).call(event, subscription)
         ((message, options),) = sent
         assert event_from(message) == event
         assert options == {
@@ -993,7 +994,7 @@ class TestWithoutServers:
         (subscription,) = emitter.subscriptions("*", "durable")
         with pytest.raises(EventError, match="TimeoutError"):
             async with asyncio.timeout(20):
-                await emitter.call(
+                await deliverer_of(emitter).call(
                     UserLoginFailed(identifier="x", reason="not_found"), subscription
                 )
 

@@ -23,8 +23,7 @@ from tortoise_auth.events.catalog import (
 )
 from tortoise_auth.events.checks import SubscriptionWarning
 from tortoise_auth.events.classification import Classification
-from tortoise_auth.events.emitting import (
-    EventEmitter,
+from tortoise_auth.events.default import (
     add_listener,
     emit,
     emit_nowait,
@@ -35,6 +34,8 @@ from tortoise_auth.events.emitting import (
     once,
     remove_listener,
 )
+from tortoise_auth.events.event_emitter import EventEmitter
+from tortoise_auth.events.observer import Delivered
 from tortoise_auth.events.registry import Listening
 from tortoise_auth.events.subscription import Delivery, Subscription
 from tortoise_auth.exceptions import EventError, SubscriptionError
@@ -46,6 +47,7 @@ __all__ = [
     "BackgroundQueue",
     "BackgroundQueueFull",
     "Classification",
+    "Delivered",
     "Delivery",
     "Event",
     "EventEmitter",

@@ -7,9 +7,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias, TypeVar, overload
-
-from typing_extensions import Unpack
+from typing import Any, TypeAlias
 
 from tortoise_auth.events.checks import Options, check_call, check_declared
 from tortoise_auth.events.event import (
@@ -25,17 +23,11 @@ from tortoise_auth.events.subscription import (
     Subscription,
     default_name,
     describe_handler,
-    event_class,
     event_name,
     is_pattern,
     subscribe,
 )
 from tortoise_auth.exceptions import SubscriptionError
-
-HandlerT = TypeVar("HandlerT", bound=Handler)
-ReturnT = TypeVar("ReturnT")
-FirstT = TypeVar("FirstT", bound=Event)
-SecondT = TypeVar("SecondT", bound=Event)
 
 _MAX_SHAPES = 64
 _MAX_MADE_UP = 64
@@ -86,134 +78,33 @@ class Registry:
         self._registrations = itertools.count(1)
         self._wide: tuple[Subscription, ...] | None = ()
         self._patterns: set[str] = set()
-        self._tables: dict[str, Table | None] = {}
+        self.tables: dict[str, Table | None] = {}
         self._made_up: dict[str, Table | None] = {}
         self._lock = threading.RLock()
-        self._may_run_plainly = True
+        self._plainly = True
         observe_declarations(self)
 
-    # ---- registering -------------------------------------------------------------------------
+    def add(self, events: Sequence[str | type[Event]], handler: Handler, options: Options) -> None:
+        """Register *handler* for each of *events*; see `EventEmitter.on` for the options."""
+        check_call(events, handler, options)
+        registration = next(self._registrations)
+        subscriptions = [
+            subscribe(event, handler, registration=registration, **options) for event in events
+        ]
+        with self._lock:
+            if options.get("name") or options.get("delivery") == "durable":
+                self._refuse_duplicate(subscriptions[0], of_any=bool(options.get("name")))
+            if self.strict:
+                for subscription in subscriptions:
+                    check_declared(subscription)
+            for subscription in subscriptions:
+                self._subscriptions.setdefault(subscription.event, []).append(subscription)
+                self._names[subscription.name] += 1
+                if is_pattern(subscription.event) and subscription.event != EVERYTHING:
+                    self._patterns.add(subscription.event)
+                self._forget_tables(subscription)
 
-    @overload
-    def on(
-        self, event: type[FirstT], /, **options: Unpack[Options]
-    ) -> Callable[[Callable[[FirstT], ReturnT]], Callable[[FirstT], ReturnT]]: ...
-    @overload
-    def on(
-        self,
-        event: type[FirstT],
-        handler: Callable[[FirstT], ReturnT],
-        /,
-        **options: Unpack[Options],
-    ) -> Callable[[FirstT], ReturnT]: ...
-    @overload
-    def on(
-        self, event: type[FirstT], second: type[SecondT], /, **options: Unpack[Options]
-    ) -> Callable[
-        [Callable[[FirstT | SecondT], ReturnT]], Callable[[FirstT | SecondT], ReturnT]
-    ]: ...
-    @overload
-    def on(
-        self,
-        event: type[Event],
-        second: type[Event],
-        third: type[Event],
-        /,
-        *more: type[Event],
-        **options: Unpack[Options],
-    ) -> Callable[[HandlerT], HandlerT]: ...
-    @overload
-    def on(self, *events: str, **options: Unpack[Options]) -> Callable[[HandlerT], HandlerT]: ...
-    @overload
-    def on(self, event: str, handler: HandlerT, /, **options: Unpack[Options]) -> HandlerT: ...
-    def on(self, *events: Any, **options: Unpack[Options]) -> Any:
-        """Register a handler: as a decorator, or directly when a function comes last.
-
-        Example::
-
-            @emitter.on("user_login", "user_logout")         # by name: it gets the arguments
-            async def audit(user): ...
-
-            @emitter.on(UserLogin)                           # by class: it gets the event
-            async def greet(event: UserLogin[User]): ...
-
-            @emitter.on("order.*")                           # by pattern: as by name
-            async def count(order_id): ...
-
-            emitter.on("*", record_everything)               # every event, as an object
-
-        A handler names only the arguments it needs: those of the event, any field of its class,
-        or ``event`` itself. A class stands for its events and those of every subclass, also of one
-        that is declared later. A name with ``*``, ``?`` or ``[`` in it is a pattern, matched as by
-        `fnmatch.fnmatchcase`.
-
-        Args:
-            *events: Names, patterns, classes, or ``"*"``; then perhaps the handler. Where several
-                of them match one event, the handler runs once.
-            priority: Lower runs first; 10 by default.
-            once: Remove it before its first call.
-            delivery: ``"inline"`` (default), ``"transaction"``, ``"background"`` or ``"durable"``.
-            timeout: Seconds it may take; a failure after that.
-            name: Identifies it, over restarts too; ``module:qualname`` by default.
-            thread: Plain functions run on a worker thread unless this is False.
-
-        Returns:
-            The function, unchanged.
-
-        Raises:
-            SubscriptionError: A `TypeError`; says which handler, which event and what is wrong. On
-                a strict emitter also for a pattern that matches no declared name, and for an
-                abstract class without a subclass.
-        """
-        return self._on(events, options)
-
-    @overload
-    def once(
-        self, event: type[FirstT], /, **options: Unpack[Options]
-    ) -> Callable[[Callable[[FirstT], ReturnT]], Callable[[FirstT], ReturnT]]: ...
-    @overload
-    def once(
-        self,
-        event: type[FirstT],
-        handler: Callable[[FirstT], ReturnT],
-        /,
-        **options: Unpack[Options],
-    ) -> Callable[[FirstT], ReturnT]: ...
-    @overload
-    def once(
-        self, event: type[FirstT], second: type[SecondT], /, **options: Unpack[Options]
-    ) -> Callable[
-        [Callable[[FirstT | SecondT], ReturnT]], Callable[[FirstT | SecondT], ReturnT]
-    ]: ...
-    @overload
-    def once(
-        self,
-        event: type[Event],
-        second: type[Event],
-        third: type[Event],
-        /,
-        *more: type[Event],
-        **options: Unpack[Options],
-    ) -> Callable[[HandlerT], HandlerT]: ...
-    @overload
-    def once(self, *events: str, **options: Unpack[Options]) -> Callable[[HandlerT], HandlerT]: ...
-    @overload
-    def once(self, event: str, handler: HandlerT, /, **options: Unpack[Options]) -> HandlerT: ...
-    def once(self, *events: Any, **options: Unpack[Options]) -> Any:
-        """Register a handler for one call, as `on` does with ``once=True``.
-
-        It is removed before that call, so that two emits at the same time run it once, and a
-        failure does not bring it back.
-        """
-        return self._on(events, {**options, "once": True})
-
-    def add_listener(
-        self, event_name: str | type[Event], handler: Handler, **options: Unpack[Options]
-    ) -> None:
-        """Register *handler*; see `on` for the options."""
-        self._register([event_name], handler, options)
-
-    def remove_listener(self, event_name: str | type[Event], handler: Handler) -> None:
+    def remove(self, event_name: str | type[Event], handler: Handler) -> None:
         """Remove the first registration of *handler*.
 
         Raises:
@@ -243,15 +134,11 @@ class Registry:
 
     # ---- looking ----------------------------------------------------------------------------
 
-    def listeners(self, event_name: str | type[Event]) -> list[Handler]:
-        """Return the functions that an emit would run, in order, as a new list."""
-        return [each.handler for each in self.subscriptions(event_name)]
-
     def subscriptions(
         self, event_name: str | type[Event], delivery: Delivery | None = None
     ) -> tuple[Subscription, ...]:
         """Return the subscriptions that an emit would serve, in order."""
-        table = self._table(_key(event_name))
+        table = self.table(_key(event_name))
         every = table.subscriptions if table is not None else ()
         return every if delivery is None else tuple(s for s in every if s.delivery == delivery)
 
@@ -284,6 +171,12 @@ class Registry:
             for position, each in enumerate(self.subscriptions(event), 1)
         ]
 
+    def set_plainly(self, plainly: bool) -> None:
+        """Set whether handlers may be called without the detour that observes or groups them."""
+        with self._lock:
+            self._plainly = plainly
+            self._forget_all_tables()
+
     # ---- for tests --------------------------------------------------------------------------
 
     def snapshot(self) -> dict[str, list[Subscription]]:
@@ -300,39 +193,6 @@ class Registry:
             self._forget_all_tables()
 
     # ---- inside -----------------------------------------------------------------------------
-
-    def _on(self, events: tuple[Any, ...], options: Options) -> Any:  # noqa: ANN401 - see the overloads
-        if events and callable(events[-1]) and event_class(events[-1]) is None:
-            *named, handler = events
-            self._register(named, handler, options)
-            return handler
-
-        def register(handler: HandlerT) -> HandlerT:
-            self._register(events, handler, options)
-            return handler
-
-        return register
-
-    def _register(
-        self, events: Sequence[str | type[Event]], handler: Handler, options: Options
-    ) -> None:
-        check_call(events, handler, options)
-        registration = next(self._registrations)
-        subscriptions = [
-            subscribe(event, handler, registration=registration, **options) for event in events
-        ]
-        with self._lock:
-            if options.get("name") or options.get("delivery") == "durable":
-                self._refuse_duplicate(subscriptions[0], of_any=bool(options.get("name")))
-            if self.strict:
-                for subscription in subscriptions:
-                    check_declared(subscription)
-            for subscription in subscriptions:
-                self._subscriptions.setdefault(subscription.event, []).append(subscription)
-                self._names[subscription.name] += 1
-                if is_pattern(subscription.event) and subscription.event != EVERYTHING:
-                    self._patterns.add(subscription.event)
-                self._forget_tables(subscription)
 
     def _refuse_duplicate(self, new: Subscription, *, of_any: bool) -> None:
         if new.name not in self._names:
@@ -365,30 +225,30 @@ class Registry:
         if subscription.is_wide:
             self._forget_all_tables()
         else:
-            self._tables.pop(subscription.event, None)
+            self.tables.pop(subscription.event, None)
             self._made_up.pop(subscription.event, None)
 
     def _forget_all_tables(self) -> None:
         self._wide = None
-        self._tables.clear()
+        self.tables.clear()
         self._made_up.clear()
 
-    def _table(self, name: str) -> Table | None:
+    def table(self, name: str) -> Table | None:
         """Return the subscriptions for *name*, if there are any.
 
         Names that are neither subscribed to nor declared leave nothing behind, however many are
         emitted: where no pattern is, they share the table of subscriptions to everything; else the
         last few are kept.
         """
-        table = self._tables.get(name)
+        table = self.tables.get(name)
         if table is not None or not self._subscriptions:
             return table
         if name in self._subscriptions or name in class_names:
-            return self._table_in(self._tables, name)
+            return self._table_in(self.tables, name)
         if self._patterns:
             return self._table_in(self._made_up, name)
         if EVERYTHING in self._subscriptions:
-            return self._table_in(self._tables, EVERYTHING)
+            return self._table_in(self.tables, EVERYTHING)
         return None
 
     def _table_in(self, tables: dict[str, Table | None], name: str) -> Table | None:
@@ -413,9 +273,9 @@ class Registry:
         if not once_each:
             return None
         in_order = sorted(once_each.values(), key=lambda each: (each.priority, each.registration))
-        return Table(in_order, plainly=self._may_run_plainly)
+        return Table(in_order, plainly=self._plainly)
 
-    def _consume(self, subscription: Subscription) -> bool:
+    def consume(self, subscription: Subscription) -> bool:
         """Remove a subscription for one call; false if another emit was first."""
         with self._lock:
             if subscription not in self._subscriptions.get(subscription.event, ()):

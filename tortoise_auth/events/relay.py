@@ -28,7 +28,7 @@ from tortoise_auth.database import (
 )
 from tortoise_auth.events import outbox
 from tortoise_auth.events.catalog import Event, UserEvent, UserT
-from tortoise_auth.events.emitting import EventEmitter
+from tortoise_auth.events.event_emitter import EventEmitter, deliverer_of
 from tortoise_auth.events.outbox import Claimed
 from tortoise_auth.events.subscription import Subscription
 from tortoise_auth.exceptions import EventError, describe
@@ -162,7 +162,7 @@ class Relay(Generic[UserT]):
         def wake() -> None:
             loop.call_soon_threadsafe(self._woken.set)
 
-        self._emitter.relays.add(wake)
+        deliverer_of(self._emitter).relays.add(wake)
         self._running = True
         failures = 0
         try:
@@ -179,7 +179,7 @@ class Relay(Generic[UserT]):
                         await self._pause(failures)
                 await self._end_batches()
         finally:
-            self._emitter.relays.discard(wake)
+            deliverer_of(self._emitter).relays.discard(wake)
             for batch in self._batches:
                 batch.cancel()
             await self._end_batches()
@@ -409,7 +409,7 @@ class _Batch(Generic[UserT]):
             if user is None and subscription.requires_user(type(event)):
                 raise UserGoneError(f"the user {row.subject_id} was deleted")
             event = replace(event, user=user)
-        await self._relay._emitter.call(event, subscription)
+        await deliverer_of(self._relay._emitter).call(event, subscription, attempt=row.attempts)
 
     def _subscription(self, row: Claimed) -> Subscription:
         """Return the subscription of a row: of several with its name, the one of its event."""

@@ -21,7 +21,7 @@ from tortoise_auth.database import (
 )
 from tortoise_auth.events import outbox
 from tortoise_auth.events.catalog import Event
-from tortoise_auth.events.emitting import EventEmitter
+from tortoise_auth.events.event_emitter import EventEmitter, deliverer_of
 from tortoise_auth.events.serialization import require_storable
 from tortoise_auth.events.subscription import Delivery, Subscription
 from tortoise_auth.exceptions import describe
@@ -113,7 +113,7 @@ class UnitOfWork:
         outcome = self._outcome
         for event in outcome.events:
             for subscription in self._emitter.subscriptions(event.name, "transaction"):
-                await self._emitter.call(event, subscription)
+                await deliverer_of(self._emitter).call(event, subscription)
             durable = self._emitter.subscriptions(event.name, "durable")
             if durable:
                 await outbox.write(self.connection, event, durable, self._clock())
@@ -159,7 +159,7 @@ class Outcome:
         pending = deque((event, self._subscriptions(event, "inline")) for event in self.events)
         try:
             while pending:
-                await self._emitter.run(*pending.popleft())
+                await deliverer_of(self._emitter).run(*pending.popleft())
         finally:  # one event's failure does not silence the next
             self._hand_over(pending)
 
@@ -171,7 +171,7 @@ class Outcome:
         try:
             while pending:
                 try:
-                    await self._emitter.run(*pending.popleft())
+                    await deliverer_of(self._emitter).run(*pending.popleft())
                 except Exception as failure:
                     for each in getattr(failure, "exceptions", [failure]):
                         logger.error("%s", describe(each), exc_info=each)
@@ -184,11 +184,11 @@ class Outcome:
 
     def _hand_over(self, inline: Iterable[tuple[Event, Sequence[Subscription]]]) -> None:
         for event, subscriptions in inline:
-            self._emitter.run_detached(event, subscriptions)
+            deliverer_of(self._emitter).run_spawned(event, subscriptions)
         for event in self.events:
-            self._emitter.submit(event, self._subscriptions(event, "background"))
+            deliverer_of(self._emitter).submit(event, self._subscriptions(event, "background"))
         if self.wakes_relays:
-            self._emitter.wake_relays()
+            deliverer_of(self._emitter).wake_relays()
 
     def _inline_groups(self, event: Event) -> list[Sequence[Subscription]]:
         """Return the inline handlers of *event*, those together that run at the same time.
@@ -246,7 +246,7 @@ def emit_failure_detached(
     """Emit the same in a task of its own, for a caller that was cancelled."""
     for event in events:
         outside = root_of(connection)
-        emitter.detach(
+        deliverer_of(emitter).spawn(
             _emit_failure(event, outside, emitter, clock), f"emission of event '{event.name}'"
         )
 
@@ -269,15 +269,17 @@ async def _emit_failure(
     if transactional:
         async with transaction(connection):
             for subscription in transactional:
-                await emitter.call(event, subscription)
+                await deliverer_of(emitter).call(event, subscription)
     if durable:
         # Another connection, in a task that is not awaited: in the caller's transaction the row
         # would go with a rollback, and to wait for a second connection here is a deadlock.
-        emitter.detach(_write(event, connection, emitter, clock), f"outbox row of {event.name}")
+        deliverer_of(emitter).spawn(
+            _write(event, connection, emitter, clock), f"outbox row of {event.name}"
+        )
     try:
-        await emitter.run(event, emitter.subscriptions(event.name, "inline"))
+        await deliverer_of(emitter).run(event, emitter.subscriptions(event.name, "inline"))
     finally:
-        emitter.submit(event, emitter.subscriptions(event.name, "background"))
+        deliverer_of(emitter).submit(event, emitter.subscriptions(event.name, "background"))
 
 
 async def _write(
@@ -286,4 +288,4 @@ async def _write(
     durable = emitter.subscriptions(event.name, "durable")
     async with transaction(root_of(connection)) as own:
         await outbox.write(own, event, durable, clock())
-    emitter.wake_relays()
+    deliverer_of(emitter).wake_relays()

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from contextlib import suppress
-from typing import Generic, Literal, TypeVar, get_args
+from typing import Any, Generic, Literal, TypeVar, get_args
 from uuid import UUID
 
 from tortoise.fields import CharField, TextField
@@ -15,7 +15,7 @@ from tortoise_auth.config import AuthConfig, checked_clock
 from tortoise_auth.context import RequestContext, current_context
 from tortoise_auth.database import on_commit
 from tortoise_auth.events.catalog import Actor, Event, SessionRevoked
-from tortoise_auth.events.emitting import EventEmitter
+from tortoise_auth.events.event_emitter import EventEmitter, deliverer_of
 from tortoise_auth.events.unit_of_work import UnitOfWork
 from tortoise_auth.exceptions import ConfigurationError
 from tortoise_auth.models import Session
@@ -119,6 +119,10 @@ class Core(Generic[UserT]):
         if user.pk is None:
             raise ValueError(f"{user!r} is not in the database; save it first")
 
+    def spawn(self, work: Coroutine[Any, Any, None], what: str) -> None:
+        """Do *work* in a task of its own, outside any transaction; the emitter's end waits for it."""
+        deliverer_of(self.emitter).spawn(work, what)
+
     async def end_orphan_later(
         self, user: UserT, session: Session, context: RequestContext
     ) -> None:
@@ -126,9 +130,7 @@ class Core(Generic[UserT]):
         with suppress(Exception):  # a transaction that takes no statement any more is not committed
             await on_commit(
                 self.sessions.connection(),
-                lambda: self.emitter.detach(
-                    self._end_orphan(user, session, context), "orphan session"
-                ),
+                lambda: self.spawn(self._end_orphan(user, session, context), "orphan session"),
             )
 
     async def _end_orphan(self, user: UserT, session: Session, context: RequestContext) -> None:

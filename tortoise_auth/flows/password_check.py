@@ -266,7 +266,7 @@ class PasswordCheck(Generic[UserT]):
             await wait_uncancelled(locking)
         except asyncio.CancelledError:
             telling = self._tell_locked(refused, refused.lock, locking)
-            self._core.emitter.detach(telling, "report of a lock")
+            self._core.spawn(telling, "report of a lock")
             raise
         await self._tell_locked(refused, refused.lock, locking)
 
@@ -280,7 +280,7 @@ class PasswordCheck(Generic[UserT]):
         except asyncio.CancelledError:  # but the report goes on
             if locked:
                 told_late = _available(lock.throttle.told(lock.reservation))
-                self._core.emitter.detach(told_late, "count of a login")
+                self._core.spawn(told_late, "count of a login")
             raise
         if locking.result():  # it raises what was wrong with the throttle
             await self._settle(lock.throttle.told(lock.reservation))
@@ -294,9 +294,7 @@ class PasswordCheck(Generic[UserT]):
     def _tell_later(self, refused: _Refused) -> None:
         """Do that for a caller who is gone, or has other news."""
         if refused.events or refused.lock:
-            self._core.emitter.detach(
-                self._tell(refused, patience=None), "report of a refused password"
-            )
+            self._core.spawn(self._tell(refused, patience=None), "report of a refused password")
 
     async def _find_user(self, identifier: str) -> UserT | None:
         connection = self._sessions.connection()
@@ -410,7 +408,7 @@ class PasswordCheck(Generic[UserT]):
         It would wait for a second connection there, or go with a rollback.
         """
         if is_transaction(self._sessions.connection()):
-            self._core.emitter.detach(_available(counting), "count of a login")
+            self._core.spawn(_available(counting), "count of a login")
         else:
             await _available(counting, _PATIENCE)
 

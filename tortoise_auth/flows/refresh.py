@@ -90,7 +90,7 @@ async def _reused(
         # The caller's transaction sees the session end now, and it ends for good even if that
         # transaction is rolled back, most likely because of the error that is raised next.
         if await core.sessions.revoke(pair.session, connection):
-            core.emitter.detach(_revoke_for_good(core, pair.session), "session revocation")
+            core.spawn(_revoke_for_good(core, pair.session), "session revocation")
             await emit_failure(event, connection=connection, emitter=core.emitter, clock=core.clock)
         return TokenReusedError()
     unit = core.unit_of_work()

@@ -12,8 +12,8 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Protocol
 from uuid import UUID, uuid5
 
-from tortoise_auth.events.emitting import EventEmitter
 from tortoise_auth.events.event import Event
+from tortoise_auth.events.event_emitter import EventEmitter
 from tortoise_auth.events.formats import (
     CloudEventError,
     cloudevent,

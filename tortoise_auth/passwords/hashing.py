@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import importlib.util
 import os
@@ -298,7 +299,7 @@ class PasswordHasher:
             return work()
 
         try:
-            return await self._pool.submit(job)
+            return await asyncio.wrap_future(self._pool.submit(job))
         except (ValueError, MemoryError, RuntimeError) as error:
             kind = type(error).__name__  # passlib quotes the stored hash in its errors
         raise ServiceUnavailableError(f"This machine could not compute a hash ({kind})")

@@ -23,7 +23,8 @@ from tortoise_auth.database import (
     violated_columns,
 )
 from tortoise_auth.events.catalog import PasswordChanged, UserRegistered
-from tortoise_auth.events.emitting import EventEmitter, emitter
+from tortoise_auth.events.default import emitter
+from tortoise_auth.events.event_emitter import EventEmitter
 from tortoise_auth.events.unit_of_work import UnitOfWork, pending_values
 from tortoise_auth.exceptions import (
     ConfigurationError,

@@ -6,12 +6,15 @@ import asyncio
 import contextvars
 import logging
 import pickle
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any, Literal
 
@@ -19,9 +22,12 @@ import pytest
 from tortoise.context import TortoiseContext
 from tortoise.transactions import in_transaction
 
+from tests.support.accounts import SECRET
 from tests.support.app import AuditRow, User
 from tests.support.database import connection_of
+from tortoise_auth import AuthConfig, AuthService
 from tortoise_auth.events import (
+    Delivered,
     Event,
     EventEmitter,
     EventError,
@@ -29,7 +35,8 @@ from tortoise_auth.events import (
     UserLogin,
     UserLogout,
 )
-from tortoise_auth.events.emission import MAX_NESTED
+from tortoise_auth.events.invocation import MAX_NESTED
+from tortoise_auth.testing import FakeClock, cheap_hasher
 
 Handler = Callable[..., Any]
 Modes = dict[str, Any]
@@ -83,7 +90,7 @@ PATHS: list[Any] = [
 
 class TestWhatIsHeard:
     async def test_by_class_by_name_and_all(self, emitter: EventEmitter) -> None:
-        """By class comes the event, by name its arguments, ``*`` hears every event as an object."""
+        """By class comes the event, by name its arguments, ``*`` receives every event as an object."""
         typed, named, everything = [], [], []
 
         @emitter.on(UserLogin)
@@ -298,7 +305,7 @@ class TestErrorPolicies:
 
     @pytest.mark.parametrize("options", PATHS)
     async def test_raise(self, options: Modes, caplog: pytest.LogCaptureFixture) -> None:
-        """``errors="raise"`` raises the first failure, calls nobody after it and logs nothing."""
+        """``errors="raise"`` raises the first failure, calls no handler after it and logs nothing."""
         ran: list[int] = []
         emitter, original = EventEmitter(errors="raise"), ValueError("no")
         emitter.on("evt", noting(ran, 1), **options)
@@ -356,8 +363,8 @@ class TestErrorPolicies:
         self, errors: Literal["log", "raise", "group"], concurrent: bool
     ) -> None:
         """`on_error` is called with each failure, whatever the policy."""
-        told: list[EventError] = []
-        emitter = EventEmitter(errors=errors, concurrent=concurrent, on_error=told.append)
+        failures: list[EventError] = []
+        emitter = EventEmitter(errors=errors, concurrent=concurrent, on_error=failures.append)
         emitter.on("evt", failing(ValueError("no")))
         raised: list[BaseException] = []
         try:
@@ -365,7 +372,7 @@ class TestErrorPolicies:
         except (EventError, ExceptionGroup) as error:
             raised.append(error)
         assert bool(raised) is (errors != "log")
-        (failure,) = told
+        (failure,) = failures
         assert (failure.event_name, failure.handler_name) == ("evt", "failing")
         assert isinstance(failure.__cause__, ValueError)
 
@@ -456,20 +463,20 @@ class TestTimeout:
     async def test_on_a_thread(self) -> None:
         """A plain function that blocks for longer is given up, too."""
         release = threading.Event()
-        told: list[EventError] = []
-        emitter = EventEmitter(on_error=told.append)
+        failures: list[EventError] = []
+        emitter = EventEmitter(on_error=failures.append)
         emitter.on("evt", lambda: release.wait(PATIENCE), timeout=SHORT)
         began = time.monotonic()
         await emitter.emit("evt")
         assert time.monotonic() - began < PATIENCE / 2
         release.set()
-        assert isinstance(told[0].original, TimeoutError)
+        assert isinstance(failures[0].original, TimeoutError)
 
     async def test_in_time(self) -> None:
         """A handler that finishes in time is as any other: it sees the context, its error is its own."""
-        told: list[EventError] = []
+        failures: list[EventError] = []
         seen: list[str] = []
-        emitter = EventEmitter(on_error=told.append)
+        emitter = EventEmitter(on_error=failures.append)
         request_id.set("r-1")
 
         async def prompt() -> None:
@@ -479,7 +486,7 @@ class TestTimeout:
         emitter.on("evt", prompt, timeout=PATIENCE)
         await emitter.emit("evt")
         assert seen == ["r-1"]
-        assert isinstance(told[0].original, ValueError)
+        assert isinstance(failures[0].original, ValueError)
 
     @pytest.mark.parametrize("delivery", ["inline", "background"])
     async def test_its_own_timeouts(
@@ -632,7 +639,7 @@ class TestCancellation:
     async def test_while_concurrent_handlers_run(
         self, errors: Literal["log", "raise", "group"], caplog: pytest.LogCaptureFixture
     ) -> None:
-        """Concurrent handlers all started: they go on, and their failures are still told."""
+        """Concurrent handlers all started: they go on, and their failures are still reported."""
         emitter = EventEmitter(concurrent=True, errors=errors)
         ran: list[int] = []
         started, release = asyncio.Event(), asyncio.Event()
@@ -660,13 +667,41 @@ class TestInterrupts:
     @pytest.mark.parametrize("concurrent", [False, True])
     def test_pass(self, interrupt: type[BaseException], options: Modes, concurrent: bool) -> None:
         """What ends the program is no failure of a handler: it passes, and nothing is reported."""
-        told: list[EventError] = []
-        emitter = EventEmitter(concurrent=concurrent, on_error=told.append)
+        failures: list[EventError] = []
+        emitter = EventEmitter(concurrent=concurrent, on_error=failures.append)
         emitter.on("evt", failing(interrupt()), **options)
         emitter.on("evt", noting([], 1), **options)
         with pytest.raises(interrupt):
             asyncio.run(emitter.emit("evt"))
-        assert told == []
+        assert failures == []
+
+
+class Panic(BaseException):
+    """What some libraries raise: no `Exception`."""
+
+
+class TestAnyClass:
+    @pytest.mark.parametrize("options", PATHS)
+    @pytest.mark.parametrize("concurrent", [False, True])
+    async def test_is_a_failure(
+        self, options: Modes, concurrent: bool, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """Whatever a handler raises, `Exception` or not, is its failure, and the next one runs."""
+        ran: list[int] = []
+        emitter = EventEmitter(concurrent=concurrent)
+        emitter.on("evt", failing(Panic("no")), **options)
+        emitter.on("evt", noting(ran, 1), **options)
+        await emitter.emit("evt")
+        assert ran == [1]
+        assert caplog.messages == ["Handler 'failing' for event 'evt' raised Panic: no"]
+
+    async def test_raised(self) -> None:
+        """A policy that raises does so with an `EventError`."""
+        emitter = EventEmitter(errors="raise")
+        emitter.on("evt", failing(Panic("no")))
+        with pytest.raises(EventError) as raised:
+            await emitter.emit("evt")
+        assert isinstance(raised.value.original, Panic)
 
 
 RECURSION: list[Any] = [
@@ -683,9 +718,9 @@ class TestRecursion:
     @pytest.mark.parametrize(("options", "kind"), RECURSION)
     async def test_two_that_emit_each_other(self, options: Modes, kind: Modes) -> None:
         """Handlers that emit each other's event are stopped, and it is reported once."""
-        told: list[EventError] = []
+        failures: list[EventError] = []
         calls = [0]
-        emitter = EventEmitter(**kind, on_error=told.append)
+        emitter = EventEmitter(**kind, on_error=failures.append)
 
         def answering(event: str) -> Handler:
             async def answer() -> None:
@@ -701,8 +736,8 @@ class TestRecursion:
                 await emitter.emit("ping")
         else:
             await emitter.emit("ping")
-        assert len(told) == 1
-        assert isinstance(told[0].original, RecursionError)
+        assert len(failures) == 1
+        assert isinstance(failures[0].original, RecursionError)
         assert 10 < calls[0] < 1000
 
     @pytest.mark.parametrize(("options", "kind"), RECURSION[:5])
@@ -711,9 +746,9 @@ class TestRecursion:
 
         Each fails in the outermost emit, and that is what is reported.
         """
-        told: list[EventError] = []
+        failures: list[EventError] = []
         calls = [0]
-        emitter = EventEmitter(**kind, on_error=told.append)
+        emitter = EventEmitter(**kind, on_error=failures.append)
 
         async def first() -> None:
             calls[0] += 1
@@ -727,14 +762,14 @@ class TestRecursion:
         emitter.on("evt", second, **options)
         with suppress(ExceptionGroup):
             await emitter.emit("evt")
-        assert sorted(error.handler_name for error in told) == ["first", "second"]
+        assert sorted(error.handler_name for error in failures) == ["first", "second"]
         assert calls[0] < 3000
 
     async def test_through_worker_threads(self) -> None:
         """Plain functions that emit from their threads are stopped as well."""
-        told: list[EventError] = []
+        failures: list[EventError] = []
         calls = [0]
-        emitter = EventEmitter(on_error=told.append)
+        emitter = EventEmitter(on_error=failures.append)
 
         def recursing() -> None:
             calls[0] += 1
@@ -743,7 +778,7 @@ class TestRecursion:
         emitter.on("evt", recursing)
         await emitter.emit("evt")
         assert calls == [MAX_NESTED]
-        assert [type(error.original) for error in told] == [RecursionError]
+        assert [type(error.original) for error in failures] == [RecursionError]
 
     @pytest.mark.parametrize("limit", [None, PATIENCE])
     async def test_a_handler_s_own(
@@ -1015,3 +1050,198 @@ class TestEmitSync:
         release.set()
         await emitting
         assert ran == ["evt", "slow"]
+
+
+class TestCollect:
+    @pytest.mark.parametrize("options", PATHS)
+    @pytest.mark.parametrize("concurrent", [False, True])
+    async def test_results_in_order(self, options: Modes, concurrent: bool) -> None:
+        """What the handlers return comes in their order, of plain functions and of async ones."""
+        emitter = EventEmitter(concurrent=concurrent)
+
+        async def answer(number: int, text: str) -> str:
+            for _ in range(5 - number):
+                await asyncio.sleep(0)
+            return f"{text} {number}"
+
+        for number in (3, 1, 2):
+            emitter.on("evt", partial(answer, number), priority=number, **options)
+        emitter.on("evt", lambda text: text.upper(), priority=4, **options)
+        emitter.on("evt", lambda: None, priority=5, thread=False, **options)
+        assert await emitter.collect("evt", "no") == ["no 1", "no 2", "no 3", "NO", None]
+
+    async def test_nobody(self, emitter: EventEmitter) -> None:
+        """Without a subscription there is nothing."""
+        assert await emitter.collect("evt") == []
+
+    async def test_of_event_objects(self, emitter: EventEmitter) -> None:
+        """It takes what `emit` takes."""
+        emitter.on(OrderPaid, lambda event: event.order_id)
+        emitter.on("order_paid", lambda amount: amount)
+        assert await emitter.collect(OrderPaid(order_id=7, amount=9.5)) == [7, 9.5]
+
+    async def test_failures(self, caplog: pytest.LogCaptureFixture) -> None:
+        """Failures that are logged are left out; the other policies raise."""
+        emitter = EventEmitter()
+        emitter.on("evt", failing(ValueError("no")))
+        emitter.on("evt", lambda: 1)
+        assert await emitter.collect("evt") == [1]
+        assert caplog.messages == ["Handler 'failing' for event 'evt' raised ValueError: no"]
+        emitter.errors = "raise"
+        with pytest.raises(EventError):
+            await emitter.collect("evt")
+        emitter.errors = "group"
+        with pytest.raises(ExceptionGroup):
+            await emitter.collect("evt")
+
+    async def test_background_returns_nothing(self, emitter: EventEmitter) -> None:
+        """What is handed over runs, and returns nothing here; nor does a spent ``once``."""
+        ran: list[int] = []
+        emitter.on("evt", noting(ran, 1), delivery="background")
+        emitter.once("evt", lambda: "once")
+        assert await emitter.collect("evt") == ["once"]
+        assert await emitter.collect("evt") == []
+        await settled(emitter)
+        assert ran == [1, 1]
+
+
+class TestObserver:
+    async def test_outcomes(self) -> None:
+        """After each call it receives how that ended, how long it took, and of which subscription."""
+        seen: list[Delivered] = []
+        emitter = EventEmitter(observer=seen.append)
+
+        async def hanging() -> None:
+            await asyncio.Event().wait()
+
+        heard: list[Event] = []
+        emitter.on("evt", noting([], 1), name="fine")
+        emitter.on("evt", failing(ValueError("no")), name="bad")
+        emitter.on("evt", failing(TimeoutError("own")), name="own", timeout=PATIENCE)
+        emitter.on("evt", hanging, name="late", timeout=SHORT)
+        emitter.on(OrderPaid, heard.append, name="typed", delivery="background", thread=False)
+        await emitter.emit("evt")
+        event = OrderPaid(order_id=7)
+        await emitter.emit(event)
+        await settled(emitter)
+        assert [(each.subscription, each.delivery, each.outcome) for each in seen] == [
+            ("fine", "inline", "succeeded"),
+            ("bad", "inline", "failed"),
+            ("own", "inline", "failed"),
+            ("late", "inline", "timed_out"),
+            ("typed", "background", "succeeded"),
+        ]
+        assert [each.event_id for each in seen] == [None] * 4 + [event.id]
+        assert {each.attempt for each in seen} == {1}
+        assert seen[3].seconds >= SHORT > seen[0].seconds
+
+    async def test_cancelled(self) -> None:
+        """A call whose caller is cancelled has neither succeeded nor failed."""
+        seen: list[Delivered] = []
+        emitter, started = EventEmitter(observer=seen.append), asyncio.Event()
+
+        async def interrupted() -> None:
+            started.set()
+            await asyncio.Event().wait()
+
+        emitter.on("evt", interrupted)
+        emitter.on("evt", noting([], 1))
+        await cancel_when(asyncio.create_task(emitter.emit("evt")), started)
+        await settled(emitter)
+        assert [each.outcome for each in seen] == ["cancelled", "succeeded"]
+
+    @pytest.mark.parametrize("concurrent", [False, True])
+    async def test_that_fails(self, concurrent: bool, caplog: pytest.LogCaptureFixture) -> None:
+        """What it raises, of whatever class, is logged and changes nothing else."""
+        ran: list[int] = []
+
+        def broken(delivered: Delivered) -> None:
+            raise Panic("metrics")
+
+        emitter = EventEmitter(observer=broken, concurrent=concurrent, errors="raise")
+        emitter.on("evt", noting(ran, 1))
+        emitter.on("evt", noting(ran, 2))
+        await emitter.emit("evt")
+        assert ran == [1, 2]
+        assert caplog.messages == ["The observer failed for event 'evt'"] * 2
+
+    async def test_of_an_emitter_that_is_in_use(self, emitter: EventEmitter) -> None:
+        """It may be set and taken away at any time: that of the library's emitter is."""
+        seen: list[Delivered] = []
+        emitter.on("evt", noting([], 1))
+        await emitter.emit("evt")
+        emitter.observer = seen.append
+        await emitter.emit("evt")
+        emitter.observer = None
+        await emitter.emit("evt")
+        assert len(seen) == 1
+
+    async def test_of_the_relay(self, db: TortoiseContext) -> None:
+        """Durable deliveries are observed where the relay makes them, with the number of the attempt."""
+        seen: list[Delivered] = []
+        clock = FakeClock()
+        auth = AuthService(
+            User,
+            AuthConfig(secret=SECRET),
+            emitter=EventEmitter(observer=seen.append),
+            clock=clock,
+            passwords=cheap_hasher(),
+        )
+        results = [ValueError("no"), None]
+
+        async def deliver(event: Event) -> None:
+            failure = results.pop(0)
+            if failure is not None:
+                raise failure
+
+        auth.emitter.on(OrderPaid, deliver, delivery="durable", name="crm")
+        event = OrderPaid(order_id=7, occurred_at=clock())
+        await auth.emitter.emit(event)
+        assert seen == []
+        clock.now = datetime.now(UTC) + timedelta(hours=1)
+        await auth.relay().drain()
+        clock.advance(timedelta(hours=1))
+        await auth.relay().drain()
+        assert [(each.event_id, each.outcome, each.attempt) for each in seen] == [
+            (event.id, "failed", 1),
+            (event.id, "succeeded", 2),
+        ]
+        assert {(each.subscription, each.delivery) for each in seen} == {("crm", "durable")}
+
+
+class TestPublicClass:
+    def test_has_what_the_contract_names(self) -> None:
+        """What a host holds in its hands is what the pages describe, and nothing else."""
+        assert {name for name in dir(EventEmitter) if not name.startswith("_")} == {
+            *("on", "once", "off", "add_listener", "remove_listener", "clear"),
+            *("listeners", "subscriptions", "events", "known_events", "describe"),
+            *("emit", "emit_nowait", "emit_sync", "emit_threadsafe", "collect", "aclose"),
+            *("errors", "propagate_errors", "concurrent", "strict", "backend", "observer"),
+        }
+
+    def test_the_emitter_is_no_module(self) -> None:
+        """``tortoise_auth.events.emitter`` is the library's emitter, whatever is imported before."""
+        code = (
+            "import tortoise_auth.events.event_emitter\n"
+            "from tortoise_auth.events import emitter, EventEmitter, on\n"
+            "assert type(emitter) is EventEmitter and on.__self__ is emitter"
+        )
+        subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+    @pytest.mark.parametrize("concurrent", [False, True])
+    async def test_policies_may_change(self, concurrent: bool) -> None:
+        """``propagate_errors`` and ``errors`` can be set later, and hold from the next emit on."""
+        emitter = EventEmitter(concurrent=concurrent)
+        emitter.on("evt", failing(ValueError("no")))
+        await emitter.emit("evt")
+        emitter.propagate_errors = True
+        with pytest.raises(EventError):
+            await emitter.emit("evt")
+        emitter.errors = "group"
+        assert not emitter.propagate_errors
+        with pytest.raises(ExceptionGroup):
+            await emitter.emit("evt")
+        emitter.propagate_errors = False
+        await emitter.emit("evt")
+        with pytest.raises(ValueError, match="errors must be"):
+            setattr(emitter, "errors", "ignore")  # noqa: B010 - a mistake that mypy would find
