@@ -427,6 +427,7 @@ class TestGrowth:
     def test_declaring_while_threads_emit(self, emitter: EventEmitter) -> None:
         """Classes are declared in threads while others look subscriptions up: nothing breaks."""
         emitter.on(Storefront, noting([]))
+        handler = noting([])
         failed: list[BaseException] = []
 
         def declare(number: int) -> None:
@@ -435,7 +436,7 @@ class TestGrowth:
                     name = f"shop.thread_{number}_{turn}"
                     kind = type("Declared", (Storefront,), {"name": name})
                     assert emitter.listeners(name), kind
-                    emitter.on("shop.*", print)
+                    emitter.on("shop.*", handler)
                     emitter.off("shop.*")
             except BaseException as error:  # noqa: BLE001 - whatever it is
                 failed.append(error)
