@@ -1,4 +1,4 @@
-"""Fixtures that every test can ask for; what they are made of is in ``tests/support``."""
+"""Fixtures for all tests; their building blocks are in ``tests/support``."""
 # ruff: noqa: E402 - pytest rewrites the assertions of modules that are imported afterwards
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skip a test whose server does not listen, and say which."""
+    """Skip a test if a server it needs is not listening, and name the server."""
     for mark in item.iter_markers("service"):
         reason = missing(*mark.args)
         if reason:
@@ -94,22 +94,22 @@ def auth(clock: FakeClock) -> AuthService[User]:
 
 
 @pytest.fixture
-def heard(emitter: EventEmitter) -> list[str]:
-    """The names of the events that the test's emitter was given, in order."""
+def emitted(emitter: EventEmitter) -> list[str]:
+    """The names of the events emitted on the test's emitter, in order."""
     names: list[str] = []
-    _listen_to_all(emitter, names.append)
+    _subscribe_to_all(emitter, names.append)
     return names
 
 
-def _listen_to_all(emitter: EventEmitter, tell: Callable[[str], object]) -> None:
+def _subscribe_to_all(emitter: EventEmitter, record: Callable[[str], object]) -> None:
     from tortoise_auth.events import catalog  # noqa: PLC0415
 
     for event in vars(catalog).values():
         if isinstance(event, type) and issubclass(event, catalog.Event):
-            _listen(emitter, event.name, tell)
+            _subscribe(emitter, event.name, record)
 
 
-def _listen(emitter: EventEmitter, name: str, tell: Callable[[str], object]) -> None:
+def _subscribe(emitter: EventEmitter, name: str, record: Callable[[str], object]) -> None:
     @emitter.on(name)
-    async def note(*args: object, **kwargs: object) -> None:
-        tell(name)
+    async def handler(*args: object, **kwargs: object) -> None:
+        record(name)

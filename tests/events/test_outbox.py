@@ -206,7 +206,7 @@ class TestWriting:
         assert await stored("user_table", "subject_id") == [("", None)] * 2
 
     async def test_emitted_by_name(
-        self, db: TortoiseContext, ada: User, emitter: EventEmitter, heard: list[str]
+        self, db: TortoiseContext, ada: User, emitter: EventEmitter, emitted: list[str]
     ) -> None:
         """A name alone cannot be stored; the error says what to emit, and nobody is told."""
         emitter.on("page_turned", hear, delivery="durable")
@@ -214,7 +214,7 @@ class TestWriting:
             emitter.on(name, hear_too, delivery="durable", name=f"durable {name}")
             with pytest.raises(TypeError, match=f"'{name}' has durable.* an event object"):
                 await emitter.emit(name, *args)
-        assert heard == []
+        assert emitted == []
         assert await OutboxEntry.all().count() == 0
 
     async def test_emitted_without_waiting(

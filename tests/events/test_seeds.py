@@ -423,7 +423,7 @@ class TestRegstack:
         assert set(strict.events()) == contract
 
     async def test_registration_and_login(
-        self, sqlite: TortoiseContext, clock: FakeClock, hooks: EventEmitter, heard: list[str]
+        self, sqlite: TortoiseContext, clock: FakeClock, hooks: EventEmitter, emitted: list[str]
     ) -> None:
         """A service emits on the emitter it was given, side by side; a failure breaks no flow."""
         meeting = asyncio.Barrier(2)
@@ -448,7 +448,7 @@ class TestRegstack:
             result = await auth.login(EMAIL, PASSWORD)
         assert await auth.authenticate(result.access_token) == ada
         assert sorted(done) == [f"crm: {EMAIL}", f"sales: {EMAIL}"]
-        assert heard == ["user_registered"]  # on the emitter of the model
+        assert emitted == ["user_registered"]  # on the emitter of the model
 
 
 class TestLitestar:

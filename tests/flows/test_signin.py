@@ -87,7 +87,7 @@ def test_the_search_finds_openings(source: str) -> None:
 
 class TestProof:
     async def test_session_knows_what_was_proven(
-        self, core: Core[User], user: User, clock: FakeClock, heard: list[str]
+        self, core: Core[User], user: User, clock: FakeClock, emitted: list[str]
     ) -> None:
         """Methods and time of a proof are kept by the session and said by each access token."""
         result = await sign_in(core, proof(user, clock), RequestContext(), None)
@@ -98,7 +98,7 @@ class TestProof:
         claims = core.tokens.read(result.access_token)
         assert claims.methods == ("otp", "pwd")
         assert claims.authenticated_at == clock() - timedelta(hours=1)
-        assert heard == ["user_login"]
+        assert emitted == ["user_login"]
 
     async def test_password(self, auth: AuthService[User], user: User, clock: FakeClock) -> None:
         """A password login says ``pwd`` (RFC 8176), and a refresh keeps what was proven."""
@@ -110,7 +110,7 @@ class TestProof:
         assert (claims.methods, claims.authenticated_at) == (("pwd",), at)
 
     async def test_spent_proof(
-        self, core: Core[User], user: User, clock: FakeClock, heard: list[str]
+        self, core: Core[User], user: User, clock: FakeClock, emitted: list[str]
     ) -> None:
         """A proof that cannot be used any more opens nothing, and nothing is emitted."""
 
@@ -121,4 +121,4 @@ class TestProof:
         assert result is None
         assert await Session.all().count() == 0
         assert (await User.get(pk=user.pk)).last_login is None
-        assert heard == []
+        assert emitted == []
