@@ -588,7 +588,11 @@ NOT_JSON: dict[str, object] = {
 
 class TestExtraClaims:
     @pytest.mark.parametrize(
-        "name", ["iss", "aud", "sub", "sid", "jti", "iat", "exp", "nbf", "typ", "client_id"]
+        "name",
+        [
+            *("iss", "aud", "sub", "sid", "jti", "iat", "exp", "nbf", "typ", "client_id"),
+            *("auth_time", "amr"),
+        ],
     )
     def test_reserved(self, tokens: AccessTokens, clock: FakeClock, name: str) -> None:
         """A claim that is ours is refused by name."""
@@ -722,6 +726,10 @@ FORGED_CLAIMS: dict[str, object] = {
         )
     },
     "nbf null": CLAIMS | {"nbf": None},
+    "auth_time text": CLAIMS | {"auth_time": str(NOW)},
+    "auth_time too late": CLAIMS | {"auth_time": 10**15},
+    "amr text": CLAIMS | {"amr": "pwd"},
+    "amr numbers": CLAIMS | {"amr": ["pwd", 1]},
     **{
         f"iss {issuer!r}": CLAIMS | {"iss": issuer}
         for issuer in (
