@@ -35,16 +35,20 @@ from tortoise_auth import (
     AuthResult,
     AuthService,
     EventEmitter,
+    PasswordHasher,
     Revocation,
     TortoiseAuthError,
 )
 from tortoise_auth.events import (
+    AccountLocked,
+    AccountUnlocked,
     PasswordChanged,
     RefreshTokenReused,
     SessionRefreshed,
     SessionRevoked,
     UserDeactivated,
     UserLogin,
+    UserLoginFailed,
     UserLogout,
 )
 from tortoise_auth.exceptions import (
@@ -54,6 +58,7 @@ from tortoise_auth.exceptions import (
 )
 from tortoise_auth.sessions import Sessions
 from tortoise_auth.testing import Captured, FakeClock, capture
+from tortoise_auth.throttling import DatabaseThrottle
 
 pytestmark = needs_postgres
 
@@ -168,13 +173,16 @@ async def overlap(
         return await outcome(first)
 
     monkeypatch.setattr(TransactionWrapper, "commit", commit_when_told)
-    async with asyncio.timeout(LIMIT):
-        one = loop.create_task(run_first())
-        process = await holder
-        two = loop.create_task(outcome(second))
-        await fresh.until_somebody_waits_for(process)
-        go.set()
-        return await one, await two
+    try:
+        async with asyncio.timeout(LIMIT):
+            one = loop.create_task(run_first())
+            process = await holder
+            two = loop.create_task(outcome(second))
+            await fresh.until_somebody_waits_for(process)
+            go.set()
+            return await one, await two
+    finally:
+        go.set()  # else the pool waits for the connection of *first* for ever
 
 
 ENDERS = ["logout_access", "logout_refresh", "logout_all", "set_password", "deactivate", "revoke"]
@@ -411,6 +419,165 @@ class TestLoginAndEnd:
         assert type(refused) is AuthenticationError
         assert await fresh.live_sessions() == 0
         await fresh.assert_events_equal_changes(events)
+
+
+class TestLock:
+    """The last failure that is allowed, and what happens to the account at the same moment."""
+
+    WRONG = "a wrong donkey charger"
+
+    @pytest.fixture
+    def auth(self, emitter: EventEmitter, clock: FakeClock) -> AuthService[User]:
+        """A service whose second failure in a row locks."""
+        throttle = DatabaseThrottle(max_failures=2, clock=clock)
+        return AuthService(User, AuthConfig(secret=SECRET), throttle=throttle, clock=clock)
+
+    @pytest.fixture
+    def last(self, auth: AuthService[User]) -> Call:
+        """Fail for the last time that is allowed."""
+        return lambda: auth.login(EMAIL, self.WRONG)
+
+    async def login_and_failure(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        hasher: PasswordHasher,
+        fresh: Database,
+        calls: tuple[Call, Call],
+        *,
+        first_to_commit: int,
+    ) -> tuple[Any, Any]:
+        """Let both be counted in this order, before either password is checked; then `overlap`."""
+        verify, counted = hasher.verify, [asyncio.Event(), asyncio.Event()]
+        go_on = asyncio.Event()
+
+        async def slowly(*args: Any) -> Any:
+            is_first_to_commit = holds_its_commit.get()
+            counted[first_to_commit if is_first_to_commit else 1 - first_to_commit].set()
+            await (counted[1].wait() if is_first_to_commit else go_on.wait())
+            return await verify(*args)
+
+        async def in_order(number: int) -> object:
+            if number == 1:
+                await counted[0].wait()
+            return await calls[number]()
+
+        async def end_of_other() -> object:
+            go_on.set()
+            return await other
+
+        monkeypatch.setattr(hasher, "verify", slowly)
+        other = asyncio.ensure_future(outcome(lambda: in_order(1 - first_to_commit)))
+        return await overlap(monkeypatch, fresh, lambda: in_order(first_to_commit), end_of_other)
+
+    async def assert_locked(self, ada: User, *, locked: bool) -> None:
+        """The database says so, too."""
+        assert ((await User.get(pk=ada.pk)).password_locked_at is not None) is locked
+
+    async def test_login_commits_first(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        hasher: PasswordHasher,
+        fresh: Database,
+        auth: AuthService[User],
+        ada: User,
+        last: Call,
+        events: Captured,
+    ) -> None:
+        """It breaks the row of failures: nothing is locked."""
+        calls = (lambda: log_in(auth), last)
+        result, failed = await self.login_and_failure(
+            monkeypatch, hasher, fresh, calls, first_to_commit=0
+        )
+        assert isinstance(result, AuthResult)
+        assert type(failed) is AuthenticationError
+        await self.assert_locked(ada, locked=False)
+        assert events.of(AccountLocked) == []
+
+    async def test_lock_commits_first(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        hasher: PasswordHasher,
+        fresh: Database,
+        auth: AuthService[User],
+        ada: User,
+        last: Call,
+        events: Captured,
+    ) -> None:
+        """A password that was right before opens nothing any more."""
+        calls = (lambda: log_in(auth), last)
+        failed, refused = await self.login_and_failure(
+            monkeypatch, hasher, fresh, calls, first_to_commit=1
+        )
+        assert type(failed) is type(refused) is AuthenticationError
+        await self.assert_locked(ada, locked=True)
+        assert [each.reason for each in events.of(UserLoginFailed)] == ["bad_password", "locked"]
+        assert len(events.of(AccountLocked)) == 1
+
+    async def test_two_locks(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        fresh: Database,
+        auth: AuthService[User],
+        ada: User,
+        last: Call,
+        events: Captured,
+    ) -> None:
+        """Of two that find so many failures one locks."""
+        await outcome(last)
+        one, two = await overlap(monkeypatch, fresh, last, last)
+        assert type(one) is type(two) is AuthenticationError
+        assert len(events.of(AccountLocked)) == 1
+        await self.assert_locked(ada, locked=True)
+
+    async def test_new_password_after_the_lock(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        fresh: Database,
+        auth: AuthService[User],
+        ada: User,
+        last: Call,
+        events: Captured,
+    ) -> None:
+        """A new password waits for the lock, and takes it back."""
+        await outcome(last)
+        failed, _ = await overlap(
+            monkeypatch, fresh, last, lambda: auth.set_password(ada, NEW_PASSWORD)
+        )
+        assert type(failed) is AuthenticationError
+        assert len(events.of(AccountLocked)) == 1
+        await self.assert_locked(ada, locked=False)
+        assert await auth.login(EMAIL, NEW_PASSWORD)
+
+    async def test_new_password_before_the_lock(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        fresh: Database,
+        auth: AuthService[User],
+        ada: User,
+        last: Call,
+        events: Captured,
+    ) -> None:
+        """Failures at the old password do not lock the new one."""
+        await outcome(last)
+        await overlap(monkeypatch, fresh, lambda: auth.set_password(ada, NEW_PASSWORD), last)
+        assert events.of(AccountLocked) == []
+        await self.assert_locked(ada, locked=False)
+
+    async def test_two_unlocks(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        fresh: Database,
+        auth: AuthService[User],
+        ada: User,
+        last: Call,
+        events: Captured,
+    ) -> None:
+        """One unlocks, the other finds nothing to do."""
+        for _ in range(2):
+            await outcome(last)
+        await overlap(monkeypatch, fresh, lambda: auth.unlock(ada), lambda: auth.unlock(ada))
+        assert len(events.of(AccountUnlocked)) == 1
+        await self.assert_locked(ada, locked=False)
 
 
 class TestRehash:

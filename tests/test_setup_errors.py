@@ -50,8 +50,8 @@ class Nameless(AbstractUser):
         abstract = False
 
 
-class Unlocking:
-    """A throttle that has nothing to lock an account with."""
+class Incomplete:
+    """A throttle that cannot give an attempt back."""
 
     async def reserve(self, attempt: Attempt) -> Reservation:
         """Let everybody try."""
@@ -60,7 +60,7 @@ class Unlocking:
     async def failed(self, reservation: Reservation) -> None:
         """Nothing is counted."""
 
-    succeeded = released = told = failed
+    succeeded = failed
 
 
 class Ambiguous(AbstractUser):
@@ -173,7 +173,7 @@ class TestParts:
             ({"throttle": True}, "throttle= takes DatabaseThrottle"),
             ({"throttle": False}, "throttle= takes DatabaseThrottle"),
             ({"throttle": DatabaseThrottle}, "throttle= takes DatabaseThrottle"),
-            ({"throttle": Unlocking()}, "throttle= takes DatabaseThrottle"),
+            ({"throttle": Incomplete()}, "throttle= takes DatabaseThrottle"),
             ({"clock": datetime.now}, "aware datetime"),
             ({"clock": utc_now()}, "aware datetime"),
             ({"emitter": "x"}, "emitter= takes an instance of EventEmitter"),

@@ -146,17 +146,26 @@ class OutboxEntry(Model):
 class AttemptCount(Model):
     """How often passwords were tried for one account, or from one source.
 
+    Times are numbers, because the statement that counts an attempt also computes the delay, in an
+    SQL that every database has.
+
     Attributes:
         key: What is counted; no identifier can be read from it.
-        count: Attempts since the last success or quiet time; the next pause follows from it.
-        failures: Failures in a row.
-        last_at: When the last attempt was counted.
+        count: Attempts since the last success or reset; the next delay follows from it.
+        failures: Failures in a row, with those attempts that are still being checked.
+        in_flight: Attempts that are being checked.
+        counted_at: When the last attempt was counted, in microseconds since 1970.
+        previous_at: When the one before it was counted; for an attempt that is given back.
+        reserved_at: When an attempt last began, whether it counted against the budget or not.
     """
 
     key = fields.CharField(max_length=191, primary_key=True)
     count = fields.IntField(default=0)
     failures = fields.IntField(default=0)
-    last_at: UtcDatetimeField[datetime] = UtcDatetimeField(db_index=True)
+    in_flight = fields.IntField(default=0)
+    counted_at = fields.BigIntField()
+    previous_at = fields.BigIntField()
+    reserved_at = fields.BigIntField(db_index=True)
 
     class Meta(Model.Meta):
         table = "tortoise_auth_attempts"

@@ -330,9 +330,6 @@ class AuthService(Generic[UserT]):
             user: The account.
             actor: The actor of the event: ``"user"`` if users close their own account.
             context: Circumstances of the request.
-
-        Returns:
-            How many sessions ended.
         """
         return await account_status.deactivate(self._core, user, actor, context)
 
@@ -340,14 +337,15 @@ class AuthService(Generic[UserT]):
     async def activate(
         self, user: UserT, *, actor: Actor = "admin", context: RequestContext | None = None
     ) -> None:
-        """Open a closed account again. Emits ``user_activated``. No session comes back.
-
-        Args:
-            user: The account.
-            actor: The actor of the event.
-            context: Circumstances of the request.
-        """
+        """Open a closed account again. Emits ``user_activated``. No session comes back."""
         await account_status.activate(self._core, user, actor, context)
+
+    @translates_database_errors
+    async def unlock(
+        self, user: UserT, *, actor: Actor = "admin", context: RequestContext | None = None
+    ) -> None:
+        """Unlock a password and reset its failures. Emits ``account_unlocked`` if it was locked."""
+        await account_status.unlock(self._core, self._passwords, user, actor, context)
 
     @translates_database_errors
     async def purge_expired(self) -> int:

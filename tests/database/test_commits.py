@@ -34,6 +34,7 @@ from tortoise_auth.database import (
     in_caller_transaction,
     on_commit,
     transaction,
+    unless_kept,
 )
 from tortoise_auth.database.dialects import mark_of, set_mark
 
@@ -336,6 +337,76 @@ class TestDelivery:
                 assert connection_for(AuditRow) is outer
                 raise Undo
         assert (noted, await events()) == ([], [])
+
+
+class TestUnlessKept:
+    """What is written again if it is rolled back."""
+
+    @staticmethod
+    async def write(connection: BaseDBAsyncClient) -> None:
+        """Write one row."""
+        await AuditRow.create(event="kept", using_db=connection)
+
+    async def write_to_keep(self, connection: BaseDBAsyncClient) -> None:
+        """Write it again if it is lost."""
+        await self.write(connection)
+        await unless_kept(connection, self.write)
+
+    @pytest.mark.parametrize("ending", ["commit", "rollback"])
+    async def test_ending(self, root: BaseDBAsyncClient, ending: str) -> None:
+        """Whatever becomes of the transaction it is there, once, before another one begins."""
+        seen: list[int] = []
+
+        begun = asyncio.Event()
+
+        async def next_one() -> None:
+            await begun.wait()
+            async with in_transaction():
+                seen.append(await AuditRow.all().count())
+
+        later = asyncio.ensure_future(next_one())
+        with suppress(Undo):
+            async with in_transaction() as transaction:
+                begun.set()
+                await self.write_to_keep(transaction)
+                if ending == "rollback":
+                    raise Undo
+        await later
+        assert seen == [1]
+
+    @pytest.mark.parametrize("ending", ["commit", "rollback"])
+    async def test_savepoint(self, root: BaseDBAsyncClient, ending: str) -> None:
+        """It is written again at the end of the outermost transaction, and only what was lost."""
+        with suppress(Undo):
+            async with in_transaction() as transaction:
+                with suppress(Undo):
+                    async with in_transaction() as savepoint:
+                        await self.write_to_keep(savepoint)
+                        raise Undo
+                await self.write_to_keep(transaction)
+                if ending == "rollback":
+                    raise Undo
+        assert await AuditRow.all().count() == 2
+
+    async def test_without_a_transaction(self, root: BaseDBAsyncClient) -> None:
+        """Nothing can be lost."""
+        await self.write_to_keep(root)
+        assert await AuditRow.all().count() == 1
+
+    async def test_failure(self, root: BaseDBAsyncClient, caplog: pytest.LogCaptureFixture) -> None:
+        """It is logged, and keeps the others from nothing."""
+
+        async def fail(_: BaseDBAsyncClient) -> None:
+            raise OSError
+
+        with suppress(Undo):
+            async with in_transaction() as transaction:
+                await unless_kept(transaction, fail)
+                await self.write_to_keep(transaction)
+                raise Undo
+        assert await AuditRow.all().count() == 1
+        assert caplog.messages == ["What follows a rollback failed"]
+        caplog.clear()
 
 
 class TestTurns:

@@ -356,7 +356,7 @@ class TestHost:
 
 
 class TestShipped:
-    ALLOWED: ClassVar = (ops.CreateModel, ops.AddField, ops.AddIndex)
+    ALLOWED: ClassVar = (ops.CreateModel, ops.DeleteModel, ops.AddField, ops.AddIndex)
 
     @pytest.fixture
     def shipped(self) -> list[Migration]:

@@ -22,7 +22,6 @@ from tests.support.database import connection_of, database
 from tests.support.hashing import argon2_costs, full_cost
 from tests.support.services import needs_postgres
 from tests.support.statements import statements
-from tests.support.throttles import no_turn
 from tortoise_auth import (
     AuthConfig,
     AuthenticationError,
@@ -35,6 +34,7 @@ from tortoise_auth import (
 )
 from tortoise_auth.events import (
     AccountLocked,
+    AccountUnlocked,
     Event,
     LoginThrottled,
     PasswordChangeFailed,
@@ -47,11 +47,12 @@ from tortoise_auth.exceptions import (
     ThrottledError,
 )
 from tortoise_auth.flows import password_check
+from tortoise_auth.flows.password_check import PasswordCheck
 from tortoise_auth.models import AttemptCount
 from tortoise_auth.passwords import Verification
 from tortoise_auth.testing import Captured, FakeClock, capture
-from tortoise_auth.throttling import DatabaseThrottle, Limit, counters, waiting
-from tortoise_auth.throttling.counters import Count
+from tortoise_auth.throttling import Backoff, DatabaseThrottle, waiting
+from tortoise_auth.throttling.protocol import Counted
 
 NOBODY = "nobody@example.com"
 WRONG = "a wrong donkey charger"
@@ -63,8 +64,9 @@ LIMIT = 60
 Call: TypeAlias = Callable[[], Awaitable[object]]
 
 
-def _groups(auth: AuthService[User]) -> list[Any]:
-    return [*auth._passwords._open_attempts._groups.values()]
+def waiting_at(auth: AuthService[User]) -> int:
+    """Return how many attempts wait for others."""
+    return auth._passwords._waiting._waiting.total()
 
 
 @pytest.fixture
@@ -93,8 +95,8 @@ def service(
     emitter: EventEmitter | None = None,
 ) -> AuthService[User]:
     throttle = DatabaseThrottle(
-        account=Limit(free=account),
-        source=Limit(free=source),
+        account=Backoff(free_attempts=account),
+        source=Backoff(free_attempts=source),
         max_failures=max_failures,
         clock=clock,
     )
@@ -176,6 +178,10 @@ async def broken(*_: object) -> object:
     raise Broken
 
 
+async def nothing(*_: object) -> None:
+    """Stands for what a killed process has not done."""
+
+
 class TestBurst:
     """Fifty at the same moment (R35, A160)."""
 
@@ -212,7 +218,7 @@ class TestBurst:
         async with asyncio.timeout(LIMIT):
             results = await asyncio.gather(*(log_in(strict) for _ in range(BURST)))
         assert len({result.session.id for result in results}) == BURST
-        assert not strict._passwords._open_attempts._groups
+        assert not strict._passwords._waiting._waiting
 
     async def test_nobody_waits_for_the_handlers_of_others(
         self, ada: User, strict: AuthService[User], emitter: EventEmitter
@@ -234,37 +240,6 @@ class TestBurst:
             go_on.set()
             outcomes = await asyncio.gather(*guesses)
         assert outcomes.count("AuthenticationError") == BUDGET
-
-    @needs_postgres
-    async def test_all_saw_the_same_count(
-        self,
-        postgres: TortoiseContext,
-        clock: FakeClock,
-        hasher: PasswordHasher,
-        monkeypatch: pytest.MonkeyPatch,
-    ) -> None:
-        """Even if all fifty have read the counter before any of them writes it."""
-        monkeypatch.setattr(password_check, "_PATIENCE", LIMIT)
-        await User.create_user(email=EMAIL, password=PASSWORD)
-        auth = service(clock)
-        read, barrier, came = counters._read, asyncio.Barrier(BURST), 0
-
-        async def read_together(*args: Any) -> Count:
-            nonlocal came
-            came += 1
-            first = came <= BURST
-            row = await read(*args)
-            if first:
-                await barrier.wait()
-            return row
-
-        monkeypatch.setattr(counters, "_read", read_together)
-        monkeypatch.setattr(DatabaseThrottle, "_turn", no_turn)  # as in as many processes
-        with argon2_costs() as costs:
-            async with asyncio.timeout(LIMIT):
-                outcomes = await asyncio.gather(*(guess(auth) for _ in range(BURST)))
-        assert outcomes.count("ThrottledError") == BURST - BUDGET
-        assert costs == [full_cost(hasher)] * BUDGET
 
 
 class TestPause:
@@ -575,7 +550,7 @@ class TestOthersUnderWay:
         async with asyncio.timeout(LIMIT):
             outcomes = await asyncio.gather(*(guess(auth, each, PASSWORD, HERE) for each in names))
         assert outcomes == ["in"] * BURST
-        assert not auth._passwords._open_attempts._groups
+        assert not auth._passwords._waiting._waiting
 
     async def test_right_one_among_guesses(self, db: TortoiseContext, clock: FakeClock) -> None:
         """Wrong ones let nobody in; each right one lets one in, which may be a wrong one."""
@@ -670,7 +645,7 @@ class TestOthersUnderWay:
             await first.wait()
             for number, each in enumerate(passwords[1:], 1):
                 calls.append(asyncio.ensure_future(guess(strict, EMAIL, each)))
-                while sum(len(group.waiting) for group in _groups(strict)) < number:  # noqa: ASYNC110 - no event tells
+                while waiting_at(strict) < number:  # noqa: ASYNC110 - no event says so
                     await asyncio.sleep(0)
             go_on.set()
             outcomes = await asyncio.gather(*calls)
@@ -702,7 +677,7 @@ class TestOthersUnderWay:
         for each in stuck:
             each.cancel()
         await asyncio.wait(stuck)
-        assert not strict._passwords._open_attempts._groups
+        assert not strict._passwords._waiting._waiting
 
     async def test_fault_lets_somebody_in(
         self,
@@ -727,7 +702,7 @@ class TestOthersUnderWay:
             for _ in range(BUDGET):
                 await began.acquire()
             user = asyncio.ensure_future(guess(strict, EMAIL, PASSWORD))
-            while not any(each.waiting for each in _groups(strict)):  # noqa: ASYNC110 - no event tells
+            while not waiting_at(strict):  # noqa: ASYNC110 - no event says so
                 await asyncio.sleep(0)
             go_on.set()
             assert await user == "in"
@@ -842,6 +817,55 @@ class TestLocked:
         await auth.purge_expired()
         assert await guess(auth, EMAIL, PASSWORD) == "AuthenticationError"
 
+    async def test_unlocked(self, ada: User, clock: FakeClock, events: Captured) -> None:
+        """After `unlock` the password is right again, the row of failures anew, and once is said so."""
+        auth = service(clock, account=1000, max_failures=BUDGET)
+        for _ in range(2):
+            await fail(auth, BUDGET)
+            assert await guess(auth, EMAIL, PASSWORD) == "AuthenticationError"
+            assert (await User.get(pk=ada.pk)).password_locked_at == clock()
+            events.clear()
+            await auth.unlock(ada)
+            await auth.unlock(ada)
+            assert events.names == ["account_unlocked"]
+            unlocked = events.one(AccountUnlocked)
+            assert (unlocked.user, unlocked.actor) == (ada, "admin")
+            assert ada.password_locked_at is None
+            await fail(auth, BUDGET - 1)
+            assert await guess(auth, EMAIL, PASSWORD) == "in"
+
+    async def test_unlock_ends_a_pause(
+        self, ada: User, strict: AuthService[User], events: Captured
+    ) -> None:
+        """An account that is only throttled begins anew, too; no event says it was locked."""
+        await fail(strict, BUDGET)
+        assert await guess(strict, EMAIL, PASSWORD) == "ThrottledError"
+        events.clear()
+        await strict.unlock(ada)
+        assert events.names == []
+        assert await guess(strict, EMAIL, PASSWORD) == "in"
+
+    async def test_unlock_without_a_throttle(self, ada: User, clock: FakeClock) -> None:
+        """It is the account that is locked, whatever service asks."""
+        await fail(service(clock, max_failures=1), 1)
+        auth = AuthService(User, AuthConfig(secret=SECRET), throttle=None, clock=clock)
+        assert await guess(auth, EMAIL, PASSWORD) == "AuthenticationError"
+        await auth.unlock(ada)
+        assert await guess(auth, EMAIL, PASSWORD) == "in"
+
+    async def test_process_was_killed_before_the_lock(
+        self, ada: User, clock: FakeClock, events: Captured
+    ) -> None:
+        """The next attempt, right or wrong, is refused and locks."""
+        auth = service(clock, max_failures=1)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(PasswordCheck, "_lock", nothing)
+            await fail(auth, 1)
+        assert events.names == ["user_login_failed"]
+        assert await guess(auth, EMAIL, PASSWORD) == "AuthenticationError"
+        assert events.names.count("account_locked") == 1
+        assert events.of(UserLoginFailed)[-1].reason == "locked"
+
     @pytest.mark.parametrize("who", ["service", "model"])
     async def test_a_new_password_opens_it(
         self, ada: User, clock: FakeClock, events: Captured, who: str
@@ -929,7 +953,7 @@ class TestLocked:
         assert events.names.count("account_locked") == 1
         assert await guess(auth, EMAIL, PASSWORD) == "AuthenticationError"
 
-    @pytest.mark.parametrize("step", ["reserve", "lock"])
+    @pytest.mark.parametrize("step", ["reserve", "failed"])
     async def test_by_somebody_who_hangs_up_on_the_throttle(
         self, ada: User, clock: FakeClock, emitter: EventEmitter, events: Captured, step: str
     ) -> None:
@@ -1084,12 +1108,13 @@ class TestLocked:
         auth = AuthService(User, AuthConfig(secret=SECRET), throttle=throttle, clock=clock)
         await fail(auth, 2)
 
-        async def down(_: object) -> bool:
+        async def down(*_: object, **__: object) -> bool:
             raise OSError
 
         with monkeypatch.context() as patch:
-            patch.setattr(throttle, "lock", down)
+            patch.setattr(password_check, "lock_password", down)
             assert await guess(auth) == "ServiceUnavailableError"
+            await auth.emitter.aclose(LIMIT)
         assert events.names == ["user_login_failed"] * 3
         assert await guess(auth, EMAIL, PASSWORD) == "AuthenticationError"
         assert events.names.count("account_locked") == 1
@@ -1296,7 +1321,7 @@ class TestStoreIsDown:
         throttle = DatabaseThrottle(clock=clock)
         auth = AuthService(User, AuthConfig(secret=SECRET), throttle=throttle, clock=clock)
 
-        async def down(_: object) -> None:
+        async def down(_: object, **__: object) -> None:
             raise error
 
         monkeypatch.setattr(throttle, method, down)
@@ -1328,7 +1353,7 @@ class TestStoreIsDown:
         with pytest.raises(ServiceUnavailableError):
             await auth.login(EMAIL, WRONG)
         await auth.emitter.aclose(LIMIT)
-        assert events.names == ["account_locked", "user_login_failed"]
+        assert sorted(events.names) == ["account_locked", "user_login_failed"]
 
     @pytest.mark.parametrize("answer", [None, True, 5])
     async def test_no_reservation(
@@ -1403,10 +1428,14 @@ class TestTransactionOfTheCaller:
     async def test_lock_within_one(
         self, ada: User, clock: FakeClock, emitter: EventEmitter, events: Captured
     ) -> None:
-        """However many guesses one transaction holds, the lock is told once."""
+        """However many guesses one transaction holds, as many are checked as are allowed."""
         auth = service(clock, account=1000, max_failures=3)
         async with in_transaction():
-            await fail(auth, 9)
+            with argon2_costs() as costs:
+                outcomes = [await guess(auth) for _ in range(9)]
+        assert outcomes[:3] == ["AuthenticationError"] * 3
+        assert "in" not in outcomes
+        assert len(costs) - outcomes[3:].count("AuthenticationError") == 3
         await emitter.aclose()
         assert await guess(auth, EMAIL, PASSWORD) == "AuthenticationError"
         assert events.names.count("account_locked") == 1
@@ -1647,10 +1676,10 @@ class TestTransactionOfTheCaller:
             pool: Any = connection_of(context)
             take, held = throttle._take, []
 
-            async def take_when_dry(key: str, **options: Any) -> Any:
-                if key.startswith("account:"):
+            async def take_when_dry(counted: Counted) -> Counted:
+                if counted.of_account:
                     held.append(await pool._pool.acquire())
-                return await take(key, **options)
+                return await take(counted)
 
             monkeypatch.setattr(throttle, "_take", take_when_dry)
             async with asyncio.timeout(LIMIT):
@@ -1667,7 +1696,7 @@ class TestTwoServices:
         """Services with secrets of their own count on their own, accounts as well as sources."""
         config = AuthConfig(secret=secrets.token_urlsafe(48))
         throttle = DatabaseThrottle(
-            account=Limit(free=BUDGET), source=Limit(free=BUDGET), clock=clock
+            account=Backoff(free_attempts=BUDGET), source=Backoff(free_attempts=BUDGET), clock=clock
         )
         one = service(clock, source=BUDGET)
         two = AuthService(User, config, throttle=throttle, clock=clock)
@@ -1681,7 +1710,7 @@ class TestTwoServices:
         named = await NamedUser.create_user(email=EMAIL, username=EMAIL, password=PASSWORD)
         assert named.pk == ada.pk
         throttle = DatabaseThrottle(
-            account=Limit(free=BUDGET), source=Limit(free=BUDGET), clock=clock
+            account=Backoff(free_attempts=BUDGET), source=Backoff(free_attempts=BUDGET), clock=clock
         )
         config = AuthConfig(secret=SECRET)
         for model in (User, NamedUser):
@@ -1700,7 +1729,7 @@ class TestTwoServices:
         self, db: TortoiseContext, clock: FakeClock
     ) -> None:
         """A user name in the form of somebody's address blocks its own account alone (A169)."""
-        throttle = DatabaseThrottle(account=Limit(free=BUDGET), clock=clock)
+        throttle = DatabaseThrottle(account=Backoff(free_attempts=BUDGET), clock=clock)
         auth = AuthService(NamedUser, AuthConfig(secret=SECRET), throttle=throttle, clock=clock)
         await NamedUser.create_user(email=EMAIL, username="ada", password=PASSWORD)
         await NamedUser.create_user(email=NOBODY, username=EMAIL, password=PASSWORD)

@@ -44,9 +44,9 @@ from tests.support.throttles import (
 from tortoise_auth import AuthConfig, AuthenticationError, AuthService, RequestContext
 from tortoise_auth.exceptions import ConfigurationError, ServiceUnavailableError, ThrottledError
 from tortoise_auth.flows import password_check
-from tortoise_auth.integrations.limits import _FORGOTTEN, LimitsThrottle, _CountedInWindows
+from tortoise_auth.integrations.limits import LimitsThrottle, _CountedInWindows
 from tortoise_auth.testing import Captured, FakeClock, capture
-from tortoise_auth.throttling.protocol import LOCKED, TOLD, Counted, Reservation
+from tortoise_auth.throttling.protocol import Counted, Reservation, TooEarly
 
 PAGE = Path(__file__).parent.parent.parent / "docs" / "throttling.md"
 DAY = 24 * 60 * 60
@@ -121,9 +121,9 @@ class TestInRedis(ThrottleContract):
         async with redis() as storage:
             throttle = made_of(storage)(account=2, source=4)
             await fail(throttle, attempt(source=ABROAD), 2)
-            await throttle.released(await throttle.reserve(attempt(familiar=yes)))
-            await fail(throttle, attempt(familiar=yes), 2)
-            await refused(throttle, attempt(familiar=yes))
+            await throttle.released(await throttle.reserve(attempt(known_source=yes)))
+            await fail(throttle, attempt(known_source=yes), 2)
+            await refused(throttle, attempt(known_source=yes))
             await throttle.succeeded(await throttle.reserve(attempt("bob")))
             client = client_of(storage)
             keys = [key async for key in client.scan_iter(f"{storage.bridge.key_prefix}:*")]
@@ -194,163 +194,61 @@ class SlowStorage(MemoryStorage):
             await asyncio.sleep(0)
 
 
-class TestLock:
-    """A lock and a success at the same moment, step by step."""
-
-    @staticmethod
-    async def reserved() -> tuple[LimitsThrottle, Reservation, Reservation]:
-        """Return two attempts of which the second would lock."""
-        throttle = LimitsThrottle("async+memory://", max_failures=2)
-        right, wrong = [await throttle.reserve(attempt()) for _ in range(2)]
-        return throttle, right, wrong
-
-    @pytest.mark.parametrize("rivals", [1, 2])
-    async def test_between_the_look_and_the_step_of_a_success(
-        self, monkeypatch: pytest.MonkeyPatch, rivals: int
-    ) -> None:
-        """The lock was first: no success takes it back, and it is told once."""
-        throttle, right, wrong = await self.reserved()
-        get, looked = throttle._storage.get, asyncio.Barrier(rivals + 1)
-
-        async def look_together(key: str) -> int:
-            value = await get(key)
-            if key.endswith(":0"):
-                await looked.wait()
-                await locked.wait()
-            return value
-
-        locked = asyncio.Event()
-        with monkeypatch.context() as patch:
-            patch.setattr(throttle._storage, "get", look_together)
-            successes = [asyncio.ensure_future(throttle.succeeded(right)) for _ in range(rivals)]
-            await looked.wait()
-            patch.setattr(throttle._storage, "get", get)
-            assert await throttle.lock(wrong)
-            locked.set()
-            await asyncio.gather(*successes)
-        await throttle.told(wrong)
-        (later,) = await fail(throttle, attempt())
-        assert (later.locked, later.untold) == (True, False)
-
-    async def test_while_a_success_takes_its_step(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """It is locked for who comes then, too, and told by who was to tell it."""
-        throttle, right, wrong = await self.reserved()
-        incr, later = throttle._storage.incr, list[Reservation]()
-
-        async def lock_before(key: str, expiry: int, amount: int = 1) -> int:
-            if amount == -_FORGOTTEN:
-                assert await throttle.lock(wrong)
-            if amount == _FORGOTTEN:
-                later.extend(await fail(throttle, attempt()))
-                assert not await throttle.lock(later[0])  # somebody is about to tell it
-                await throttle.told(wrong)
-                later.extend(await fail(throttle, attempt()))
-            return await incr(key, expiry, amount)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(throttle._storage, "incr", lock_before)
-            await throttle.succeeded(right)
-        later.extend(await fail(throttle, attempt()))
-        assert [each.locked for each in later] == [True] * 3
-        assert [each.untold for each in later] == [True, False, False]
+class TestSteps:
+    """Others do something between any two steps, as in as many processes."""
 
     @pytest.mark.parametrize("seed", range(0, 1000, 100))
     async def test_in_a_storm(self, seed: int) -> None:
-        """In whatever order the steps are taken, it is locked if that was told, once, and else open."""
+        """In whatever order the steps are taken, no more than the allowed ones are checked."""
         for each in range(seed, seed + 100):
             storage = SlowStorage()
             storage.chance = random.Random(each)
             most = storage.chance.randint(2, 5)
             throttle = LimitsThrottle(storage, account="1000 per day", max_failures=most)
-            told = await storm(throttle, storage.chance, most)
-            later = await throttle.reserve(attempt(source=None))
-            assert (told, later.untold) == (int(later.locked), False), each
+            failed = await storm(throttle, storage.chance, most)
+            assert sum(not reservation.exceeded for reservation in failed) <= most, each
 
-    async def test_after_a_success_in_a_later_round(self) -> None:
-        """Whoever was being checked for long does not open what others have locked since."""
-        throttle, slow, quick = await self.reserved()
+    async def test_counts_on_after_a_storm(self) -> None:
+        """Attempts that were rejected or given back leave no failure behind."""
+        for seed in range(100):
+            storage = SlowStorage()
+            storage.chance = random.Random(seed)
+            throttle = LimitsThrottle(storage, account="1000 per day", max_failures=3)
+            failed = await storm(throttle, storage.chance, 3)
+            (later,) = await fail(throttle, attempt(source=None))
+            assert later.failures == len(failed) + 1, seed
+
+    async def test_success_of_an_earlier_round(self) -> None:
+        """A login that was checked for long begins a round, too, and takes back no lock of its own."""
+        throttle = LimitsThrottle("async+memory://", max_failures=2)
+        slow, quick = [await throttle.reserve(attempt()) for _ in range(2)]
         await throttle.succeeded(quick)
-        *_, locking = await fail(throttle, attempt(), 2)
-        assert await throttle.lock(locking)
-        await throttle.told(locking)
+        assert [each.locks for each in await fail(throttle, attempt(), 2)] == [False, True]
         await throttle.succeeded(slow)
         (later,) = await fail(throttle, attempt())
-        assert (later.locked, later.untold) == (True, False)
+        assert later.failures == 1
 
-    async def test_two_successes_at_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Both begin the same round: what is counted in it stays."""
-        throttle, right, also_right = await self.reserved()
-        clear = throttle._storage.clear
-        later = list[Reservation]()
-
-        async def fail_before(key: str) -> None:
-            patch.undo()
-            await fail(throttle, attempt())
-            await throttle.succeeded(also_right)
-            later.extend(await fail(throttle, attempt()))
-            await clear(key)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(throttle._storage, "clear", fail_before)
-            await throttle.succeeded(right)
-        assert later[0].counted[0].failures == 1
-
-    async def test_another_success_was_faster(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Who is late begins no further round, and opens nothing that was locked in the new one."""
-        throttle, right, also_right = await self.reserved()
-        incr, late = throttle._storage.incr, True
-
-        async def overtaken(key: str, expiry: int, amount: int = 1) -> int:
-            nonlocal late
-            if amount == -_FORGOTTEN and late:
-                late = False
-                await throttle.succeeded(also_right)
-                *_, locking = await fail(throttle, attempt(), 2)
-                assert await throttle.lock(locking)
-                await throttle.told(locking)
-            return await incr(key, expiry, amount)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(throttle._storage, "incr", overtaken)
-            await throttle.succeeded(right)
+    async def test_given_back_in_a_later_round(self) -> None:
+        """What is given back is taken off the round in which it was counted."""
+        throttle = LimitsThrottle("async+memory://", max_failures=3)
+        slow, right = [await throttle.reserve(attempt()) for _ in range(2)]
+        await throttle.succeeded(right)
+        await fail(throttle, attempt())
+        await throttle.released(slow)
         (later,) = await fail(throttle, attempt())
-        assert (later.locked, later.untold) == (True, False)
+        assert later.failures == 2
 
-    async def test_success_after_its_look(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Failures that are forgotten before they are locked are not locked."""
-        throttle, right, wrong = await self.reserved()
-        incr = throttle._storage.incr
-
-        async def succeed_before(key: str, expiry: int, amount: int = 1) -> int:
-            if amount == LOCKED:
-                await throttle.succeeded(right)
-            return await incr(key, expiry, amount)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(throttle._storage, "incr", succeed_before)
-            assert not await throttle.lock(wrong)
-        (later,) = await fail(throttle, attempt())
-        assert not later.locked
-
-    async def test_another_locks_after_its_look(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """It is locked once, and told by one."""
-        throttle, _, wrong = await self.reserved()
-        incr, answers = throttle._storage.incr, list[bool]()
-
-        async def lock_before(key: str, expiry: int, amount: int = 1) -> int:
-            if amount == LOCKED and not answers:
-                answers.append(True)
-                answers.append(await throttle.lock(wrong))
-            return await incr(key, expiry, amount)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(throttle._storage, "incr", lock_before)
-            assert not await throttle.lock(wrong)
-        assert answers == [True, True]
-        await throttle.told(wrong)
-        (later,) = await fail(throttle, attempt())
-        assert (later.locked, later.untold) == (True, False)
-        assert later.counted[0].failures == LOCKED + TOLD + 3
+    async def test_in_flight(self) -> None:
+        """The error names the counter while attempts are checked, and none when they are decided."""
+        throttle = LimitsThrottle("async+memory://", account="1 per day")
+        reservation = await throttle.reserve(attempt(source=None))
+        with pytest.raises(TooEarly) as early:
+            await throttle.reserve(attempt(source=None))
+        assert early.value.in_flight == "account:ada"
+        await throttle.failed(reservation)
+        with pytest.raises(TooEarly) as late:
+            await throttle.reserve(attempt(source=None))
+        assert late.value.in_flight is None
 
 
 @asynccontextmanager
@@ -580,10 +478,17 @@ class TestRedisIsDown:
         async with redis() as storage:
             auth = AuthService(User, AuthConfig(secret=SECRET), throttle=LimitsThrottle(storage))
 
+            verify = User.password_hasher.verify
+
+            async def goes_down(*args: Any) -> Any:
+                verification = await verify(*args)
+                monkeypatch.setattr(storage, "incr", down)
+                return verification
+
             async def down(*_: object, **__: object) -> None:
                 raise ConnectionRefusedError("canary")
 
-            monkeypatch.setattr(storage, "clear", down)
+            monkeypatch.setattr(User.password_hasher, "verify", goes_down)
             with pytest.raises(ServiceUnavailableError) as error:
                 await log_in(auth)
             assert "canary" not in str(error.value)

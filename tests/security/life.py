@@ -22,7 +22,7 @@ from tortoise_auth import AbstractUser, AuthConfig, AuthService, EventEmitter, S
 from tortoise_auth.events import Event
 from tortoise_auth.exceptions import PasswordPolicyError, TortoiseAuthError
 from tortoise_auth.testing import FakeClock, cheap_hasher
-from tortoise_auth.throttling import DatabaseThrottle, Limit
+from tortoise_auth.throttling import Backoff, DatabaseThrottle
 
 SECRET = "0Kq3v-7Zb1x_Tn5Rw8Yd2Hf4Jm6Ls9Pc"
 EMAIL, PASSWORD, NEW = (
@@ -63,7 +63,7 @@ def refused_settings() -> None:
         ("same kid", lambda: AuthConfig(secret=[key, SigningKey(SECRET[::-1], kid="a")])),
         ("lifetime", lambda: AuthConfig(secret=SECRET, leeway=timedelta(days=1))),
         ("cost", lambda: type(AbstractUser.password_hasher)(memory_cost=0)),
-        ("limit", lambda: Limit(free=0)),
+        ("limit", lambda: Backoff(free_attempts=0)),
         ("handler", lambda: EventEmitter(strict=True).on("user_login", lambda user, missing: None)),
     ):
         try:
@@ -126,7 +126,7 @@ async def live(auth: AuthService[User], clock: FakeClock) -> None:
 def service(clock: FakeClock, emitter: EventEmitter) -> AuthService[User]:
     """Set up as a host does, before a loop runs: libraries are imported here."""
     AbstractUser.password_hasher, AbstractUser.emitter = cheap_hasher(), emitter
-    throttle = DatabaseThrottle(account=Limit(free=4), clock=clock)
+    throttle = DatabaseThrottle(account=Backoff(free_attempts=4), clock=clock)
     return AuthService(User, AuthConfig(secret=SECRET), throttle=throttle, clock=clock)
 
 

@@ -31,18 +31,10 @@ from tortoise_auth import (
 )
 from tortoise_auth.flows import password_check
 from tortoise_auth.testing import FakeClock, capture, cheap_hasher
-from tortoise_auth.throttling import DatabaseThrottle, Limit
-from tortoise_auth.throttling.database import _Turn
+from tortoise_auth.throttling import Backoff, DatabaseThrottle
 
 Order = dict[str, Any]
 
-
-def _no_turn(self: DatabaseThrottle, key: str) -> _Turn:
-    """Let each child play many processes at once."""
-    return _Turn()
-
-
-DatabaseThrottle._turn = _no_turn  # type: ignore[method-assign]
 password_check._PATIENCE = 60.0  # and waits for the others where a test lets it wait
 
 
@@ -132,7 +124,9 @@ async def race_on(wire: Wire, order: Order, hashes: list[Cost]) -> Order:
     """Carry out orders on one database; return the first that is for another one."""
     clock, emitter = FakeClock(), EventEmitter()
     AbstractUser.emitter, AbstractUser.password_hasher = emitter, cheap_hasher()
-    throttle = DatabaseThrottle(account=Limit(free=5), source=Limit(free=5), clock=clock)
+    throttle = DatabaseThrottle(
+        account=Backoff(free_attempts=5), source=Backoff(free_attempts=5), clock=clock
+    )
     auth = AuthService(User, AuthConfig(secret=order["secret"]), throttle=throttle, clock=clock)
     racer = Racer(wire, auth, hashes)
     begin, commit = TransactionWrapper.begin, TransactionWrapper.commit

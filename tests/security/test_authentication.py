@@ -27,14 +27,14 @@ from tortoise_auth.exceptions import (
     TokenRevokedError,
 )
 from tortoise_auth.testing import FakeClock, capture
-from tortoise_auth.throttling import DatabaseThrottle, Limit
+from tortoise_auth.throttling import Backoff, DatabaseThrottle
 
 BOB = "bob@example.com"
 
 
 def service(clock: FakeClock, *, free: int) -> AuthService[User]:
     """Return a service that allows so many failures without a pause, for account and source."""
-    limit = Limit(free=free)
+    limit = Backoff(free_attempts=free)
     throttle = DatabaseThrottle(account=limit, source=limit, clock=clock)
     return AuthService(User, AuthConfig(secret=SECRET), throttle=throttle, clock=clock)
 

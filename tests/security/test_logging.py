@@ -21,7 +21,7 @@ from tortoise_auth import (
 from tortoise_auth.events import Event
 from tortoise_auth.events.formats import ecs
 from tortoise_auth.testing import FakeClock, capture
-from tortoise_auth.throttling import DatabaseThrottle, Limit
+from tortoise_auth.throttling import Backoff, DatabaseThrottle
 
 CONTEXT = RequestContext(ip="192.0.2.7", user_agent="Firefox", request_id="r-1")
 HOSTILE = "\r\n\x1b[31m\x00\x07\u2028\u2029\u0085\ud800CRITICAL"
@@ -64,7 +64,7 @@ async def test_every_operation_is_told(
     db: TortoiseContext, clock: FakeClock, emitter: EventEmitter
 ) -> None:
     """R90, R91: success or failure: when, who, where, what, how it went, and why."""
-    throttle = DatabaseThrottle(account=Limit(free=2), clock=clock)
+    throttle = DatabaseThrottle(account=Backoff(free_attempts=2), clock=clock)
     auth = AuthService(User, AuthConfig(secret=SECRET), throttle=throttle, clock=clock)
     token = request_context.set(CONTEXT)
     try:

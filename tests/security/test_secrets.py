@@ -43,7 +43,7 @@ from tortoise_auth.exceptions import ConfigurationError
 from tortoise_auth.models import Session
 from tortoise_auth.sessions.refresh_tokens import RefreshToken
 from tortoise_auth.testing import FakeClock
-from tortoise_auth.throttling import DatabaseThrottle, Limit
+from tortoise_auth.throttling import Backoff, DatabaseThrottle
 
 EMAIL = "ada@example.com"
 HOSTILE = "eve\r\n2026-01-01 CRITICAL tortoise_auth: all is lost\x1b[2J\u2028\u0085"
@@ -62,7 +62,7 @@ class Life:
         self.stored: dict[str, str] = {}
         config = AuthConfig(secret=self.clear["key"])
         self.clear["throttle key"] = config.keys[0].derive("throttle").hex()
-        throttle = DatabaseThrottle(account=Limit(free=9), clock=clock)
+        throttle = DatabaseThrottle(account=Backoff(free_attempts=9), clock=clock)
         self.auth = AuthService(User, config, clock=clock, throttle=throttle)
         places.show(config, *config.keys, config.keys, self.auth, vars(self.auth), throttle)
 

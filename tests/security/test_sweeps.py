@@ -47,7 +47,6 @@ from tortoise_auth.exceptions import (
 from tortoise_auth.models import AttemptCount, OutboxEntry, Session
 from tortoise_auth.passwords import PasswordHasher
 from tortoise_auth.testing import FakeClock
-from tortoise_auth.throttling.protocol import LOCKED
 
 pytestmark = pytest.mark.slow
 
@@ -85,8 +84,8 @@ class Snapshot:
 
     @property
     def locked(self) -> set[object]:
-        """The counters of accounts that are locked."""
-        return {key for key, row in self.attempts.items() if row["failures"] >= LOCKED}
+        """The accounts whose password is locked."""
+        return {key for key, row in self.users.items() if row["password_locked_at"] is not None}
 
     @property
     def failures(self) -> int:
@@ -203,6 +202,7 @@ class Stage:
             happened["closed"] += event.name == "user_deactivated"
             happened["reopened"] += event.name == "user_activated"
             happened["locked"] += event.name == "account_locked"
+            happened["unlocked"] += event.name == "account_unlocked"
             ends_one = event.name in ("session_revoked", "refresh_token_reused")
             happened["ended"] += getattr(event, "sessions_ended", int(ends_one))
         return +happened
@@ -226,6 +226,7 @@ def changes(before: Snapshot, after: Snapshot) -> Counter[str]:
         happened["changed"] += raised - (was_active != is_active)
         happened["rehashed"] += user["password"] != old["password"] and not raised
     happened["locked"] += len(after.locked - before.locked)
+    happened["unlocked"] += len(before.locked - after.locked)
     return +happened
 
 
@@ -284,7 +285,12 @@ async def closed(stage: Stage) -> None:
 async def with_something_to_purge(stage: Stage) -> None:
     long_ago = stage.other.session.created_at - timedelta(days=40)
     await Session.filter(id=stage.other.session.id).update(expires_at=long_ago)
-    await AttemptCount.create(key="old", count=3, last_at=long_ago)
+    at = round(long_ago.timestamp() * 1_000_000)
+    await AttemptCount.create(key="old", count=3, counted_at=at, previous_at=at, reserved_at=at)
+
+
+async def locked(stage: Stage) -> None:
+    await User.filter(pk=stage.ada.pk).update(password_locked_at=stage.ada.created_at)
 
 
 async def attacked(stage: Stage) -> None:
@@ -392,6 +398,13 @@ SCENARIOS: dict[str, Scenario] = {
         NoneType,
         ("user_activated",),
         closed,
+        follows=True,
+    ),
+    "unlock": Scenario(
+        lambda stage: stage.auth.unlock(stage.ada),
+        NoneType,
+        ("account_unlocked",),
+        locked,
         follows=True,
     ),
     "sessions": Scenario(lambda stage: stage.auth.sessions(stage.ada), list),
@@ -570,7 +583,7 @@ CALLS = {
     "begin",
     "commit",
 }
-FAILURES = {"user_login_failed", "login_throttled"}
+FAILURES = {"user_login_failed", "password_change_failed", "login_throttled"}
 """Events of which it is true that they happened although nothing changed."""
 
 

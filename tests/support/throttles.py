@@ -14,11 +14,9 @@ import pytest
 from tortoise_auth.exceptions import ConfigurationError, ThrottledError
 from tortoise_auth.throttling import (
     Attempt,
-    DatabaseThrottle,
     Reservation,
     Throttle,
 )
-from tortoise_auth.throttling.database import _Turn
 
 HERE, ELSEWHERE, ABROAD = "203.0.113.7", "198.51.100.9", "192.0.2.11"
 BURST, BUDGET = 50, 5
@@ -45,9 +43,9 @@ async def no() -> bool:
 def attempt(
     account: str = "ada",
     source: str | None = HERE,
-    familiar: Callable[[], Awaitable[bool]] = no,
+    known_source: Callable[[], Awaitable[bool]] = no,
 ) -> Attempt:
-    return Attempt(account=account, source=source, familiar=familiar)
+    return Attempt(account=account, source=source, known_source=known_source)
 
 
 async def fail(throttle: Throttle, tried: Attempt, times: int = 1) -> list[Reservation]:
@@ -122,33 +120,30 @@ async def race(throttle: Throttle) -> None:
     print(len(granted), flush=True)
 
 
-async def storm(throttle: Throttle, chance: random.Random, max_failures: int) -> int:
-    """Let right and wrong attempts end in any order; return how often somebody told of a lock."""
+async def storm(throttle: Throttle, chance: random.Random, max_failures: int) -> list[Reservation]:
+    """Let wrong attempts, and some that are given back, end in any order; return the wrong ones."""
 
     async def hesitate() -> None:
         for _ in range(chance.randrange(12)):
             await asyncio.sleep(0)
 
-    async def one() -> bool:
+    async def one() -> Reservation | None:
         await hesitate()
-        reservation = await throttle.reserve(attempt(source=None))
+        try:
+            reservation = await throttle.reserve(attempt(source=None))
+        except ThrottledError:
+            return None
         await hesitate()
-        if chance.random() < 0.3 and not reservation.locked:
-            await throttle.succeeded(reservation)
-            return False
         if chance.random() < 0.1:
             await throttle.released(reservation)
-            return False
+            return None
         await throttle.failed(reservation)
-        if not (reservation.locks or reservation.untold) or not await throttle.lock(reservation):
-            return False
-        await hesitate()
-        await throttle.told(reservation)
-        return True
+        return reservation
 
     count = chance.randint(max_failures, max_failures + 6)
     async with asyncio.timeout(LIMIT):
-        return sum(await asyncio.gather(*(one() for _ in range(count))))
+        outcomes = await asyncio.gather(*(one() for _ in range(count)))
+    return [each for each in outcomes if each is not None]
 
 
 class ThrottleContract:
@@ -239,38 +234,38 @@ class ThrottleContract:
         for _ in range(10):
             await throttle.released(await throttle.reserve(attempt()))
         first, second = await fail(throttle, attempt(), 2)
-        assert (first.locks, second.locks, second.locked) == (False, True, False)
+        assert (first.locks, second.locks, second.exceeded) == (False, True, False)
         await refused(throttle, attempt())
 
-    async def test_familiar_source_has_its_own_budget(self, make: Make) -> None:
+    async def test_known_source_has_its_own_budget(self, make: Make) -> None:
         """While an account is blocked, each source that the user knows still has all of its own."""
         throttle = make(account=3)
         await fail(throttle, attempt(source=ABROAD), 3)
         await refused(throttle, attempt(source=ABROAD))
         for known in (HERE, ELSEWHERE):
-            await fail(throttle, attempt(source=known, familiar=yes), 3)
-            await refused(throttle, attempt(source=known, familiar=yes))
+            await fail(throttle, attempt(source=known, known_source=yes), 3)
+            await refused(throttle, attempt(source=known, known_source=yes))
 
-    async def test_familiar_source_gets_in(self, make: Make) -> None:
+    async def test_known_source_gets_in(self, make: Make) -> None:
         """A user who gets in from a known source opens the account for everywhere."""
         throttle = make(account=2)
         await fail(throttle, attempt(source=ABROAD), 2)
-        await fail(throttle, attempt(familiar=yes), 1)
-        await succeed(throttle, attempt(familiar=yes))
+        await fail(throttle, attempt(known_source=yes), 1)
+        await succeed(throttle, attempt(known_source=yes))
         await fail(throttle, attempt(source=ABROAD), 2)
-        await fail(throttle, attempt(familiar=yes), 2)
-        await refused(throttle, attempt(familiar=yes))
+        await fail(throttle, attempt(known_source=yes), 2)
+        await refused(throttle, attempt(known_source=yes))
 
-    async def test_familiar_account_is_not_another(self, make: Make) -> None:
+    async def test_known_source_account_is_not_another(self, make: Make) -> None:
         """What somebody is known for at one account is no help at another."""
         throttle = make(account=1)
         for name in ("ada", "bob"):
             await fail(throttle, attempt(name, ABROAD))
-        await fail(throttle, attempt("ada", familiar=yes))
-        await fail(throttle, attempt("bob", familiar=yes))
-        await refused(throttle, attempt("ada", familiar=yes))
+        await fail(throttle, attempt("ada", known_source=yes))
+        await fail(throttle, attempt("bob", known_source=yes))
+        await refused(throttle, attempt("ada", known_source=yes))
 
-    async def test_familiar_is_asked_when_it_matters(self, make: Make) -> None:
+    async def test_known_source_is_asked_when_it_matters(self, make: Make) -> None:
         """As long as the account is open nobody looks where its user has been."""
         asked: list[str] = []
 
@@ -279,21 +274,21 @@ class ThrottleContract:
             return False
 
         throttle = make(account=2)
-        await fail(throttle, attempt(familiar=ask), 2)
+        await fail(throttle, attempt(known_source=ask), 2)
         assert asked == []
-        await refused(throttle, attempt(familiar=ask))
+        await refused(throttle, attempt(known_source=ask))
         assert asked == ["asked"]
-        await refused(throttle, attempt(source=None, familiar=ask))
+        await refused(throttle, attempt(source=None, known_source=ask))
         assert asked == ["asked"]
 
-    async def test_released_from_a_familiar_source(self, make: Make) -> None:
+    async def test_released_from_a_known_source(self, make: Make) -> None:
         """Only what was taken is given back: the account stays blocked for everybody else."""
         throttle = make(account=2, max_failures=3)
         await fail(throttle, attempt(source=ABROAD), 2)
         for _ in range(5):
-            await throttle.released(await throttle.reserve(attempt(familiar=yes)))
+            await throttle.released(await throttle.reserve(attempt(known_source=yes)))
         await refused(throttle, attempt(source=ABROAD))
-        (reservation,) = await fail(throttle, attempt(familiar=yes))
+        (reservation,) = await fail(throttle, attempt(known_source=yes))
         assert reservation.locks
 
     async def test_too_many_failures_in_a_row_lock(self, make: Make) -> None:
@@ -301,8 +296,8 @@ class ThrottleContract:
         throttle = make(max_failures=3)
         reservations = await fail(throttle, attempt(), 6)
         assert [each.locks for each in reservations] == [False, False, True, False, False, False]
-        assert [each.locked for each in reservations] == [False, False, False, True, True, True]
-        assert not (await throttle.reserve(attempt("bob"))).locked
+        assert [each.exceeded for each in reservations] == [False, False, False, True, True, True]
+        assert not (await throttle.reserve(attempt("bob"))).exceeded
 
     async def test_success_ends_the_row(self, make: Make) -> None:
         """The last attempt before the lock may be right, and then the row begins anew."""
@@ -313,14 +308,14 @@ class ThrottleContract:
         reservations = await fail(throttle, attempt(), 4)
         assert [each.locks for each in reservations] == [False, False, True, False]
 
-    async def test_row_goes_on_from_familiar_sources(self, make: Make) -> None:
+    async def test_row_goes_on_from_known_sources(self, make: Make) -> None:
         """A source with a budget of its own has no failures of its own."""
         throttle = make(account=2, max_failures=4)
         await fail(throttle, attempt(source=ABROAD), 2)
-        reservations = await fail(throttle, attempt(familiar=yes), 2)
+        reservations = await fail(throttle, attempt(known_source=yes), 2)
         assert [each.locks for each in reservations] == [False, True]
-        (locked,) = await fail(throttle, attempt(source=ELSEWHERE, familiar=yes))
-        assert locked.locked
+        (locked,) = await fail(throttle, attempt(source=ELSEWHERE, known_source=yes))
+        assert locked.exceeded
 
     async def test_burst_at_an_account(self, make: Make) -> None:
         """Of fifty at the same moment just as many are heard as there are free attempts (R35)."""
@@ -334,90 +329,61 @@ class ThrottleContract:
         granted, _ = await burst(make(source=BUDGET), attempts)
         assert len(granted) == BUDGET
 
-    async def test_burst_from_a_familiar_source(self, make: Make) -> None:
+    async def test_burst_from_a_known_source(self, make: Make) -> None:
         """And for a source with a budget of its own at a blocked account."""
         throttle = make(account=BUDGET)
         await fail(throttle, attempt(source=ABROAD), BUDGET)
-        granted, _ = await burst(throttle, [attempt(familiar=yes)] * BURST)
+        granted, _ = await burst(throttle, [attempt(known_source=yes)] * BURST)
         assert len(granted) == BUDGET
 
-    async def test_lock_is_told_by_one(self, make: Make) -> None:
-        """Of all who find it one is to tell it; once told it is told no more."""
+    async def test_nothing_is_checked_beyond_the_last_one(self, make: Make) -> None:
+        """While the last attempt before the lock is checked the others are throttled, not checked."""
         throttle = make(max_failures=2)
-        early, locking, later = await fail(throttle, attempt(), 3)
-        assert [each.untold for each in (early, locking, later)] == [False, False, True]
-        assert not await throttle.lock((await fail(throttle, attempt("bob")))[0])
-        answers = await asyncio.gather(*(throttle.lock(each) for each in (locking, later) * 5))
-        assert sum(answers) == 1
-        (untold,) = await fail(throttle, attempt())
-        assert (untold.locked, untold.untold) == (True, True)
-        await asyncio.gather(*(throttle.told(each) for each in (locking, later) * 5))
-        (told,) = await fail(throttle, attempt())
-        assert (told.locked, told.untold) == (True, False)
-        assert not await throttle.lock(told)
-
-    async def test_lock_is_for_good(self, make: Make) -> None:
-        """Not even who was being checked when it was locked opens it, or gives it back."""
-        throttle = make(max_failures=2)
-        right, faulty, _ = [await throttle.reserve(attempt()) for _ in range(3)]
-        assert await throttle.lock(faulty)
-        await throttle.succeeded(right)
-        await throttle.released(faulty)
+        first, last = [await throttle.reserve(attempt()) for _ in range(2)]
+        for _ in range(3):
+            await refused(throttle, attempt())
+            await refused(throttle, attempt(known_source=yes))
+        await throttle.failed(first)
+        await refused(throttle, attempt())
+        await throttle.failed(last)
+        assert last.locks
         (later,) = await fail(throttle, attempt())
-        assert (later.locked, later.untold) == (True, True)
-        await throttle.told(faulty)
-        (later,) = await fail(throttle, attempt())
-        assert (later.locked, later.untold) == (True, False)
+        assert (later.locks, later.exceeded) == (False, True)
 
-    async def test_lock_comes_too_late(self, make: Make) -> None:
-        """After a success the row has begun anew: nothing is locked by who failed before."""
+    async def test_last_one_is_right(self, make: Make) -> None:
+        """Then the row has begun anew, and what was in flight opens no lock."""
         throttle = make(max_failures=2)
-        right, *wrong = [await throttle.reserve(attempt()) for _ in range(4)]
+        wrong, right = [await throttle.reserve(attempt()) for _ in range(2)]
         await throttle.succeeded(right)
-        assert [await throttle.lock(each) for each in wrong] == [False] * 3
-        await throttle.told(wrong[0])
-        first, second, third = await fail(throttle, attempt(), 3)
-        assert (first.locked, second.locks, third.untold) == (False, True, True)
+        await throttle.failed(wrong)
+        assert not (await throttle.reserve(attempt())).exceeded
 
-    @pytest.mark.parametrize("turns", range(20))
-    async def test_lock_and_success_at_once(self, make: Make, turns: int) -> None:
-        """Whoever is first: it is locked if that is to be told, and open if it is not (A175)."""
+    async def test_unlocked(self, make: Make) -> None:
+        """An account that is unlocked begins anew, whatever failed before."""
         throttle = make(max_failures=2)
-        right, wrong = [await throttle.reserve(attempt()) for _ in range(2)]
-
-        async def succeed_a_little_later() -> None:
-            for _ in range(turns):
-                await asyncio.sleep(0)
-            await throttle.succeeded(right)
-
-        locked, _ = await asyncio.gather(throttle.lock(wrong), succeed_a_little_later())
-        if locked:
-            await throttle.told(wrong)
-        (first,) = await fail(throttle, attempt())
-        assert (first.locked, first.untold) == (locked, False)
+        await fail(throttle, attempt(), 3)
+        await throttle.succeeded(Reservation(attempt=attempt()))
+        reservations = await fail(throttle, attempt(), 3)
+        assert [each.locks for each in reservations] == [False, True, False]
 
     @pytest.mark.parametrize("seed", range(20))
     async def test_lock_in_a_storm(self, make: Make, seed: int) -> None:
-        """However attempts end, it is locked if that was told, which was once, and open if not."""
+        """However attempts end, no more than the allowed ones are checked."""
         chance = random.Random(seed)
         throttle = make(max_failures=(most := chance.randint(2, 5)))
-        told = await storm(throttle, chance, most)
-        later = await throttle.reserve(attempt(source=None))
-        assert (told, later.untold) == (int(later.locked), False)
+        failed = await storm(throttle, chance, most)
+        assert sum(not each.exceeded for each in failed) <= most
 
     async def test_burst_locks_once(self, make: Make) -> None:
-        """Of fifty failures at the same moment one is told that it locks."""
-        granted, _ = await burst(make(max_failures=BUDGET), [attempt()] * BURST)
-        assert sum(each.locks for each in granted) == 1
-        assert sum(each.locked for each in granted) == BURST - BUDGET
+        """Of fifty failures at the same moment just as many are checked as are allowed."""
+        throttle = make(max_failures=BUDGET)
+        granted, late = await burst(throttle, [attempt()] * BURST)
+        assert len(granted) <= BUDGET
+        assert not any(each.exceeded for each in granted)
+        assert len(granted) + len(late) == BURST
 
     @pytest.mark.parametrize("max_failures", [0, 101, -1])
     def test_lock_that_comes_too_late(self, make: Make, max_failures: int) -> None:
         """More than a hundred failures in a row are allowed to nobody."""
         with pytest.raises(ConfigurationError, match="between 1 and 100"):
             make(max_failures=max_failures)
-
-
-def no_turn(throttle: DatabaseThrottle, key: str) -> _Turn:
-    """Let everybody write at the same moment."""
-    return _Turn()

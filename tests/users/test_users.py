@@ -736,5 +736,5 @@ class TestPrimaryKey:
 def test_columns_of_a_new_account() -> None:
     """The contract of the model: its fields and what they are at first."""
     names = {"email", "password", "is_active", "last_login", "session_version"}
-    names |= {"created_at", "updated_at", "id", "display_name"}
+    names |= {"created_at", "updated_at", "password_locked_at", "id", "display_name"}
     assert set(columns(User())) == names

@@ -5,6 +5,7 @@ from tortoise_auth.database.commits import (
     attach,
     on_commit,
     pending_effects,
+    unless_kept,
     wait_uncancelled,
 )
 from tortoise_auth.database.connections import connection_for, current_connection
@@ -45,6 +46,7 @@ __all__ = [
     "transaction",
     "translated",
     "translates_database_errors",
+    "unless_kept",
     "violated_columns",
     "wait_uncancelled",
 ]

@@ -68,6 +68,20 @@ async def on_commit(connection: BaseDBAsyncClient, callback: Callable[[], object
     await attach(connection, _Callback(callback))
 
 
+async def unless_kept(
+    connection: BaseDBAsyncClient, recover: Callable[[BaseDBAsyncClient], Awaitable[object]]
+) -> None:
+    """Await *recover* at the end of the transaction if what was written in it is not kept.
+
+    It gets the connection of the transaction that has ended, before another one can begin on it
+    where there is only one (SQLite). Without a transaction it is never called.
+    """
+    if isinstance(connection, TransactionalDBClient) and is_transaction(connection):
+        ending, kept = Ending.of(connection), _Callback(lambda: None)
+        ending.recoveries[kept] = recover
+        await ending.register(connection, kept)
+
+
 async def attach(connection: BaseDBAsyncClient, effect: CommitEffect) -> None:
     """Let *effect* follow the outermost commit; see `on_commit`."""
     if isinstance(connection, TransactionalDBClient) and is_transaction(connection):
@@ -177,6 +191,7 @@ class Ending:
         self._commit, self._rollback = transaction.commit, transaction.rollback
         self._registering = asyncio.Lock()
         self._waiting: list[tuple[int, CommitEffect | None]] = []
+        self.recoveries: dict[CommitEffect, Callable[[BaseDBAsyncClient], Awaitable[object]]] = {}
         transaction.commit, transaction.rollback = self.commit, self.rollback  # type: ignore[method-assign]
         setattr(transaction, _ENDING, self)
 
@@ -241,9 +256,11 @@ class Ending:
             effects: list[CommitEffect] = []
             with suppress(Exception):  # COMMIT fails or rolls back, too, and that counts
                 effects = await self.surviving()
+                await self._recover(kept=effects)
             async with self._transaction._lock:
                 await self._commit()
         self.take()
+        self.recoveries = {}
         _apply(effects)
         return deque(effects)
 
@@ -256,15 +273,26 @@ class Ending:
         await wait_for(self._roll_back())
 
     async def _roll_back(self) -> None:
-        async with self._last_turn(), self._transaction._lock:
-            await self._rollback()
+        async with self._last_turn():
+            async with self._transaction._lock:
+                await self._rollback()
+            await self._recover(kept=())
+
+    async def _recover(self, *, kept: Sequence[CommitEffect]) -> None:
+        for effect, recover in self.recoveries.items():
+            if effect not in kept:
+                try:
+                    await recover(self._transaction)
+                except Exception:
+                    logger.exception("What follows a rollback failed")
 
     def _is_quiet(self) -> bool:
         """Return whether nothing waits for the end and no other task uses the transaction.
 
         Then it ends as Tortoise ends it, cancellation included.
         """
-        return not (self._waiting or self.level.turn.locked() or self._transaction._lock.locked())
+        busy = self._waiting or self.recoveries
+        return not (busy or self.level.turn.locked() or self._transaction._lock.locked())
 
     @asynccontextmanager
     async def _last_turn(self) -> AsyncIterator[None]:

@@ -3,6 +3,7 @@
 from tortoise_auth.events.background import Backend, BackgroundQueue, BackgroundQueueFull, Job
 from tortoise_auth.events.catalog import (
     AccountLocked,
+    AccountUnlocked,
     Actor,
     Event,
     LoginThrottled,
@@ -42,6 +43,7 @@ from tortoise_auth.exceptions import EventError, SubscriptionError
 
 __all__ = [
     "AccountLocked",
+    "AccountUnlocked",
     "Actor",
     "Backend",
     "BackgroundQueue",

@@ -284,9 +284,9 @@ class LoginThrottled(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class AccountLocked(UserEvent[UserT]):
-    """So many logins failed in a row that the password is disabled until it is changed.
+    """So many logins failed in a row that the password is locked until it is changed.
 
-    Sessions go on, and a password reset opens the account again (NIST SP 800-63B-4, 3.2.2).
+    Sessions go on, and a password reset unlocks it (NIST SP 800-63B-4, 3.2.2).
     """
 
     classification = Classification(
@@ -296,3 +296,16 @@ class AccountLocked(UserEvent[UserT]):
     )
 
     actor: Actor = "unauthenticated"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AccountUnlocked(UserEvent[UserT]):
+    """A locked password works again, without a new one. Not emitted for a password change."""
+
+    classification = Classification(
+        activity="account.unlock",
+        message="The password was unlocked",
+        signal="account-enabled",
+    )
+
+    actor: Actor = "admin"

@@ -177,7 +177,7 @@ def _check_parts(emitter: object, passwords: object, policy: object, throttle: o
     for name, (part, kind) in kinds.items():
         if part is not None and not isinstance(part, kind):
             raise ConfigurationError(f"AuthService: {name}= takes an instance of {kind.__name__}")
-    steps = ("reserve", "failed", "succeeded", "released", "lock", "told")
+    steps = ("reserve", "failed", "succeeded", "released")
     if throttle in (None, "database"):
         return
     if isinstance(throttle, type) or not all(hasattr(throttle, step) for step in steps):

@@ -1,4 +1,4 @@
-"""Checking a password: throttled, at the same cost whatever is wrong, and told of when refused."""
+"""Checking a password: throttled, at the same cost whatever is wrong, with an event if rejected."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tortoise_auth.events.catalog import (
     PasswordChangeFailed,
     UserLoginFailed,
 )
-from tortoise_auth.events.unit_of_work import emit_failure
+from tortoise_auth.events.unit_of_work import UnitOfWork, emit_failure
 from tortoise_auth.exceptions import (
     AuthenticationError,
     ConfigurationError,
@@ -33,9 +33,10 @@ from tortoise_auth.exceptions import (
 from tortoise_auth.flows.core import Core
 from tortoise_auth.models import user_table
 from tortoise_auth.passwords import is_usable_hash
-from tortoise_auth.throttling import Attempt, Reservation, Throttle, TooEarly, source_of
-from tortoise_auth.throttling.waiting import OpenAttempt, OpenAttempts
+from tortoise_auth.throttling import Attempt, DatabaseThrottle, Reservation, Throttle, source_of
+from tortoise_auth.throttling.waiting import Waiting
 from tortoise_auth.users import AbstractUser, UserT
+from tortoise_auth.users.changes import lock_password
 
 logger = logging.getLogger("tortoise_auth.flows.password_check")
 
@@ -45,8 +46,8 @@ _MAX_IDENTIFIER_LENGTH = 320
 _STRANGERS = 1 << 18
 """Counters that all identifiers without an account share, so that guessers cannot fill the table."""
 _PATIENCE = 5.0
-"""Seconds to wait for a throttle: its store may hang, or its pool be empty for good because whoever
-has a connection waits for a second one, in a transaction of the caller."""
+"""Seconds to wait for a throttle: its store may hang, or its pool be empty for good because each
+connection is held by a transaction of a caller that waits for a second one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,49 +55,27 @@ class Verified(Generic[UserT]):
     """A password that was right.
 
     Attributes:
-        user: Whose it is, as read before the check.
+        user: Its owner, as read before the check.
         stored: The hash that it matches.
         replacement: A hash of today's cost, if the stored one is outdated.
+        reservation: The attempt, which is still in flight.
     """
 
     user: UserT
     stored: str = field(repr=False)
     replacement: str | None = field(repr=False)
+    reservation: Reservation | None = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True)
 class _Case(Generic[UserT]):
-    """A password that is to be checked: whose, and what to tell if it is refused."""
+    """A password that is to be checked: of which account, and the event if it is rejected."""
 
     identifier: str
     user: UserT | None
     context: RequestContext
     failed: Callable[[FailureReason], Event]
     rehash: bool = True
-
-
-@dataclass(frozen=True, slots=True)
-class _Refused:
-    """A password that was wrong, or not looked at: what to tell, and then to raise."""
-
-    error: AuthenticationError | ThrottledError
-    events: Sequence[Event]
-    lock: _Lock | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class _Lock:
-    """A lock that is due, or that nobody was told of.
-
-    Attributes:
-        throttle: Locks the account.
-        reservation: The attempt that found it.
-        event: What to tell; nothing if there is no such account.
-    """
-
-    throttle: Throttle
-    reservation: Reservation
-    event: AccountLocked[Any] | None
 
 
 class PasswordCheck(Generic[UserT]):
@@ -115,23 +94,25 @@ class PasswordCheck(Generic[UserT]):
         # Hides identifiers from a reader of the counters, and keeps guessers from choosing which
         # of them share one.
         self._secret = core.config.keys[0].derive("throttle")
-        self._open_attempts = OpenAttempts()
+        self._waiting = Waiting()
 
     async def check_login(
         self, identifier: str, password: str, context: RequestContext
     ) -> Verified[UserT]:
-        """Check the password of whoever has this identifier.
+        """Check the password of the account with this identifier.
+
+        The attempt stays in flight until `succeeded`, `lost` or `released` is called.
 
         Raises:
-            AuthenticationError: For whatever reason; it has been told.
-            ThrottledError: It was not checked; that has been told, too.
+            AuthenticationError: For whatever reason; its event was emitted.
+            ThrottledError: It was not checked; that event was emitted, too.
         """
         user = await self._find_user(identifier)
         failed = partial(self.login_failed, identifier, user, context)
         return await self._check(_Case(identifier, user, context, failed), password)
 
     async def check_current(self, user: UserT, password: str, context: RequestContext) -> str:
-        """Check the password of somebody who is logged in; return the stored hash it matches.
+        """Check the password of a user who is logged in; return the stored hash it matches.
 
         Raises:
             AuthenticationError, ThrottledError: As `check_login` does.
@@ -141,7 +122,55 @@ class PasswordCheck(Generic[UserT]):
         identifier = str(getattr(user, user.identifier_field))
         failed = partial(self.change_failed, user, context)
         case = _Case(identifier, user_now, context, failed, rehash=False)
-        return (await self._check(case, password)).stored
+        verified = await self._check(case, password)
+        await self.succeeded(verified)
+        return verified.stored
+
+    @property
+    def resets_in_login(self) -> bool:
+        """The login resets the counters in its own transaction, which is cheaper and atomic.
+
+        Not in a transaction of the caller: its rows would be locked until that ends.
+        """
+        is_ours = isinstance(self._throttle, DatabaseThrottle)
+        return is_ours and not is_transaction(self._sessions.connection())
+
+    async def succeeded(
+        self, verified: Verified[UserT], *, within: UnitOfWork | None = None
+    ) -> None:
+        """Reset the failures of the account; *within* the unit of work that logs in, if so."""
+        if self._throttle is None or verified.reservation is None:
+            return
+        if within is not None and isinstance(self._throttle, DatabaseThrottle):
+            resetting = self._throttle.succeeded(verified.reservation, using_db=within.connection)
+            await _available(resetting)
+        else:
+            await self._settle(self._throttle.succeeded(verified.reservation))
+
+    async def lost(self, verified: Verified[UserT]) -> None:
+        """Count a right password that opened nothing as a failure: it was replaced or locked."""
+        if self._throttle is not None and verified.reservation is not None:
+            await self._settle(self._throttle.failed(verified.reservation))
+
+    async def reason_now(self, user: UserT) -> FailureReason:
+        """Return why a password that was right opens nothing any more."""
+        row = self._user_model.filter(pk=user.pk, password_locked_at__isnull=False)
+        locked = await row.using_db(self._sessions.connection()).exists()
+        return "locked" if locked else "bad_password"
+
+    def release_later(self, verified: Verified[UserT]) -> None:
+        """Give the attempt back, because the login was rolled back or cancelled."""
+        if self._throttle is not None and verified.reservation is not None:
+            self._later(_available(self._throttle.released(verified.reservation)))
+
+    async def forget_failures(self, user: UserT) -> None:
+        """Reset the failures of an account that is to be unlocked."""
+        if self._throttle is not None:
+            row = self._user_model.filter(pk=user.pk).using_db(self._sessions.connection())
+            for stored in await row.values_list("password", flat=True):
+                account = self._account("", user, str(stored))
+                attempt = Attempt(account=account, source=None, known_source=_never)
+                await self._settle(self._throttle.succeeded(Reservation(attempt=attempt)))
 
     def login_failed(
         self,
@@ -173,57 +202,77 @@ class PasswordCheck(Generic[UserT]):
         )
 
     async def refuse(self, event: Event) -> AuthenticationError:
-        """Tell that a password was refused, and return the error to raise: always the same."""
-        await self._report([event])
+        """Emit that a password was rejected, and return the error to raise: always the same."""
+        await self._emit([event])
         return AuthenticationError()
 
     async def _check(self, case: _Case[UserT], password: str) -> Verified[UserT]:
-        attempt = self._attempt(case)
-        with self._open_attempts.attempt(attempt.account, attempt.source) as place:
-            try:
-                reservation = await self._reserve(case, attempt, place)
-            except ThrottledError as throttled:
-                outcome: Verified[UserT] | _Refused = self._throttled(case, throttled.retry_after)
-            else:
-                outcome = await self._answer(case, password, reservation, place)
-            if isinstance(outcome, Verified):
-                return outcome
-        await self._tell(outcome)  # slow handlers are in nobody's way here
-        raise outcome.error
-
-    async def _answer(
-        self,
-        case: _Case[UserT],
-        password: str,
-        reservation: Reservation | None,
-        place: OpenAttempt,
-    ) -> Verified[UserT] | _Refused:
-        user = case.user if case.user is not None and case.user.is_active else None
-        locked = reservation is not None and reservation.locked
-        stored = user.password if user is not None and not locked else None
         try:
-            valid, replacement = await self._verify(case, password, stored, reservation)
-        except asyncio.CancelledError:  # the attempt counts all the same, and so it locks
-            self._tell_later(self._refused(case, reservation, only_lock=True))
+            reservation = await self._reserve(case)
+        except ThrottledError as throttled:
+            retry_after = throttled.retry_after
+        else:
+            return await self._verified(case, password, reservation)
+        await self._emit(self._throttled(case, retry_after))
+        raise ThrottledError(retry_after)
+
+    async def _verified(
+        self, case: _Case[UserT], password: str, reservation: Reservation | None
+    ) -> Verified[UserT]:
+        reason = _reason(case.user, reservation)
+        user = case.user if reason == "bad_password" else None
+        stored = None if user is None else user.password
+        try:
+            valid, replacement = await self._verify(case, password, stored)
+        except asyncio.CancelledError:  # else whoever hangs up in time would guess for free
+            self._later(self._failed(case, reservation))
             raise
-        except Exception:
-            place.costs_nothing = True
+        except Exception:  # our own fault
+            if self._throttle is not None and reservation is not None:
+                await self._settle(self._throttle.released(reservation))
             raise
         if valid and user is not None and stored is not None:
-            await self._succeeded(reservation)
-            place.costs_nothing = True
-            return Verified(user, stored, replacement)
-        refused = self._refused(case, reservation)
+            return Verified(user, stored, replacement, reservation)
+        rejected = [case.failed(reason)]
         try:
-            await self._failed(reservation)
+            await self._settle(self._failed(case, reservation), lasts=True)
         except BaseException:  # the password was wrong, whatever is wrong with the throttle
-            self._tell_later(refused)
+            self._later(self._emit(rejected))
             raise
-        return refused
+        await self._emit(rejected)
+        raise AuthenticationError
 
-    def _throttled(self, case: _Case[UserT], retry_after: float) -> _Refused:
+    async def _failed(self, case: _Case[UserT], reservation: Reservation | None) -> None:
+        """Count a failure, to the end even if the caller hangs up; lock if it was one too many."""
+        if self._throttle is None or reservation is None:
+            return
+        locks = reservation.locks or reservation.exceeded
+        counting = asyncio.ensure_future(_available(self._throttle.failed(reservation), _PATIENCE))
+        try:
+            await wait_uncancelled(counting)
+            counting.result()
+            if locks:
+                await self._lock(case)
+        except BaseException:
+            if locks:  # writes and emits nothing if it was locked just now
+                self._later(self._lock(case))
+            raise
+
+    async def _lock(self, case: _Case[UserT]) -> None:
+        """Lock the password, unless it was changed or a login succeeded since it was read.
+
+        The same statements for an account that does not exist: the answer takes as long.
+        """
+        identifier = self._normal(case.identifier)
+        async with self._core.unit_of_work() as unit:
+            now = self._clock()
+            locked = await lock_password(self._user_model, identifier, case.user, unit, at=now)
+            if locked and case.user is not None:
+                unit.record(self._core.event(AccountLocked, case.user, case.context))
+
+    def _throttled(self, case: _Case[UserT], retry_after: float) -> list[Event]:
         refusal = case.failed("throttled")
-        told = LoginThrottled(
+        throttled = LoginThrottled(
             identifier=_shown(case.identifier),
             retry_after=retry_after,
             attempted="login" if isinstance(refusal, UserLoginFailed) else "password_change",
@@ -231,100 +280,41 @@ class PasswordCheck(Generic[UserT]):
             context=case.context,
             occurred_at=self._clock(),
         )
-        return _Refused(ThrottledError(retry_after), [refusal, told])
+        return [refusal, throttled]
 
-    def _refused(
-        self, case: _Case[UserT], reservation: Reservation | None, *, only_lock: bool = False
-    ) -> _Refused:
-        locked = reservation is not None and reservation.locked
-        events = [] if only_lock else [case.failed(_reason(case.user, locked=locked))]
-        lock = None
-        if self._throttle is not None and reservation is not None:
-            if reservation.locks or reservation.untold:
-                lock = _Lock(self._throttle, reservation, self._lock_of(case))
-        return _Refused(AuthenticationError(), events, lock)
-
-    def _lock_of(self, case: _Case[UserT]) -> AccountLocked[UserT] | None:
-        if case.user is None:  # nobody's lock is told to nobody
-            return None
-        return AccountLocked(
-            user=case.user,
-            subject_id=_id(case.user),
-            context=case.context,
-            occurred_at=self._clock(),
-        )
-
-    async def _tell(self, refused: _Refused, patience: float | None = _PATIENCE) -> None:
-        """Tell of a refusal; and of a lock, if it is one by now and nobody else tells it."""
-        if refused.lock is None:
-            await self._report(refused.events)
-            return
-        locking = asyncio.ensure_future(
-            _available(refused.lock.throttle.lock(refused.lock.reservation), patience)
-        )
-        try:
-            await wait_uncancelled(locking)
-        except asyncio.CancelledError:
-            telling = self._tell_locked(refused, refused.lock, locking)
-            self._core.spawn(telling, "report of a lock")
-            raise
-        await self._tell_locked(refused, refused.lock, locking)
-
-    async def _tell_locked(
-        self, refused: _Refused, lock: _Lock, locking: asyncio.Future[bool]
-    ) -> None:
-        locked = not locking.exception() and locking.result()
-        told = [lock.event] if locked and lock.event is not None else []
-        try:
-            await self._report([*told, *refused.events])
-        except asyncio.CancelledError:  # but the report goes on
-            if locked:
-                told_late = _available(lock.throttle.told(lock.reservation))
-                self._core.spawn(told_late, "count of a login")
-            raise
-        if locking.result():  # it raises what was wrong with the throttle
-            await self._settle(lock.throttle.told(lock.reservation))
-
-    async def _report(self, events: Sequence[Event]) -> None:
+    async def _emit(self, events: Sequence[Event]) -> None:
         connection = self._sessions.connection()
         await emit_failure(
             *events, connection=connection, emitter=self._core.emitter, clock=self._clock
         )
 
-    def _tell_later(self, refused: _Refused) -> None:
-        """Do that for a caller who is gone, or has other news."""
-        if refused.events or refused.lock:
-            self._core.spawn(self._tell(refused, patience=None), "report of a refused password")
+    def _later(self, work: Coroutine[Any, Any, None]) -> None:
+        """Do that in a task of its own, outside the caller's transaction."""
+        self._core.spawn(work, "count of a login")
 
     async def _find_user(self, identifier: str) -> UserT | None:
         connection = self._sessions.connection()
-        try:
-            normal = self._user_model.normalize_identifier(identifier)
-        except InvalidIdentifierError:
+        normal = self._normal(identifier)
+        if normal is None:
             return None
         matching = self._user_model.filter(**{self._user_model.identifier_field: normal})
         return await matching.using_db(connection).first()
 
+    def _normal(self, identifier: str) -> str | None:
+        try:
+            return self._user_model.normalize_identifier(identifier)
+        except InvalidIdentifierError:
+            return None
+
     async def _verify(
-        self,
-        case: _Case[UserT],
-        password: str,
-        stored: str | None,
-        reservation: Reservation | None,
+        self, case: _Case[UserT], password: str, stored: str | None
     ) -> tuple[bool, str | None]:
-        """Tell whether a password is right, and return a hash to replace one that is outdated."""
+        """Return whether a password is right, and a hash to replace one that is outdated."""
         if stored is not None and is_usable_hash(stored) and not self._core.passwords.knows(stored):
             self._warn_of_no_hash(case.user)
-        try:
-            verification = await self._core.passwords.verify(password, stored)
-            outdated = case.rehash and verification.outdated
-            replacement = await self._core.passwords.hash(password) if outdated else None
-        except Exception:
-            # Our own fault, so it costs nobody an attempt. A cancellation does: who hangs up in
-            # time would guess for free.
-            if self._throttle is not None and reservation is not None:
-                await self._settle(self._throttle.released(reservation))
-            raise
+        verification = await self._core.passwords.verify(password, stored)
+        outdated = case.rehash and verification.outdated
+        replacement = await self._core.passwords.hash(password) if outdated else None
         return verification.valid, replacement
 
     def _warn_of_no_hash(self, user: UserT | None) -> None:
@@ -339,44 +329,32 @@ class PasswordCheck(Generic[UserT]):
     def _attempt(self, case: _Case[UserT]) -> Attempt:
         source = source_of(case.context.ip)
 
-        async def familiar() -> bool:
+        async def known_source() -> bool:
             return await self._sessions.were_opened_from(_id(case.user) or "", source)
 
+        stored = "" if case.user is None else case.user.password
         return Attempt(
-            account=self._account(case.identifier, case.user),
+            account=self._account(case.identifier, case.user, stored),
             source=None if source is None else self._hidden(f"{self._table}:{source}"),
-            familiar=familiar,
+            known_source=known_source,
         )
 
-    async def _reserve(
-        self, case: _Case[UserT], attempt: Attempt, place: OpenAttempt
-    ) -> Reservation | None:
-        """Count an attempt; if there were too many, once more for each that turns out to cost nothing.
+    async def _reserve(self, case: _Case[UserT]) -> Reservation | None:
+        """Count an attempt; wait for others in flight, if only they are in its way.
 
         Not in a transaction of the caller: the others may wait for the connection that it holds.
         """
         if self._throttle is None:
             return None
-        outside = not is_transaction(self._sessions.connection())
-        while True:
-            try:
-                reservation = await self._counted(self._throttle, case, attempt)
-            except TooEarly as refusal:
-                group = attempt.source if refusal.of_source else attempt.account
-                if not outside or group is None or not await place.is_let_in(group):
-                    raise
-                continue
-            if not (reservation.untold and outside and place.has_company(attempt.account)):
-                return reservation
-            # Those who are being checked decide whether it is locked.
-            await self._settle(self._throttle.released(reservation))
-            if not await place.is_let_in(attempt.account):
-                return await self._counted(self._throttle, case, attempt)
+        reserve = partial(self._reserve_once, self._throttle, case, self._attempt(case))
+        if is_transaction(self._sessions.connection()):
+            return await reserve()
+        return await self._waiting.reserve(reserve)
 
-    async def _counted(
+    async def _reserve_once(
         self, throttle: Throttle, case: _Case[UserT], attempt: Attempt
     ) -> Reservation:
-        """Count an attempt to the end, even if the caller hangs up: it may be the one that locks."""
+        """Count an attempt to the end, even if the caller hangs up: then it has failed."""
         reserving = asyncio.ensure_future(_available(throttle.reserve(attempt), _PATIENCE))
         try:
             await wait_uncancelled(reserving)
@@ -384,7 +362,7 @@ class PasswordCheck(Generic[UserT]):
             if not reserving.cancelled() and reserving.exception() is None:
                 reservation = reserving.result()
                 if isinstance(reservation, Reservation):
-                    self._tell_later(self._refused(case, reservation, only_lock=True))
+                    self._later(self._failed(case, reservation))
             raise
         reservation = reserving.result()
         if not isinstance(reservation, Reservation):
@@ -394,31 +372,22 @@ class PasswordCheck(Generic[UserT]):
             )
         return reservation
 
-    async def _failed(self, reservation: Reservation | None) -> None:
-        if self._throttle is not None and reservation is not None:
-            await self._settle(self._throttle.failed(reservation))
+    async def _settle(self, counting: Coroutine[Any, Any, None], *, lasts: bool = False) -> None:
+        """Count how an attempt ended; after a transaction of the caller, if there is one.
 
-    async def _succeeded(self, reservation: Reservation | None) -> None:
-        if self._throttle is not None and reservation is not None:
-            await self._settle(self._throttle.succeeded(reservation))
-
-    async def _settle(self, counting: Coroutine[Any, Any, None]) -> None:
-        """Tell the throttle how an attempt ended; after a transaction of the caller, if there is one.
-
-        It would wait for a second connection there, or go with a rollback.
+        Within, it would wait for a second connection, or go with a rollback.
         """
         if is_transaction(self._sessions.connection()):
-            self._core.spawn(_available(counting), "count of a login")
+            self._later(_available(counting))
         else:
-            await _available(counting, _PATIENCE)
+            await (counting if lasts else _available(counting, _PATIENCE))
 
-    def _account(self, identifier: str, user: UserT | None) -> str:
+    def _account(self, identifier: str, user: UserT | None, stored: str) -> str:
         """Return what stands for an account: its key and hash, so that a new password starts anew."""
         if user is not None:
-            return self._hidden(f"{self._table}:{user.pk}:{user.password}")
-        try:
-            typed = self._user_model.normalize_identifier(identifier)
-        except InvalidIdentifierError:
+            return self._hidden(f"{self._table}:{user.pk}:{stored}")
+        typed = self._normal(identifier)
+        if typed is None:
             typed = _shown(identifier)
         number = int(self._hidden(f"{self._table}:{typed}"), 16) % _STRANGERS
         return f"stranger:{self._table}:{number}"
@@ -458,9 +427,15 @@ def _id(user: UserT | None) -> str | None:
     return None if user is None or user.pk is None else str(user.pk)
 
 
-def _reason(user: AbstractUser | None, *, locked: bool) -> FailureReason:
+def _reason(user: AbstractUser | None, reservation: Reservation | None) -> FailureReason:
+    """Return why no password is right for this account; ``bad_password`` if one may be."""
     if user is None:
         return "not_found"
     if not user.is_active:
         return "inactive"
-    return "locked" if locked else "bad_password"
+    exceeded = reservation is not None and reservation.exceeded
+    return "locked" if exceeded or user.password_locked_at is not None else "bad_password"
+
+
+async def _never() -> bool:
+    return False

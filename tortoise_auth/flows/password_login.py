@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Generic
 
 from tortoise_auth.context import RequestContext, current_context
 from tortoise_auth.events.unit_of_work import UnitOfWork
@@ -25,26 +27,56 @@ async def login(
     core.tokens.check_extra(claims or {})
     context = current_context(context)
     verified = await passwords.check_login(identifier, password, context)
-    result = await sign_in(core, _proof(core, verified), context, claims)
+    spending = _Spending(passwords, verified, within=passwords.resets_in_login)
+    if not spending.within:
+        await passwords.succeeded(verified)
+    try:
+        result = await sign_in(core, spending.proof(core), context, claims)
+    except BaseException:  # rolled back, or cancelled
+        if spending.within and not spending.committed:
+            passwords.release_later(verified)
+        raise
     if result is None:
-        # The password was changed or the account deactivated while the hash was computed.
-        failed = passwords.login_failed(identifier, verified.user, context, "bad_password")
+        # The password was changed or locked, or the account deactivated, while it was hashed.
+        if spending.within:
+            await passwords.lost(verified)
+        reason = await passwords.reason_now(verified.user)
+        failed = passwords.login_failed(identifier, verified.user, context, reason)
         raise await passwords.refuse(failed)
     return result
 
 
-def _proof(core: Core[UserT], verified: Verified[UserT]) -> Proof[UserT]:
-    async def replace_hash(unit: UnitOfWork) -> bool:
+@dataclass(slots=True)
+class _Spending(Generic[UserT]):
+    """A right password, used up in the transaction that opens the session.
+
+    Attributes:
+        within: That transaction resets the counters of the throttle, too.
+        committed: It is committed.
+    """
+
+    passwords: PasswordCheck[UserT]
+    verified: Verified[UserT]
+    within: bool
+    committed: bool = False
+
+    def proof(self, core: Core[UserT]) -> Proof[UserT]:
+        """Return the proof that the user knows the password."""
+        return Proof(
+            user=self.verified.user,
+            method="password",
+            amr=("pwd",),
+            proven_at=core.clock(),
+            spend=self._spend,
+        )
+
+    async def _spend(self, unit: UnitOfWork) -> bool:
+        verified = self.verified
         if verified.replacement is not None:
             await replace_outdated_hash(
                 verified.user, verified.replacement, unit, instead_of=verified.stored
             )
+        if self.within:
+            await self.passwords.succeeded(verified, within=unit)
+            unit.set_on_commit(self, committed=True)
         return True
-
-    return Proof(
-        user=verified.user,
-        method="password",
-        amr=("pwd",),
-        proven_at=core.clock(),
-        spend=replace_hash,
-    )

@@ -11,14 +11,12 @@ from dataclasses import dataclass
 from tortoise_auth.clock import Clock, utc_now
 from tortoise_auth.config import checked_clock
 from tortoise_auth.exceptions import ConfigurationError
-from tortoise_auth.throttling.counters import Count
 from tortoise_auth.throttling.protocol import (
     FAILURES_KEPT,
-    LOCKED,
-    TELLING,
-    TOLD,
+    UNDECIDED,
     Counted,
     CountingThrottle,
+    Reservation,
     TooEarly,
 )
 
@@ -34,17 +32,16 @@ except ImportError as missing:
     ) from missing
 
 _FAILURES_KEPT = int(FAILURES_KEPT.total_seconds())
-_ROUND_KEPT = 10 * _FAILURES_KEPT  # far longer, lest a lock ends with its round
+_ROUND_KEPT = 10 * _FAILURES_KEPT  # far longer than what is counted in it
 _LATE = 60
-_FORGOTTEN = 1 << 40
-_A_MINUTE = int(TELLING.total_seconds())
+_UNDECIDED = int(UNDECIDED.total_seconds())
 
 
 class LimitsThrottle(CountingThrottle):
     """Counts attempts in a storage of the `limits` library.
 
-    Several windows together make the pauses grow: who has used up ten attempts in a minute waits
-    for the next minute, who has used up twenty in an hour for the next hour.
+    Several windows together make the pauses grow: after ten attempts in a minute the next one
+    waits for the next minute, after twenty in an hour for the next hour.
 
     Example::
 
@@ -83,80 +80,65 @@ class LimitsThrottle(CountingThrottle):
         self._source = _windows(source)
         self._clock = checked_clock(clock)
 
-    async def _take(
-        self, key: str, *, unlimited: bool = False, seen: Count | None = None
-    ) -> Counted:
-        round_ = 0 if self._is_source(key) else await self._storage.get(_round_of(key))
-        windows = () if unlimited else self._windows_of(key, round_)
+    async def failed(self, reservation: Reservation) -> None:
+        """The password was wrong: what was counted stays, and is not in flight any more."""
+        for counted in reservation.counted:
+            await self._land(counted)
+
+    async def _take(self, counted: Counted) -> Counted:
+        key, in_flight = counted.key, _in_flight(counted.key)
+        round_ = 0 if counted.of_source else await self._storage.get(_round(key))
+        windows = self._windows_of(counted, round_) if counted.limited else ()
         for number, window in enumerate(windows, 1):
             if await self._storage.incr(window.key, window.kept) > window.amount:
                 await self._uncount(windows[:number])
                 wait = max(window.ends - self._clock().timestamp(), 1.0)
-                raise TooEarly(wait, of_source=self._is_source(key))
-        failures = 0
-        if self._is_account(key):
-            failures = _in_a_row(await self._add(_failures_of(key, round_), 1))
-        return _CountedInWindows(key, failures, windows=windows, round=round_)
+                undecided = await self._storage.get(in_flight) > 0
+                raise TooEarly(wait, in_flight=key if undecided else None)
+        others = await self._storage.incr(in_flight, _UNDECIDED) - 1
+        taken = _CountedInWindows(
+            key,
+            await self._add_failure(key, round_, 1) if counted.of_account else 0,
+            counted.limited,
+            windows=windows,
+            round=round_,
+        )
+        if taken.failures > self._max_failures and others > 0:
+            await self._give_back(taken)  # the last one that is allowed is still being checked
+            raise TooEarly(1.0, in_flight=key)
+        return taken
 
     async def _give_back(self, counted: Counted) -> None:
-        counted = _here(counted)
+        if not isinstance(counted, _CountedInWindows):
+            raise TypeError("This reservation is from another throttle")
         await self._uncount(counted.windows)
-        if self._is_account(counted.key):
-            await self._add(_failures_of(counted.key, counted.round), -1)
+        if counted.of_account:
+            await self._add_failure(counted.key, counted.round, -1)
+        await self._land(counted)
 
-    async def _forget(self, counted: Counted) -> None:
-        """Begin a new round, in which nothing has been counted, not even by who is late."""
-        round_ = await self._storage.get(_round_of(counted.key))
-        failures = _failures_of(counted.key, round_)
-        if _in_a_row(await self._storage.get(failures)) >= LOCKED:
-            return
-        if _in_a_row(await self._add(failures, -_FORGOTTEN)) >= LOCKED:  # at this very moment
-            await self._add(failures, _FORGOTTEN)
-            return
-        if await self._is_first(f"{failures}:over"):
-            await self._storage.incr(_round_of(counted.key), _ROUND_KEPT)
-            await self._storage.clear(failures)
+    async def _reset(self, counted: Counted) -> None:
+        """Begin a new round, in which nothing is counted, not even what is in flight."""
+        await self._storage.incr(_round(counted.key), _ROUND_KEPT)
+        if isinstance(counted, _CountedInWindows):
+            await self._land(counted)
 
-    async def _lock(self, counted: Counted) -> bool:
-        round_ = _here(counted).round
-        failures = _failures_of(counted.key, round_)
-        before = await self._storage.get(failures)
-        if self._max_failures <= before < LOCKED:
-            before = await self._add(failures, LOCKED) - LOCKED
-            is_first = self._max_failures <= before < LOCKED
-            if not is_first or await self._storage.get(_round_of(counted.key)) != round_:
-                await self._add(failures, -LOCKED)  # forgotten, or locked by somebody else
-                return False
-            return True
-        is_locked = LOCKED <= before < TOLD
-        return is_locked and await self._storage.get(_round_of(counted.key)) == round_
+    async def _land(self, counted: Counted) -> None:
+        await self._storage.incr(_in_flight(counted.key), _UNDECIDED, amount=-1)
 
-    async def _undertake_to_tell(self, counted: Counted) -> bool:
-        return await self._is_first(f"{_failures_of(counted.key, _here(counted).round)}:telling")
+    async def _add_failure(self, key: str, round_: int, amount: int) -> int:
+        failures = f"tortoise_auth:failures:{key}:{round_}"
+        return max(await self._storage.incr(failures, _FAILURES_KEPT, amount=amount), 0)
 
-    async def _is_first(self, step: str) -> bool:
-        """Tell whether nobody has begun this step within the last minute: he may have been killed."""
-        return await self._storage.incr(step, _A_MINUTE) == 1
-
-    async def _remember_told(self, counted: Counted) -> None:
-        failures = _failures_of(counted.key, _here(counted).round)
-        before = await self._add(failures, TOLD) - TOLD
-        if not LOCKED <= _in_a_row(before) < TOLD:
-            await self._add(failures, -TOLD)
-
-    async def _add(self, failures: str, amount: int) -> int:
-        return await self._storage.incr(failures, _FAILURES_KEPT, amount=amount)
-
-    def _windows_of(self, key: str, round_: int) -> Sequence[_Window]:
+    def _windows_of(self, counted: Counted, round_: int) -> Sequence[_Window]:
         now = int(self._clock().timestamp())
         return [
             _Window(
-                key=f"tortoise_auth:{key}:{round_}:{number}:{now // item.get_expiry()}",
+                key=f"tortoise_auth:{counted.key}:{round_}:{number}:{now // item.get_expiry()}",
                 amount=item.amount,
                 kept=item.get_expiry() + _LATE,
                 ends=(now // item.get_expiry() + 1) * item.get_expiry(),
             )
-            for number, item in enumerate(self._source if self._is_source(key) else self._account)
+            for number, item in enumerate(self._source if counted.of_source else self._account)
         ]
 
     async def _uncount(self, windows: Sequence[_Window]) -> None:
@@ -171,8 +153,8 @@ class _Window:
     Attributes:
         key: Of its counter.
         amount: Attempts that it has room for.
-        kept: How long its counter is kept, in seconds: longer than it lasts, lest an attempt that
-            comes late begins it anew.
+        kept: How long its counter is kept, in seconds: longer than it lasts, so that a late
+            attempt does not begin it anew.
         ends: When it does, in seconds since 1970.
     """
 
@@ -184,35 +166,22 @@ class _Window:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _CountedInWindows(Counted):
-    """One attempt, with all that is needed to take it back from where it was counted."""
+    """One attempt, with all that is needed to take it back from where it was counted.
+
+    Attributes:
+        windows: Where it was counted.
+        round: The number of successes before it.
+    """
 
     windows: Sequence[_Window]
     round: int
 
 
-def _here(counted: Counted) -> _CountedInWindows:
-    if not isinstance(counted, _CountedInWindows):
-        raise TypeError("This reservation is from another throttle")
-    return counted
+def _in_flight(key: str) -> str:
+    return f"tortoise_auth:in_flight:{key}"
 
 
-def _in_a_row(value: int) -> int:
-    """Return the failures in a row, locked or not, that a counter stands for.
-
-    A success takes `_FORGOTTEN` off it, and what is then there says who was first: if it is locked
-    under that, the lock was. If it is not, the failures are forgotten.
-    """
-    if value < -_FORGOTTEN // 2:
-        value %= _FORGOTTEN
-        return value if LOCKED <= value < _FORGOTTEN // 2 else 0
-    return max(value, 0)
-
-
-def _failures_of(key: str, round_: int) -> str:
-    return f"tortoise_auth:failures:{key}:{round_}"
-
-
-def _round_of(key: str) -> str:
+def _round(key: str) -> str:
     """Return the counter of successes: each begins a round, and what is counted is of one round."""
     return f"tortoise_auth:round:{key}"
 

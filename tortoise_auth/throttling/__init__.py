@@ -3,8 +3,8 @@
 from tortoise_auth.throttling.database import DatabaseThrottle
 from tortoise_auth.throttling.protocol import (
     Attempt,
+    Backoff,
     CountingThrottle,
-    Limit,
     Reservation,
     Throttle,
     TooEarly,
@@ -13,9 +13,9 @@ from tortoise_auth.throttling.protocol import (
 
 __all__ = [
     "Attempt",
+    "Backoff",
     "CountingThrottle",
     "DatabaseThrottle",
-    "Limit",
     "Reservation",
     "Throttle",
     "TooEarly",

@@ -2,48 +2,105 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable
-from dataclasses import replace
-from datetime import timedelta
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from functools import partial
-from weakref import WeakValueDictionary
+
+from tortoise.backends.base.client import BaseDBAsyncClient
+from tortoise.expressions import Q
 
 from tortoise_auth.clock import Clock, utc_now
 from tortoise_auth.config import checked_clock
-from tortoise_auth.database import in_caller_transaction
+from tortoise_auth.database import (
+    connection_for,
+    is_transaction,
+    root_of,
+    run_statement,
+    unless_kept,
+)
 from tortoise_auth.exceptions import ConfigurationError
-from tortoise_auth.throttling.counters import MAX_RACES, Count, Counters
+from tortoise_auth.models import AttemptCount
 from tortoise_auth.throttling.protocol import (
     FAILURES_KEPT,
-    LOCKED,
-    TELLING,
-    TOLD,
+    UNDECIDED,
+    Backoff,
     Counted,
     CountingThrottle,
-    Limit,
     Reservation,
     TooEarly,
 )
 
-_TOLD_BY = "telling:"
+_ACCOUNT_BACKOFF = Backoff(free_attempts=10)
+_SOURCE_BACKOFF = Backoff(free_attempts=50, reset_after=timedelta(hours=1))
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_MICROSECOND = timedelta(microseconds=1)
+_UNDECIDED = UNDECIDED // _MICROSECOND
+_SKEW = 5_000_000
+"""How much the clocks of machines that share a database may differ, in microseconds."""
+_MAX_TRIES = 100
+"""How often a counter is tried that was blocked, and was not when it was looked at after that."""
+
+# One statement decides and counts: whatever runs at the same moment waits for the row, and then
+# sees it as it is. The numbers in brackets come from the settings.
+_TAKE = """
+INSERT INTO tortoise_auth_attempts AS old
+(key, count, failures, in_flight, counted_at, previous_at, reserved_at)
+VALUES ({key}, [limited], [fails], 1, {now}, {now}, {now})
+ON CONFLICT (key) DO UPDATE SET
+count = CASE WHEN [elapsed] >= [reset_after] THEN 0 ELSE old.count END + [limited],
+failures = old.failures + [fails],
+in_flight = CASE WHEN [decided] THEN 1 ELSE old.in_flight + 1 END,
+counted_at = CASE WHEN [limited] = 1 AND ([elapsed] > 0 OR [elapsed] < -[skew])
+THEN {now} ELSE old.counted_at END,
+previous_at = CASE WHEN [limited] = 1 THEN old.counted_at ELSE old.previous_at END,
+reserved_at = {now}
+WHERE ([fails] = 0 OR old.failures < [max_failures] OR [decided])
+AND ([limited] = 0 OR old.count < [free]
+OR [elapsed] >= CASE WHEN old.count - [free] >= [doublings] THEN [max_delay]
+ELSE CAST([initial_delay] AS BIGINT) << (old.count - [free]) END)
+RETURNING count, failures, counted_at
+"""
+_GIVE_BACK = """
+UPDATE tortoise_auth_attempts SET
+count = CASE WHEN count > 0 THEN count - {limited} ELSE 0 END,
+failures = CASE WHEN failures > 0 THEN failures - 1 ELSE 0 END,
+in_flight = CASE WHEN in_flight > 0 THEN in_flight - 1 ELSE 0 END,
+counted_at = CASE WHEN counted_at = {at} THEN previous_at ELSE counted_at END
+WHERE key = {key}
+"""
+_RESET = """
+UPDATE tortoise_auth_attempts SET
+count = CASE WHEN in_flight > 1 THEN in_flight - 1 ELSE 0 END,
+failures = CASE WHEN failures > 0 AND in_flight > 1 THEN in_flight - 1 ELSE 0 END,
+in_flight = CASE WHEN in_flight > 1 THEN in_flight - 1 ELSE 0 END
+WHERE key = {key}
+"""
+_DECIDE = """
+UPDATE tortoise_auth_attempts SET in_flight = in_flight - 1 WHERE key = {key} AND in_flight > 0
+"""
 
 
-_ACCOUNT_LIMIT = Limit(free=10)
-_SOURCE_LIMIT = Limit(free=50, quiet=timedelta(hours=1))
-_SKEW = timedelta(seconds=5)
-"""How much the clocks of machines that share a database may differ."""
+@dataclass(frozen=True, slots=True)
+class _Row(Counted):
+    """One attempt in one row.
+
+    Attributes:
+        at: When it was counted, in microseconds since 1970.
+    """
+
+    at: int = -1
 
 
 class DatabaseThrottle(CountingThrottle):
     """Counts attempts in a table of the host's own database.
 
     Counts hold even if a transaction of the caller is rolled back. If the database fails, the
-    attempt is refused with an error, never let through.
+    attempt is rejected with an error, never let through.
 
     Args:
-        account: The limit for one account, from wherever the attempts come: 10 free by default.
-        source: The limit for one source, whatever accounts it tries: 50 free by default, because
+        account: The back-off for one account, from wherever the attempts come: 10 free by default.
+        source: The back-off for one source, whatever accounts it tries: 50 free by default, because
             many people share an address. Successes do not count.
         max_failures: See `CountingThrottle`.
         clock: The time.
@@ -56,177 +113,148 @@ class DatabaseThrottle(CountingThrottle):
     def __init__(
         self,
         *,
-        account: Limit = _ACCOUNT_LIMIT,
-        source: Limit = _SOURCE_LIMIT,
+        account: Backoff = _ACCOUNT_BACKOFF,
+        source: Backoff = _SOURCE_BACKOFF,
         max_failures: int = 100,
         clock: Clock = utc_now,
     ) -> None:
         super().__init__(max_failures)
-        if not (isinstance(account, Limit) and isinstance(source, Limit)):
-            raise ConfigurationError("DatabaseThrottle takes limits: account=Limit(free=10)")
+        if not (isinstance(account, Backoff) and isinstance(source, Backoff)):
+            raise ConfigurationError(
+                "DatabaseThrottle takes back-offs: account=Backoff(free_attempts=10)"
+            )
         self._account = account
         self._source = source
         self._clock = checked_clock(clock)
-        self._counters = Counters()
-        self._turns: WeakValueDictionary[tuple[int, str], _Turn] = WeakValueDictionary()
 
     async def failed(self, reservation: Reservation) -> None:
-        """The password was wrong: what was counted stays, whatever became of the caller's transaction."""
-        await self._counters.save()
+        """The password was wrong: what was counted stays, and is not in flight any more."""
+        for counted in reservation.counted:
+            await run_statement(_connection(), _DECIDE, {"key": counted.key})
+
+    async def succeeded(
+        self, reservation: Reservation, *, using_db: BaseDBAsyncClient | None = None
+    ) -> None:
+        """Reset the account and give the source its attempt back.
+
+        Always in this order, so that two logins never wait for each other's rows.
+
+        Args:
+            reservation: The attempt.
+            using_db: The transaction of the login, to reset in it. Warning: until it ends, every
+                attempt of the account waits for the row; so never a transaction of the caller.
+        """
+        connection = using_db if using_db is not None else _connection()
+        for counted in self._to_reset(reservation):
+            if counted.of_source:
+                await self._give_back_on(connection, counted)
+            else:
+                await run_statement(connection, _RESET, {"key": counted.key})
 
     async def purge(self) -> int:
         """Delete counters that say nothing any more; return how many.
 
-        Those with failures in a row are kept for 400 days after the last one, and those of locked
-        accounts for good.
+        Those with failures in a row are kept for 400 days after the last one.
         """
-        now = self._clock()
-        quiet = now - max(self._account.quiet, self._source.quiet)
-        return await self._counters.purge(quiet, now - FAILURES_KEPT, self._max_failures)
+        now = self._now()
+        reset = now - max(self._account.reset_after, self._source.reset_after) // _MICROSECOND
+        forgotten = Q(reserved_at__lt=now - FAILURES_KEPT // _MICROSECOND)
+        stale = Q(reserved_at__lt=reset, failures=0) | forgotten
+        return await AttemptCount.all().using_db(_connection()).filter(stale).delete()
 
-    async def _peek(self, key: str) -> Count:
-        row = await self._current(key)
-        self._with_one_more(row, unlimited=False)
-        return row
+    async def _peek(self, counted: Counted) -> None:
+        row = await AttemptCount.filter(key=counted.key).using_db(_connection()).first()
+        if row is not None:
+            await self._reject_if_blocked(counted, row)
 
-    async def _take(
-        self, key: str, *, unlimited: bool = False, seen: Count | None = None
-    ) -> Counted:
-        changed = await self._change(key, partial(self._with_one_more, unlimited=unlimited), seen)
-        if changed is None:
-            raise self._too_many_others(key)
-        before, now = changed
-        return Counted(key, now.failures, not unlimited, now.count, now.last_at, before.last_at)
-
-    def _with_one_more(self, row: Count, *, unlimited: bool) -> Count:
-        of_source = self._is_source(row.key)
-        now = max(self._clock(), row.last_at)  # the clock of another machine may be ahead
-        failures = row.failures + 1 if self._is_account(row.key) else 0
-        if unlimited:
-            return replace(row, failures=failures)
-        limit = self._source if of_source else self._account
-        elapsed = now - row.last_at
-        count = 0 if elapsed >= limit.quiet else row.count
-        wait = limit.after(count) - elapsed
-        if wait > timedelta(0):
-            raise TooEarly(wait.total_seconds(), of_source=of_source)
-        return replace(row, count=count + 1, failures=failures, last_at=now)
+    async def _take(self, counted: Counted) -> Counted:
+        connection = _connection()
+        statement = self._statement(counted)
+        for _ in range(_MAX_TRIES):
+            values = {"key": counted.key, "now": self._now()}
+            rows = await run_statement(connection, statement, values)
+            if rows:
+                at = rows[0]["counted_at"] if counted.limited else -1
+                taken = _Row(counted.key, rows[0]["failures"], counted.limited, at)
+                again, _, _ = statement.partition("WHERE")
+                await _repeat_if_lost(connection, again, values)
+                return taken
+            await self._peek(counted)
+        raise TooEarly(self._backoff(counted).initial_delay.total_seconds())
 
     async def _give_back(self, counted: Counted) -> None:
-        def without_it(row: Count) -> Count:
-            # It must not prolong the pause either, unless somebody else has since.
-            at = counted.before if row.last_at == counted.at else row.last_at
-            return replace(
-                row,
-                count=max(row.count - int(counted.limited), 0),
-                failures=max(row.failures - 1, 0),
-                last_at=at or row.last_at,
-            )
+        connection = _connection()
+        values = await self._give_back_on(connection, counted)
+        await _repeat_if_lost(connection, _GIVE_BACK, values)
 
-        await self._change(counted.key, without_it)
+    @staticmethod
+    async def _give_back_on(connection: BaseDBAsyncClient, counted: Counted) -> dict[str, object]:
+        at = counted.at if isinstance(counted, _Row) else -1
+        values = {"key": counted.key, "limited": int(counted.limited), "at": at}
+        await run_statement(connection, _GIVE_BACK, values)
+        return values
 
-    async def _forget(self, counted: Counted) -> None:
-        def without_failures(row: Count) -> Count | None:
-            return replace(row, count=0, failures=0) if row.failures < LOCKED else None
+    async def _reset(self, counted: Counted) -> None:
+        await run_statement(_connection(), _RESET, {"key": counted.key})
 
-        at = counted.at or self._clock()
-        as_counted = Count(counted.key, at, counted.count, counted.failures)
-        await self._change(counted.key, without_failures, first=as_counted)
+    async def _reject_if_blocked(self, counted: Counted, row: AttemptCount) -> None:
+        """Raise if the row would reject one more, for the reasons for which `_TAKE` does.
 
-    async def _lock(self, counted: Counted) -> bool:
-        def with_lock(row: Count) -> Count | None:
-            is_due = self._max_failures <= row.failures < LOCKED
-            return replace(row, failures=row.failures + LOCKED) if is_due else None
-
-        await self._change(counted.key, with_lock)
-        return LOCKED <= (await self._current(counted.key)).failures < TOLD
-
-    async def _undertake_to_tell(self, counted: Counted) -> bool:
-        def undertaken(row: Count) -> Count | None:
-            now = self._clock()
-            is_free = not row.count or now - row.last_at >= TELLING
-            return replace(row, count=1, last_at=now) if is_free else None
-
-        return await self._change(_TOLD_BY + counted.key, undertaken) is not None
-
-    async def _remember_told(self, counted: Counted) -> None:
-        def with_that(row: Count) -> Count | None:
-            is_untold = LOCKED <= row.failures < TOLD
-            return replace(row, failures=row.failures + TOLD) if is_untold else None
-
-        await self._change(counted.key, with_that)
-
-    async def _change(
-        self, key: str, change: Callable[[Count], Count | None], first: Count | None = None
-    ) -> tuple[Count, Count] | None:
-        """Change a counter in one atomic step; in this process one after the other.
-
-        Counts are right without that, but of many at once all but one would have to read again, and
-        again. Whoever is refused waits for nobody, and who has waited goes by what the one before
-        has written, so that a queue ends as soon as one of it is too early.
-
-        Args:
-            key: The counter.
-            change: Returns what it is to be; ``None`` to leave it. It may raise.
-            first: The counter as it probably is, to save a look.
-
-        Returns:
-            The counter before and after; ``None`` if it was left, or others were always faster.
+        If the clock was set back, the delay begins again: else it would last until the clock has
+        come to where it was.
         """
-        turn = self._turn(key)
-        seen = turn.seen
-        row = first or await self._current(key)
-        if change(row) is None:
-            return None
-        waits = turn.lock.locked()
-        async with turn.lock:
-            if waits:
-                row = turn.row if turn.row and turn.seen > seen else await self._current(key)
-            for _ in range(MAX_RACES):
-                changed = change(row)
-                if changed is None:
-                    return None
-                if await self._counters.swap(row, changed):
-                    turn.saw(changed)
-                    return row, changed
-                row = await self._current(key)
-                turn.saw(row)
-        return None
+        now, backoff = self._now(), self._backoff(counted)
+        elapsed = now - row.counted_at
+        delay = backoff.after(row.count) // _MICROSECOND if counted.limited else 0
+        decided = not row.in_flight or abs(now - row.reserved_at) >= _UNDECIDED
+        if elapsed < -_SKEW and delay:
+            unchanged = AttemptCount.filter(key=row.key, counted_at=row.counted_at)
+            await unchanged.using_db(_connection()).update(counted_at=now)
+        wait = delay - max(elapsed, 0)
+        if counted.of_account and row.failures >= self._max_failures and not decided:
+            wait = max(wait, backoff.initial_delay // _MICROSECOND)
+        if wait > 0:
+            raise TooEarly(wait / 1_000_000, in_flight=None if decided else row.key)
 
-    def _turn(self, key: str) -> _Turn:
-        """Return the turn of those who change a counter.
+    def _statement(self, counted: Counted) -> str:
+        backoff = self._backoff(counted)
+        numbers = {
+            "decided": "(old.in_flight = 0 OR ABS({now} - old.reserved_at) >= [undecided])",
+            "elapsed": "({now} - old.counted_at)",
+            "limited": int(counted.limited),
+            "fails": int(counted.of_account),
+            "max_failures": self._max_failures,
+            "free": backoff.free_attempts,
+            "doublings": backoff.doublings,
+            "initial_delay": backoff.initial_delay // _MICROSECOND,
+            "max_delay": backoff.max_delay // _MICROSECOND,
+            "reset_after": backoff.reset_after // _MICROSECOND,
+            "skew": _SKEW,
+            "undecided": _UNDECIDED,
+        }
+        statement = _TAKE
+        for name, number in numbers.items():
+            statement = statement.replace(f"[{name}]", str(number))
+        return statement
 
-        Inside a transaction of the caller everybody has one of his own: whoever has the turn may
-        wait for the connection which that transaction holds.
-        """
-        if in_caller_transaction():
-            return _Turn()
-        return self._turns.setdefault((id(asyncio.get_running_loop()), key), _Turn())
+    def _backoff(self, counted: Counted) -> Backoff:
+        return self._source if counted.of_source else self._account
 
-    async def _current(self, key: str) -> Count:
-        for _ in range(MAX_RACES):
-            row = await self._counters.read(key, self._clock())
-            now = self._clock()  # not the time before: others have counted since
-            if row.last_at - now <= _SKEW:
-                return row
-            # The clock was set back: the pause begins again, lest it lasts until the clock has come
-            # to where it was.
-            await self._counters.swap(row, replace(row, last_at=now))
-        raise self._too_many_others(key)
-
-    def _too_many_others(self, key: str) -> TooEarly:
-        return TooEarly(self._account.pause.total_seconds(), of_source=self._is_source(key))
+    def _now(self) -> int:
+        return (self._clock() - _EPOCH) // _MICROSECOND
 
 
-class _Turn:
-    """Whose turn it is to change a counter, and what those before saw of it."""
+def _connection() -> BaseDBAsyncClient:
+    """Return where attempts are counted: in a transaction of the caller only if there is no other way."""
+    connection = connection_for(AttemptCount)
+    if is_transaction(connection) and connection.capabilities.dialect != "sqlite":
+        return root_of(connection)
+    return connection
 
-    def __init__(self) -> None:
-        self.lock = asyncio.Lock()
-        self.row: Count | None = None
-        self.seen = 0
 
-    def saw(self, row: Count) -> None:
-        """Note the counter as it is in the table now."""
-        self.row = replace(row, is_new=False)
-        self.seen += 1
+async def _repeat_if_lost(
+    connection: BaseDBAsyncClient, statement: str, values: Mapping[str, object]
+) -> None:
+    """Let a count hold although the caller rolls it back, before others can count."""
+    again = partial(run_statement, statement=statement, values=values)
+    await unless_kept(connection, again)

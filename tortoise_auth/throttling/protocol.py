@@ -1,7 +1,7 @@
 """Slow down guessing: a protocol, and the rules that throttles share.
 
-An attempt is *reserved* before the password is hashed, so that a burst cannot be heard faster than
-it is counted. After a few free failures each one doubles the pause. Live sessions, refresh and
+An attempt is *reserved* before the password is hashed, so that a burst cannot check more passwords
+than are counted. After a few free failures each one doubles the pause. Live sessions, refresh and
 password resets are not touched, and a source from which the user has logged in before has a budget
 of its own: guessing from elsewhere cannot keep the user out.
 """
@@ -11,162 +11,38 @@ from __future__ import annotations
 import ipaddress
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
-from datetime import datetime, timedelta
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from typing import Protocol
 
 from tortoise_auth.exceptions import ConfigurationError, ThrottledError
-from tortoise_auth.throttling.counters import Count
 
 _ACCOUNT = "account:"
-
-
-_FAMILIAR = "familiar:"
-
-
+_KNOWN_SOURCE = "known_source:"
 _SOURCE = "source:"
-
+_YEAR = timedelta(days=366)
 
 FAILURES_KEPT = timedelta(days=400)
 """How long failures in a row are remembered after the last one."""
 
-
-LOCKED = 1 << 20
-"""Added to the failures in a row of an account when it is locked for good: it needs no column."""
-
-
-TOLD = 1 << 24
-"""Added when that has been told."""
-
-
-TELLING = timedelta(minutes=1)
-"""How long whoever has undertaken to tell it may take: after that he is believed to be dead."""
+UNDECIDED = timedelta(minutes=1)
+"""How long an attempt may be in flight. After that its process was killed, and it has failed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Attempt:
-    """Somebody tries a password.
+    """One attempt to prove a password.
 
     Attributes:
         account: Stands for the account, existing or not. Opaque: a throttle stores it as it is.
         source: Stands for the network it comes from; ``None`` if it is not known. Opaque, too.
-        familiar: Tells whether the user has logged in from there before. Asked only when it matters.
+        known_source: Says whether the user has logged in from there before. Called only when it
+            matters.
     """
 
     account: str
     source: str | None
-    familiar: Callable[[], Awaitable[bool]]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Reservation:
-    """Leave to check one password.
-
-    Attributes:
-        attempt: The attempt.
-        locked: The account has had so many failures in a row that no password is right any more,
-            until it is changed. The caller must refuse, as if the password were wrong.
-        locks: If this attempt fails, the account is to be locked: `Throttle.lock` it.
-        untold: It had so many failures before, but nobody has been told that it is locked. Either
-            the last of them is still being checked, or whoever was to tell it failed: then `lock` it.
-        counted: What was counted, for the throttle alone.
-    """
-
-    attempt: Attempt
-    locked: bool = False
-    locks: bool = False
-    untold: bool = False
-    counted: tuple[Counted, ...] = field(default=(), repr=False)
-
-
-_YEAR = timedelta(days=366)
-
-
-class Throttle(Protocol):
-    """Decides how often passwords may be tried. Any failure to decide must be an exception."""
-
-    async def reserve(self, attempt: Attempt) -> Reservation:
-        """Count an attempt before its password is checked.
-
-        Raises:
-            ThrottledError: Too many came before; it was not counted and must not be heard.
-        """
-        ...
-
-    async def failed(self, reservation: Reservation) -> None:
-        """The password was wrong."""
-        ...
-
-    async def succeeded(self, reservation: Reservation) -> None:
-        """It was right: forget the failures of the account, but not those of the source."""
-        ...
-
-    async def released(self, reservation: Reservation) -> None:
-        """It could not be checked, and that was our fault: give the attempt back."""
-        ...
-
-    async def lock(self, reservation: Reservation) -> bool:
-        """Lock the account for good, unless its failures have been forgotten meanwhile.
-
-        Returns:
-            Whether the caller is to tell that it is locked: nobody has, and nobody else is about to.
-        """
-        ...
-
-    async def told(self, reservation: Reservation) -> None:
-        """That the account is locked has been told; ``untold`` is not true of it any more."""
-        ...
-
-
-class TooEarly(ThrottledError):
-    """What our own throttles raise; the same error, but it knows the counter.
-
-    Attributes:
-        of_source: Too much came from the source, and not only for the account.
-    """
-
-    def __init__(self, retry_after: float, *, of_source: bool) -> None:
-        super().__init__(retry_after)
-        self.of_source = of_source
-
-
-@dataclass(frozen=True, kw_only=True)
-class Limit:
-    """Free failures, then a pause that doubles with each.
-
-    Attributes:
-        free: Attempts without a pause.
-        pause: The first pause.
-        longest: The longest pause.
-        quiet: After so long without an attempt the pauses begin anew.
-
-    Raises:
-        ConfigurationError: A number or duration makes no sense.
-    """
-
-    free: int
-    pause: timedelta = timedelta(seconds=1)
-    longest: timedelta = timedelta(minutes=15)
-    quiet: timedelta = timedelta(days=1)
-
-    def __post_init__(self) -> None:
-        durations = (self.pause, self.longest, self.quiet)
-        if type(self.free) is not int or not all(isinstance(each, timedelta) for each in durations):
-            raise ConfigurationError(
-                "A limit is made of a whole number and of timedeltas: "
-                "Limit(free=10, longest=timedelta(minutes=15))"
-            )
-        if self.free < 1 or not timedelta(0) < self.pause <= self.longest <= self.quiet <= _YEAR:
-            raise ConfigurationError(
-                "A limit needs free >= 1 and durations with 0 < pause <= longest <= quiet <= 366 days"
-            )
-
-    def after(self, count: int) -> timedelta:
-        """Return the pause after *count* attempts."""
-        if count < self.free:
-            return timedelta(0)
-        enough = (self.longest // self.pause).bit_length()
-        return min(self.pause * (1 << min(count - self.free, enough)), self.longest)
+    known_source: Callable[[], Awaitable[bool]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,33 +52,150 @@ class Counted:
     Attributes:
         key: The counter.
         failures: Failures in a row, if this one fails.
-        limited: It counts against the limit, and not only as a failure in a row.
-        count: What the counter showed then.
-        at, before: When it was counted, and the one before it.
+        limited: It counts against the budget, and not only as a failure in a row.
     """
 
     key: str
-    failures: int
+    failures: int = 0
     limited: bool = True
-    count: int = 0
-    at: datetime | None = None
-    before: datetime | None = None
 
     @property
     def of_source(self) -> bool:
         """It counts what comes from one source, whatever the account."""
         return self.key.startswith(_SOURCE)
 
+    @property
+    def of_account(self) -> bool:
+        """It counts failures in a row, which only the counter of an account does."""
+        return self.key.startswith(_ACCOUNT)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reservation:
+    """Permission to check one password.
+
+    Attributes:
+        attempt: The attempt.
+        failures: Failures of the account in a row, if this attempt fails.
+        max_failures: How many of them lock the password; ``None`` if none do.
+        counted: What was counted, for the throttle alone.
+    """
+
+    attempt: Attempt
+    failures: int = 0
+    max_failures: int | None = None
+    counted: tuple[Counted, ...] = field(default=(), repr=False)
+
+    @property
+    def locks(self) -> bool:
+        """It is the last one that is allowed: if it fails, the password is to be locked."""
+        return self.failures == self.max_failures
+
+    @property
+    def exceeded(self) -> bool:
+        """So many have failed before that the password must not be checked, even if no lock is set.
+
+        The process of the last failure was killed before the lock was written.
+        """
+        return self.max_failures is not None and self.failures > self.max_failures
+
+
+class Throttle(Protocol):
+    """Decides how often passwords may be tried. Any failure to decide must be an exception."""
+
+    async def reserve(self, attempt: Attempt) -> Reservation:
+        """Count an attempt before its password is checked.
+
+        Raises:
+            ThrottledError: Too many came before; it was not counted and must not be checked.
+        """
+        ...
+
+    async def failed(self, reservation: Reservation) -> None:
+        """The password was wrong."""
+        ...
+
+    async def succeeded(self, reservation: Reservation) -> None:
+        """It was right: reset the failures of the account, but not those of the source.
+
+        Also called for an account that was unlocked, with a reservation that counted nothing.
+        """
+        ...
+
+    async def released(self, reservation: Reservation) -> None:
+        """It could not be checked, and that was our fault: give the attempt back."""
+        ...
+
+
+class TooEarly(ThrottledError):
+    """What our own throttles raise; the same error, with what may be waited for.
+
+    Attributes:
+        in_flight: The counter, if attempts that it counts are still being checked.
+    """
+
+    def __init__(self, retry_after: float, *, in_flight: str | None = None) -> None:
+        super().__init__(retry_after)
+        self.in_flight = in_flight
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backoff:
+    """Free attempts, then a delay that doubles with each failure.
+
+    Attributes:
+        free_attempts: Attempts without a delay.
+        initial_delay: The first delay.
+        max_delay: The longest delay.
+        reset_after: After so long without an attempt the delays begin anew.
+
+    Raises:
+        ConfigurationError: A number or duration makes no sense.
+    """
+
+    free_attempts: int
+    initial_delay: timedelta = timedelta(seconds=1)
+    max_delay: timedelta = timedelta(minutes=15)
+    reset_after: timedelta = timedelta(days=1)
+
+    def __post_init__(self) -> None:
+        durations = (self.initial_delay, self.max_delay, self.reset_after)
+        if type(self.free_attempts) is not int or not all(
+            isinstance(each, timedelta) for each in durations
+        ):
+            raise ConfigurationError(
+                "A back-off is made of a whole number and of timedeltas: "
+                "Backoff(free_attempts=10, max_delay=timedelta(minutes=15))"
+            )
+        ordered = timedelta(0) < self.initial_delay <= self.max_delay <= self.reset_after <= _YEAR
+        if self.free_attempts < 1 or not ordered:
+            raise ConfigurationError(
+                "A back-off needs free_attempts >= 1 and durations with "
+                "0 < initial_delay <= max_delay <= reset_after <= 366 days"
+            )
+
+    @property
+    def doublings(self) -> int:
+        """After so many doublings the delay is the longest one."""
+        return (self.max_delay // self.initial_delay).bit_length()
+
+    def after(self, count: int) -> timedelta:
+        """Return the delay after *count* attempts."""
+        if count < self.free_attempts:
+            return timedelta(0)
+        doubled = min(count - self.free_attempts, self.doublings)
+        return min(self.initial_delay * (1 << doubled), self.max_delay)
+
 
 class CountingThrottle(ABC):
     """The rules that throttles share; where the counts are kept is left to subclasses.
 
-    Source first, then the account, but who is refused for the account counts nowhere. If the
+    Source first, then the account, but what is rejected for the account counts nowhere. If the
     account is blocked and the source is one from which the user has logged in before, a counter of
     the two together decides instead, while the failures in a row still count for the account.
 
     Args:
-        max_failures: Failures in a row after which the password is disabled until it is changed
+        max_failures: Failures in a row after which the password is locked until it is changed
             (NIST SP 800-63B-4, 3.2.2: at most 100).
 
     Raises:
@@ -212,7 +205,7 @@ class CountingThrottle(ABC):
     def __init__(self, max_failures: int) -> None:
         if type(max_failures) is not int or not 1 <= max_failures <= 100:
             raise ConfigurationError(
-                "A throttle must disable a password after at most 100 failures in a row "
+                "A throttle must lock a password after at most 100 failures in a row "
                 "(NIST SP 800-63B-4, 3.2.2): choose max_failures between 1 and 100"
             )
         self._max_failures = max_failures
@@ -223,128 +216,88 @@ class CountingThrottle(ABC):
         Raises:
             ThrottledError: Too many came before; it was not counted.
         """
-        seen = await self._look(attempt)
+        account = Counted(_ACCOUNT + attempt.account)
+        await self._look(attempt, account)
         source = None
         if attempt.source is not None:
-            source = await self._take(_SOURCE + attempt.source)
+            source = await self._take(Counted(_SOURCE + attempt.source))
         try:
-            counted = await self._take_account(attempt, seen)
-        except Exception:  # not a cancellation: nobody waits any more, least of all for a store
+            counted = await self._take_account(attempt, account)
+        except Exception:  # not a cancellation: the caller waits for no store any more
             if source is not None:
                 await self._give_back(source)
             raise
-        failures = counted[0].failures
         return Reservation(
             attempt=attempt,
-            locked=failures > self._max_failures,
-            locks=failures == self._max_failures,
-            untold=self._max_failures < failures < TOLD,
+            failures=counted[0].failures,
+            max_failures=self._max_failures,
             counted=counted if source is None else (*counted, source),
         )
-
-    async def failed(self, reservation: Reservation) -> None:  # noqa: B027 - the usual case, not a gap
-        """The password was wrong: what was counted stays."""
-
-    async def succeeded(self, reservation: Reservation) -> None:
-        """Forget the failures of the account; give the source its attempt back, and no more.
-
-        An account that was locked while this attempt was checked stays so.
-        """
-        for counted in reservation.counted:
-            await (self._give_back(counted) if counted.of_source else self._forget(counted))
 
     async def released(self, reservation: Reservation) -> None:
         """Give every counter its attempt back."""
         for counted in reservation.counted:
             await self._give_back(counted)
 
-    async def lock(self, reservation: Reservation) -> bool:
-        """Lock the account for good, unless its failures have been forgotten meanwhile.
+    async def succeeded(self, reservation: Reservation) -> None:
+        """Reset the failures of the account; give the source its attempt back, and no more."""
+        for counted in self._to_reset(reservation):
+            await (self._give_back(counted) if counted.of_source else self._reset(counted))
 
-        Returns:
-            Whether the caller is to tell it. He has a minute: he may be killed, or the database may
-            refuse the row of a handler, and then an attempt after that minute tells it.
-        """
-        account = reservation.counted[0]
-        return await self._lock(account) and await self._undertake_to_tell(account)
+    @staticmethod
+    def _to_reset(reservation: Reservation) -> tuple[Counted, ...]:
+        """Return what was counted; the account, if it is unlocked without an attempt."""
+        return reservation.counted or (Counted(_ACCOUNT + reservation.attempt.account),)
 
-    async def told(self, reservation: Reservation) -> None:
-        """Remember that somebody knows of the lock."""
-        await self._remember_told(reservation.counted[0])
-
-    async def _look(self, attempt: Attempt) -> Count | None:
-        """Look at the account without counting, so that refusing an attempt writes nothing."""
+    async def _look(self, attempt: Attempt, account: Counted) -> None:
+        """Look at the account first, so that rejecting an attempt writes nothing."""
+        if attempt.source is None:
+            return
         try:
-            return await self._peek(_ACCOUNT + attempt.account)
+            await self._peek(account)
         except TooEarly:
-            if attempt.source is None or not await attempt.familiar():
+            if not await attempt.known_source():
                 raise
-        return None
 
-    async def _take_account(self, attempt: Attempt, seen: Count | None) -> tuple[Counted, ...]:
-        key = _ACCOUNT + attempt.account
+    async def _take_account(self, attempt: Attempt, account: Counted) -> tuple[Counted, ...]:
         try:
-            return (await self._take(key, seen=seen),)
+            return (await self._take(account),)
         except TooEarly:
-            if attempt.source is None or not await attempt.familiar():
+            if attempt.source is None or not await attempt.known_source():
                 raise
-        own = await self._take(f"{_FAMILIAR}{attempt.account}:{attempt.source}")
+        own = await self._take(Counted(f"{_KNOWN_SOURCE}{attempt.account}:{attempt.source}"))
         try:
-            return await self._take(key, unlimited=True), own
+            return await self._take(replace(account, limited=False)), own
         except Exception:
             await self._give_back(own)
             raise
 
-    @staticmethod
-    def _is_source(key: str) -> bool:
-        return key.startswith(_SOURCE)
-
-    @staticmethod
-    def _is_account(key: str) -> bool:
-        """Failures in a row are those of an account, and of nothing else."""
-        return key.startswith(_ACCOUNT)
-
-    async def _peek(self, key: str) -> Count | None:
-        """Return a counter as it is, for `_take` to go by, if looking is cheaper than counting.
+    async def _peek(self, counted: Counted) -> None:  # noqa: B027 - only where it is cheap
+        """Look at a counter without counting.
 
         Raises:
-            TooEarly: It would refuse one more.
+            TooEarly: It would reject one more.
         """
-        return None
 
     @abstractmethod
-    async def _take(
-        self, key: str, *, unlimited: bool = False, seen: Count | None = None
-    ) -> Counted:
-        """Count one attempt in one atomic step; if *unlimited* only its failure in a row.
+    async def _take(self, counted: Counted) -> Counted:
+        """Count one attempt in one atomic step; if it is not limited, only its failure in a row.
 
         Raises:
-            TooEarly: It is.
+            TooEarly: There were too many.
         """
+
+    @abstractmethod
+    async def failed(self, reservation: Reservation) -> None:
+        """The password was wrong: what was counted stays."""
 
     @abstractmethod
     async def _give_back(self, counted: Counted) -> None:
         """Take one attempt off a counter."""
 
     @abstractmethod
-    async def _forget(self, counted: Counted) -> None:
-        """Set a counter to zero, unless it is that of a locked account."""
-
-    @abstractmethod
-    async def _lock(self, counted: Counted) -> bool:
-        """Add `LOCKED` to the failures in a row once, if they are so many.
-
-        Returns:
-            Whether it is added, by whomever, and `TOLD` is not.
-        """
-
-    @abstractmethod
-    async def _undertake_to_tell(self, counted: Counted) -> bool:
-        """Tell whether nobody has called this within the last minute."""
-
-    @abstractmethod
-    async def _remember_told(self, counted: Counted) -> None:
-        """Add `TOLD` to the failures in a row of a locked account, if it has not been added."""
+    async def _reset(self, counted: Counted) -> None:
+        """Set a counter to zero, but for attempts that are still being checked."""
 
 
 def source_of(ip: str | None) -> str | None:

@@ -58,14 +58,17 @@ async def store_password(
     row = type(user).filter(pk=user.pk).using_db(unit.connection)
     matching = row if instead_of is None else row.filter(password=instead_of)
     changed = await matching.update(
-        password=hashed, session_version=F("session_version") + 1, updated_at=at
+        password=hashed,
+        password_locked_at=None,
+        session_version=F("session_version") + 1,
+        updated_at=at,
     )
     if not changed:
         if await row.exists():
             return None
         raise ValueError(f"{user!r} is not in the database; save it before setting a password")
     version = await stored_version(user, unit)
-    unit.set_on_commit(user, password=hashed, session_version=version)
+    unit.set_on_commit(user, password=hashed, password_locked_at=None, session_version=version)
     return version
 
 
@@ -100,9 +103,14 @@ async def store_login(user: Model, unit: UnitOfWork, *, session_version: int, at
         at: The time.
 
     Returns:
-        False if the password was changed or the account deactivated meanwhile.
+        False if the password was changed or locked, or the account deactivated meanwhile.
     """
-    unchanged = type(user).filter(pk=user.pk, session_version=session_version, is_active=True)
+    unchanged = type(user).filter(
+        pk=user.pk,
+        session_version=session_version,
+        is_active=True,
+        password_locked_at__isnull=True,
+    )
     if not await unchanged.using_db(unit.connection).update(last_login=at):
         return False
     unit.set_on_commit(user, last_login=at)
@@ -125,4 +133,53 @@ async def store_status(user: Model, unit: UnitOfWork, *, is_active: bool, at: da
         return False
     version = await stored_version(user, unit)
     unit.set_on_commit(user, is_active=is_active, session_version=version)
+    return True
+
+
+async def lock_password(
+    user_model: type[Model],
+    identifier: str | None,
+    user: Model | None,
+    unit: UnitOfWork,
+    *,
+    at: datetime,
+) -> bool:
+    """Lock the password of an account, so that not even the right one logs in.
+
+    Nothing is locked if the password was changed since *user* was read, or a login has succeeded,
+    which breaks the row of failures.
+
+    Args:
+        user_model: The model of the account.
+        identifier: What was typed, normalised.
+        user: The account, as it was read before the attempt; ``None`` if there is none, which
+            costs the same statement.
+        unit: The unit of work to write in.
+        at: The time.
+
+    Returns:
+        Whether it was locked now.
+    """
+    field = user_model.identifier_field  # type: ignore[attr-defined]
+    seen = (getattr(user, name, None) for name in (field, "password", "last_login"))
+    held, password, last_login = seen if user is not None else (identifier or "", "", None)
+    login = {"last_login__isnull": True} if last_login is None else {"last_login": last_login}
+    row = user_model.filter(password=password, password_locked_at__isnull=True, **login)
+    if (
+        not await row.filter(**{field: held})
+        .using_db(unit.connection)
+        .update(password_locked_at=at)
+    ):
+        return False
+    if user is not None:
+        unit.set_on_commit(user, password_locked_at=at)
+    return True
+
+
+async def unlock_password(user: Model, unit: UnitOfWork) -> bool:
+    """Unlock the password of an account; return False if it was not locked."""
+    locked = type(user).filter(pk=user.pk, password_locked_at__isnull=False)
+    if not await locked.using_db(unit.connection).update(password_locked_at=None):
+        return False
+    unit.set_on_commit(user, password_locked_at=None)
     return True

@@ -40,7 +40,14 @@ UserT = TypeVar("UserT", bound="AbstractUser")
 
 
 _NOT_FOR_FORMS = frozenset(
-    {"is_active", "session_version", "last_login", "created_at", "updated_at"}
+    {
+        "is_active",
+        "session_version",
+        "last_login",
+        "password_locked_at",
+        "created_at",
+        "updated_at",
+    }
 )
 
 
@@ -72,6 +79,8 @@ class AbstractUser(Model):
         password: The hash. Empty or unusable: nobody can log in with a password.
         is_active: False: nobody can log in, and no session works.
         session_version: Raising it ends every session of the account at once.
+        password_locked_at: When too many failures in a row locked the password, or ``None``. No
+            password is right then, until it is changed or ``AuthService.unlock`` is called.
     """
 
     identifier_field: ClassVar[str] = "email"
@@ -84,6 +93,7 @@ class AbstractUser(Model):
     is_active = fields.BooleanField(default=True)
     last_login: UtcDatetimeField[datetime | None] = UtcDatetimeField(null=True)
     session_version = fields.IntField(default=0)
+    password_locked_at: UtcDatetimeField[datetime | None] = UtcDatetimeField(null=True)
     created_at: UtcDatetimeField[datetime] = UtcDatetimeField(auto_now_add=True)
     updated_at: UtcDatetimeField[datetime] = UtcDatetimeField(auto_now=True)
 

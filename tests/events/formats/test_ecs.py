@@ -30,6 +30,7 @@ from tests.support.standards import (
 from tortoise_auth import RequestContext
 from tortoise_auth.events import (
     AccountLocked,
+    AccountUnlocked,
     Event,
     LoginThrottled,
     NamedEvent,
@@ -56,6 +57,7 @@ EXPECTED: dict[type[Event], tuple[str, list[str], list[str], str]] = {
     UserLoginFailed: ("event", ["authentication"], ["start"], "failure"),
     LoginThrottled: ("event", ["authentication"], ["start"], "failure"),
     AccountLocked: ("event", ["iam"], ["user", "change"], "success"),
+    AccountUnlocked: ("event", ["iam"], ["user", "change"], "success"),
     UserLogout: ("event", ["authentication", "session"], ["end"], "success"),
     SessionRevoked: ("event", ["session"], ["end"], "success"),
     SessionRefreshed: ("event", ["session"], ["info"], "success"),

@@ -31,6 +31,7 @@ from tests.support.standards import (
 from tortoise_auth import RequestContext
 from tortoise_auth.events import (
     AccountLocked,
+    AccountUnlocked,
     Event,
     LoginThrottled,
     NamedEvent,
@@ -57,6 +58,7 @@ EXPECTED: dict[type[Event], tuple[int, str, str, str | None]] = {
     UserLoginFailed: (300201, "Failure", "Low", "USER_DOES_NOT_EXIST"),
     LoginThrottled: (300201, "Failure", "Medium", "ACCOUNT_LOCKED_OUT"),
     AccountLocked: (300109, "Success", "Medium", None),
+    AccountUnlocked: (300112, "Success", "Informational", None),
     UserLogout: (300202, "Success", "Informational", "LOGOFF_USER_INITIATED"),
     SessionRevoked: (300202, "Success", "Informational", "LOGOFF_OTHER"),
     SessionRefreshed: (300299, "Success", "Informational", None),

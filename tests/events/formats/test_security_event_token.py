@@ -38,6 +38,7 @@ from tests.support.standards import (
 )
 from tortoise_auth import AuthConfig, RequestContext, SigningKey
 from tortoise_auth.events import (
+    AccountUnlocked,
     Event,
     NamedEvent,
     PasswordChanged,
@@ -69,6 +70,7 @@ EXPECTED: dict[type[Event], str] = {
     PasswordChanged: CAEP + "credential-change",
     UserDeactivated: RISC + "account-disabled",
     UserActivated: RISC + "account-enabled",
+    AccountUnlocked: RISC + "account-enabled",
 }
 """The event type of those that have one."""
 
