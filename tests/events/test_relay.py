@@ -397,7 +397,7 @@ class TestUnreadableRows:
             ("payload", "'7'", True),
             ("payload", "'{\"n\": %s}'" % ("1" * 5000), True),
             ("payload", "'%s%s'" % ("[" * 3000, "]" * 3000), True),  # noqa: UP031 - as above
-            ("payload", "'{\"n\": %s%s}'" % ("[" * 3000, "]" * 3000), True),  # noqa: UP031
+            ("payload", "'{\"n\": %s%s}'" % ("[" * 12000, "]" * 12000), True),  # noqa: UP031
             ("event_id", "'oops'", False),
             ("event_id", "7", False),
         ],
