@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
 import time
 from concurrent.futures import Future
+from pathlib import Path
 from textwrap import dedent
 
 import pytest
 
-from tortoise_auth.threads import Threads, ThreadsStuckError
+from tortoise_auth.threads import Threads, ThreadsStuckError, usable_cpus
 
 PATIENCE = 10.0
 
@@ -140,3 +142,39 @@ class TestEnd:
             check=True,
         )
         assert done.stdout == "ended\n"
+
+
+class TestUsableCpus:
+    """How many threads of work run at once."""
+
+    @pytest.mark.parametrize(
+        ("files", "cpus"),
+        [
+            ({"cpu.max": "max 100000"}, 8),
+            ({"cpu.max": "100000 100000"}, 1),
+            ({"cpu.max": "150000 100000"}, 2),
+            ({"cpu.max": "1000 100000"}, 1),
+            ({"cpu.max": "6400000 100000"}, 8),
+            ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 8),
+            ({"cpu/cpu.cfs_quota_us": "200000", "cpu/cpu.cfs_period_us": "100000"}, 2),
+            ({"cpu.max": "nonsense"}, 8),
+            ({}, 8),
+        ],
+    )
+    def test_quota(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: dict[str, str], cpus: int
+    ) -> None:
+        """The quota of a container counts, of both versions of cgroups, rounded up."""
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+        for name, text in files.items():
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).write_text(text + "\n")
+        assert usable_cpus(tmp_path) == cpus
+
+    def test_affinity(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """One usable CPU of a host of 64 is one; without affinity all of the host count."""
+        monkeypatch.setattr(os, "cpu_count", lambda: 64)
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3})
+        assert usable_cpus(tmp_path) == 1
+        monkeypatch.delattr(os, "sched_getaffinity")
+        assert usable_cpus(tmp_path) == 64

@@ -9,6 +9,8 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
+from pathlib import Path
 from typing import Any, TypeVar
 from weakref import WeakSet
 
@@ -17,7 +19,30 @@ ResultT = TypeVar("ResultT")
 _EXIT_PATIENCE = 5.0
 """Seconds for which the end of the program waits for calls under way."""
 
+_CGROUP = Path("/sys/fs/cgroup")
+
 _all: WeakSet[Threads] = WeakSet()
+
+
+def usable_cpus(cgroup: Path = _CGROUP) -> int:
+    """Return how many CPUs this process may use: its affinity, and the quota of its container.
+
+    ``os.cpu_count()`` names those of the host, where a container with one of 64 would run 64
+    threads at once.
+    """
+    affinity = getattr(os, "sched_getaffinity", None)
+    cpus = len(affinity(0)) if affinity is not None else os.cpu_count() or 1
+    for quota_file, period_file in (
+        ("cpu.max", None),  # version 2: both numbers on one line, or "max"
+        ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"),
+    ):
+        with suppress(OSError, ValueError):
+            text = (cgroup / quota_file).read_text()
+            text += " " + (cgroup / period_file).read_text() if period_file else ""
+            quota, period = map(int, text.split())
+            if quota > 0 and period > 0:
+                cpus = min(cpus, max(1, -(-quota // period)))
+    return cpus
 
 
 class ThreadsStuckError(RuntimeError):

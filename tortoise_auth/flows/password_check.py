@@ -310,21 +310,29 @@ class PasswordCheck(Generic[UserT]):
         self, case: _Case[UserT], password: str, stored: str | None
     ) -> tuple[bool, str | None]:
         """Return whether a password is right, and a hash to replace one that is outdated."""
-        if stored is not None and is_usable_hash(stored) and not self._core.passwords.knows(stored):
-            self._warn_of_no_hash(case.user)
+        if stored is not None and is_usable_hash(stored):
+            self._warn_of_hash(case.user, stored)
         verification = await self._core.passwords.verify(password, stored)
         outdated = case.rehash and verification.outdated
         replacement = await self._core.passwords.hash(password) if outdated else None
         return verification.valid, replacement
 
-    def _warn_of_no_hash(self, user: UserT | None) -> None:
+    def _warn_of_hash(self, user: UserT | None, stored: str) -> None:
         by_name = self._user_model._meta.pk_attr == self._user_model.identifier_field
-        logger.warning(
-            "%s has something for a password that is no hash, or none that can be checked here: "
-            "is it from `create` instead of `create_user`, or of bcrypt without the extra bcrypt? "
-            "`set_password` mends it",
-            f"An account of {self._user_model.__name__}" if by_name else repr(user),
-        )
+        owner = f"An account of {self._user_model.__name__}" if by_name else repr(user)
+        if not self._core.passwords.knows(stored):
+            logger.warning(
+                "%s has something for a password that is no hash, or none that can be checked "
+                "here: is it from `create` instead of `create_user`, or of bcrypt without the "
+                "extra bcrypt? `set_password` mends it",
+                owner,
+            )
+        elif not self._core.passwords.affords(stored):
+            logger.warning(
+                "%s has a password hash that costs more to check than PasswordHasher(caps=...) "
+                "allows, so every password is wrong for it. `set_password` mends it",
+                owner,
+            )
 
     def _attempt(self, case: _Case[UserT]) -> Attempt:
         source = source_of(case.context.ip)

@@ -3,6 +3,7 @@
 from tortoise_auth.passwords.hashing import (
     MAX_PASSWORD_LENGTH,
     OWASP_ARGON2_FLOOR,
+    CostCaps,
     PasswordHasher,
     Verification,
     input_failures,
@@ -15,6 +16,7 @@ __all__ = [
     "COMMON_PASSWORDS",
     "MAX_PASSWORD_LENGTH",
     "OWASP_ARGON2_FLOOR",
+    "CostCaps",
     "PasswordHasher",
     "PasswordPolicy",
     "Verification",

@@ -10,6 +10,7 @@ import asyncio
 import base64
 import importlib.util
 import os
+import re
 import secrets
 import sys
 import threading
@@ -28,7 +29,7 @@ from tortoise_auth.exceptions import (
     ServiceUnavailableError,
 )
 from tortoise_auth.lazy import LazyModule
-from tortoise_auth.threads import Threads
+from tortoise_auth.threads import Threads, usable_cpus
 
 if TYPE_CHECKING:
     import argon2.low_level as argon2_low_level
@@ -60,6 +61,16 @@ _SCHEMES: Mapping[str, tuple[str, ...]] = {
     "bcrypt": ("$2$", "$2a$", "$2b$", "$2x$", "$2y$"),
 }
 """The schemes that can be checked, by passlib's names, and how their hashes begin."""
+_COSTS: Mapping[str, re.Pattern[str]] = {
+    "argon2": re.compile(
+        r"\$argon2(?:id|i|d)\$(?:v=\d+\$)?m=(\d{1,10}),t=(\d{1,10}),p=(\d{1,8})\$"
+    ),
+    "pbkdf2": re.compile(r"\$?pbkdf2[-_]sha256\$(\d{1,10})\$"),
+    "bcrypt": re.compile(r"\$2[abxy]?\$(\d\d)\$"),
+}
+"""How a hash states its cost."""
+_BCRYPT_BYTES = 72
+_LANES = 64
 _UNUSABLE_PREFIX = "!"
 _this_thread = threading.local()
 
@@ -75,6 +86,33 @@ class Verification:
 
     valid: bool
     outdated: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class CostCaps:
+    """The most that a *stored* hash may cost to check, so that one row cannot stop every login.
+
+    A hash above a cap, from an import or a writer of the table, is checked by no one: each password
+    is wrong for it, at the usual cost. The cost of new hashes is capped by nothing but your settings.
+
+    Attributes:
+        argon2_memory: KiB (1 GiB).
+        argon2_work: KiB times passes (8 passes over 1 GiB, or 128 over 64 MiB).
+        bcrypt_rounds: Each round doubles the work (16, about five seconds).
+        pbkdf2_iterations: 10 million, about five seconds.
+
+    Raises:
+        ConfigurationError: A cap is not a whole number of at least 1.
+    """
+
+    argon2_memory: int = 1 << 20
+    argon2_work: int = 1 << 23
+    bcrypt_rounds: int = 16
+    pbkdf2_iterations: int = 10_000_000
+
+    def __post_init__(self) -> None:
+        if not all(type(cap) is int and cap >= 1 for cap in vars(self).values()):
+            raise ConfigurationError("CostCaps: each cap must be a whole number of at least 1")
 
 
 def unusable_hash() -> str:
@@ -133,8 +171,9 @@ class PasswordHasher:
         memory_cost: Memory of one hash in KiB (65536, which is 64 MiB).
         time_cost: Passes over that memory (3).
         parallelism: Lanes, each of which is a thread of Argon2 while it runs (4).
-        threads: Hashes computed at the same time (the number of cores). More threads than cores
-            gain nothing.
+        threads: Hashes computed at the same time (the number of usable cores: affinity and
+            container quota count). More threads than cores gain nothing.
+        caps: The most that a stored hash may cost to check, see `CostCaps`.
 
     Raises:
         ConfigurationError: The cost is below the OWASP floor, or a number is out of range.
@@ -150,11 +189,13 @@ class PasswordHasher:
         time_cost: int = 3,
         parallelism: int = 4,
         threads: int | None = None,
+        caps: CostCaps = CostCaps(),
     ) -> None:
         self.memory_cost = memory_cost
         self.time_cost = time_cost
         self.parallelism = parallelism
-        self.threads = threads if threads is not None else (os.cpu_count() or 1)
+        self.threads = threads if threads is not None else usable_cpus()
+        self.caps = caps
         self._check_settings()
         self._dummy_hash = self._well_formed_hash_of_nothing()
         self._pool = Threads(self.threads, "tortoise_auth_hash")
@@ -192,11 +233,27 @@ class PasswordHasher:
         """
         if input_failures(password):
             return await self._on_a_thread(self._waste_one_hash)
-        return await self._on_a_thread(lambda: self._verify(nfc(password), hashed))
+        return await self._on_a_thread(lambda: self._verify(password, hashed))
 
     def knows(self, hashed: str) -> bool:
         """Return whether a stored value is a hash of a scheme that can be verified here."""
         return hashed.startswith(tuple(chain.from_iterable(self._schemes.values())))
+
+    def affords(self, hashed: str) -> bool:
+        """Return whether a stored hash costs no more to check than `caps` allow."""
+        scheme, costs = _stated_cost(hashed)
+        if scheme == "argon2":
+            memory, passes, lanes = costs
+            most = max(self.caps.argon2_memory, self.memory_cost)
+            work = max(self.caps.argon2_work, self.memory_cost * self.time_cost)
+            return (
+                memory <= most
+                and memory * passes <= work
+                and lanes <= max(_LANES, self.parallelism)
+            )
+        if scheme == "pbkdf2":
+            return costs[0] <= self.caps.pbkdf2_iterations
+        return not costs or costs[0] <= self.caps.bcrypt_rounds
 
     def close(self) -> None:
         """Stop the threads once they are idle. The next call starts new ones."""
@@ -268,25 +325,56 @@ class PasswordHasher:
         )
 
     def _verify(self, password: str, hashed: str | None) -> Verification:
-        if hashed is None or not is_usable_hash(hashed):
+        if hashed is None or not is_usable_hash(hashed) or not self.affords(hashed):
             return self._waste_one_hash()
         try:
             # `needs_update` parses the hash, so a corrupt one fails here, before it costs a hash.
             outdated = self._crypt.needs_update(hashed)
-            valid = self._crypt.verify(password, hashed)
-        # The hash is corrupt or unknown, has an unsupported parameter, or the password has more
-        # than 72 bytes for bcrypt.
+            valid = self._matches(nfc(password), hashed)
+            if not valid and outdated and password != nfc(password):
+                # Whoever made that hash may have hashed what was typed as it came (NFD on macOS).
+                valid = self._matches(password, hashed)
+        # The hash is corrupt or unknown, or has an unsupported parameter.
         except (ValueError, TypeError, NotImplementedError) as error:
             if _is_exhaustion(error.__context__):
                 raise
             return self._waste_one_hash()
         if not valid and outdated:
             # The check cost what that other hash costs, often less than a hash of today's settings.
-            return self._waste_one_hash()
+            return self._waste_the_rest(hashed)
         return Verification(valid=valid, outdated=valid and outdated)
+
+    def _matches(self, password: str, hashed: str) -> bool:
+        # bcrypt 4 cuts a longer password off without a word; the rest of it would be free to choose.
+        if hashed.startswith("$2") and len(password.encode()) > _BCRYPT_BYTES:
+            return False
+        return bool(self._crypt.verify(password, hashed))
 
     def _waste_one_hash(self) -> Verification:
         self._crypt.verify("", self._dummy_hash)
+        return Verification(valid=False)
+
+    def _waste_the_rest(self, hashed: str) -> Verification:
+        """Compute what a failed hash of Argon2 cost less than one of today's; else a whole one.
+
+        The work of Argon2 is its memory times its passes. What other schemes cost in this measure
+        depends on the machine.
+        """
+        scheme, costs = _stated_cost(hashed)
+        if scheme != "argon2":
+            return self._waste_one_hash()
+        missing = self.memory_cost * self.time_cost - costs[0] * costs[1]
+        if missing > 0:
+            memory = max(missing // self.time_cost, 8 * self.parallelism)
+            argon2_low_level.hash_secret(
+                secret=b"",
+                salt=bytes(16),
+                time_cost=self.time_cost,
+                memory_cost=memory,
+                parallelism=self.parallelism,
+                hash_len=32,
+                type=argon2_low_level.Type.ID,
+            )
         return Verification(valid=False)
 
     async def _on_a_thread(self, work: Callable[[], ResultT]) -> ResultT:
@@ -303,6 +391,14 @@ class PasswordHasher:
         except (ValueError, MemoryError, RuntimeError) as error:
             kind = type(error).__name__  # passlib quotes the stored hash in its errors
         raise ServiceUnavailableError(f"This machine could not compute a hash ({kind})")
+
+
+def _stated_cost(hashed: str) -> tuple[str, tuple[int, ...]]:
+    """Return the scheme and the numbers of a stored hash; no numbers if it states none."""
+    for scheme, pattern in _COSTS.items():
+        if stated := pattern.match(hashed):
+            return scheme, tuple(map(int, stated.groups()))
+    return "", ()
 
 
 def _is_exhaustion(error: BaseException | None) -> bool:
