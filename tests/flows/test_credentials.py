@@ -1573,6 +1573,7 @@ class TestTransactionOfTheCaller:
         ada: User,
         strict: AuthService[User],
         emitter: EventEmitter,
+        clock: FakeClock,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         """Each in a transaction of its own that is undone: no more hashes than free attempts.
@@ -1593,6 +1594,8 @@ class TestTransactionOfTheCaller:
             }
             assert outcomes.count("AuthenticationError") == len(costs) <= BUDGET
             await emitter.aclose()
+            if connection_of(db).capabilities.dialect != "sqlite":
+                clock.advance(timedelta(minutes=1))  # what ran out of time is in flight until then
             for _ in range(BUDGET):
                 await guess(strict)
             assert await guess(strict, EMAIL, PASSWORD) == "ThrottledError"
