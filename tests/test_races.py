@@ -24,6 +24,7 @@ from tests.support.accounts import (
     SECRET,
     assert_goes_on,
     assert_over,
+    counting_from_zero,
     log_in,
 )
 from tests.support.app import User
@@ -80,7 +81,7 @@ def events(emitter: EventEmitter) -> Iterator[Captured]:
 
 @pytest.fixture
 async def ada(postgres: TortoiseContext) -> User:
-    return await User.create_user(email=EMAIL, password=PASSWORD)
+    return await counting_from_zero(await User.create_user(email=EMAIL, password=PASSWORD))
 
 
 @pytest.fixture
@@ -602,11 +603,12 @@ class TestRehash:
     ) -> None:
         """Whoever commits first, the new password stays and the old one is gone."""
         other = await User.get(pk=ada.pk)
+        checks: dict[str, Call] = {
+            "login": lambda: log_in(auth),
+            "check_password": lambda: other.check_password(PASSWORD),
+        }
         calls: dict[str, Call] = {
-            "rehash": {
-                "login": lambda: log_in(auth),
-                "check_password": lambda: other.check_password(PASSWORD),
-            }[check],
+            "rehash": checks[check],
             "set_password": lambda: auth.set_password(ada, NEW_PASSWORD),
         }
         first = calls.pop(order)

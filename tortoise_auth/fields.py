@@ -1,8 +1,10 @@
-"""Two model fields that replace Tortoise's own, which are unsafe for authentication."""
+"""Model fields that replace Tortoise's own, which are unsafe for authentication."""
 
 from __future__ import annotations
 
+import re
 import unicodedata
+from collections.abc import Collection, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -14,6 +16,7 @@ from tortoise_auth.clock import utc_now
 from tortoise_auth.context import sanitize_text
 from tortoise_auth.exceptions import InvalidIdentifierError
 from tortoise_auth.lazy import LazyModule
+from tortoise_auth.passwords import is_hash
 
 if TYPE_CHECKING:
     import email_validator
@@ -70,7 +73,12 @@ class UtcDatetimeField(fields.DatetimeField[MomentT]):
         )
 
 
-def normalize_email(value: str) -> str:
+_LABEL = re.compile(r"(?!-)[a-z0-9-]{1,63}(?<!-)", re.ASCII)
+_ANY_DOMAIN = "mail.example.net"
+"""Stands for an internal domain while the local part of an address is checked."""
+
+
+def normalize_email(value: str, *, internal_domains: Collection[str] | None = ()) -> str:
     """Return the one spelling under which an address is stored and looked up.
 
     NFC, no surrounding white space, lower case, the domain normalised by IDNA. Lower case instead
@@ -78,17 +86,89 @@ def normalize_email(value: str) -> str:
 
     Args:
         value: An address as a person typed it.
+        internal_domains: Domains without a place in the public DNS that are accepted, too, and the
+            domains below them: ``["corp.local", "localhost"]``; ``None`` for any.
 
     Raises:
-        InvalidIdentifierError: *value* is not an e-mail address.
+        InvalidIdentifierError: *value* is not an e-mail address; the message says which rule
+            refused it, and quotes nothing of it.
     """
     if not isinstance(value, str) or len(value) > 2 * MAX_EMAIL_LENGTH:
         raise InvalidIdentifierError("That is not an e-mail address")
+    local, at, domain = value.strip().rpartition("@")
+    domain = domain.lower()
+    internal = bool(at) and _is_internal(domain, internal_domains)
+    text = f"{local}@{_ANY_DOMAIN}" if internal else value.strip()
     try:
-        address = email_validator.validate_email(value.strip(), check_deliverability=False)
+        address = email_validator.validate_email(text, check_deliverability=False)
     except (email_validator.EmailNotValidError, UnicodeError):
-        raise InvalidIdentifierError("That is not an e-mail address") from None
-    return unicodedata.normalize("NFC", address.normalized.lower())
+        raise InvalidIdentifierError(_why_not(domain if local and at else "")) from None
+    normal = address.normalized.lower()
+    if internal:
+        normal = f"{address.local_part.lower()}@{domain}"
+    return unicodedata.normalize("NFC", normal)
+
+
+def _is_internal(domain: str, internal_domains: Collection[str] | None) -> bool:
+    """Return whether a domain is one of those that the public DNS does not know."""
+    if not all(_LABEL.fullmatch(label) for label in domain.split(".")) or len(domain) > 200:
+        return False
+    if internal_domains is None:
+        return _special_domain(domain) is not None
+    return any(
+        domain == each.lower() or domain.endswith("." + each.lower()) for each in internal_domains
+    )
+
+
+def _special_domain(domain: str) -> str | None:
+    """Return the part of a domain that no public address ends with."""
+    if "." not in domain:
+        return "a domain without a dot"
+    names: Sequence[str] = email_validator.SPECIAL_USE_DOMAIN_NAMES
+    return next((f".{each}" for each in names if domain.endswith("." + each)), None)
+
+
+def _why_not(domain: str) -> str:
+    is_domain = all(_LABEL.fullmatch(label) for label in domain.split("."))
+    special = _special_domain(domain) if is_domain else None
+    if special is None:
+        return "That is not an e-mail address"
+    return (
+        f"That is not a public e-mail address ({special}). If such addresses receive mail here, "
+        "name the domain in internal_domains of the user model"
+    )
+
+
+class PasswordField(fields.CharField[str]):
+    """The hash of a password; anything else is refused when it is written.
+
+    Raises:
+        ValueError: The value is no hash, for example a password.
+    """
+
+    def check(self, value: object, owner: type | None = None) -> None:
+        """Refuse what is no hash.
+
+        Raises:
+            ValueError: It is none. The message does not quote it.
+        """
+        hasher = getattr(owner or self.model, "password_hasher", None)
+        name = owner.__name__ if owner else "User"
+        if isinstance(value, str):
+            known = hasher is not None and hasher.knows(value)
+            if known or not value or is_hash(value):
+                return
+        raise ValueError(
+            f"{name}.password holds the hash of a password, and this is none. Use "
+            f"{name}.create_user(password=...) for a new account and set_password(...) for one "
+            "that exists"
+        )
+
+    def to_db_value(self, value: Any, instance: type[Model] | Model) -> Any:  # noqa: ANN401
+        """Check what an UPDATE of many rows writes; an object is checked when it is assigned to."""
+        if instance is None:
+            self.check(value)
+        return super().to_db_value(value, instance)
 
 
 class EmailField(fields.CharField[str]):
@@ -109,14 +189,18 @@ class EmailField(fields.CharField[str]):
         """Return the normalised address."""
         if value is not None:
             looks_up = isinstance(instance, type)
-            value = self._comparable(value) if looks_up else self._normalized(value)
+            value = self._comparable(value) if looks_up else self._normalized(value, instance)
             if isinstance(instance, Model):
                 setattr(instance, self.model_field_name, value)
         return super().to_db_value(value, instance)
 
-    def _normalized(self, value: Any) -> str:  # noqa: ANN401
+    def _normalized(self, value: Any, instance: object) -> str:  # noqa: ANN401
+        # An address that is stored already can always be saved again. An UPDATE of many rows does
+        # not say of which model: `self.model` is the last one that inherits the field.
+        stored = instance is None or getattr(instance, "_saved_in_db", False)
+        own = getattr(instance, "internal_domains", ())
         try:
-            return normalize_email(value)
+            return normalize_email(value, internal_domains=None if stored else own)
         except InvalidIdentifierError as error:
             raise ValidationError(f"{self.model_field_name}: {error}") from None
 
@@ -127,7 +211,7 @@ class EmailField(fields.CharField[str]):
         refuse them.
         """
         try:
-            text = normalize_email(value)
+            text = normalize_email(value, internal_domains=None)
         except InvalidIdentifierError:
             text = str(value)
         return text if sanitize_text(text, self.max_length) == text else "@"

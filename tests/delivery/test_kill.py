@@ -15,7 +15,7 @@ import pytest
 from tortoise.context import TortoiseContext
 
 from tests.delivery import victim
-from tests.support.accounts import PASSWORD
+from tests.support.accounts import PASSWORD, counting_from_zero
 from tests.support.app import User
 from tests.support.database import database, look, root
 from tests.support.services import POSTGRES_URL, needs_postgres
@@ -79,7 +79,7 @@ async def test_every_committed_change_is_told_and_nothing_else(
 ) -> None:
     """However often it dies: each change at least once, repetitions under one id, no change in vain."""
     for email in victim.ACCOUNTS:
-        await User.create_user(email=email, password=PASSWORD)
+        await counting_from_zero(await User.create_user(email=email, password=PASSWORD))
     path = tmp_path / "journal"
     executioner, chance = Executioner(shared, path), random.Random(SEED)
     left_behind = Counter[bool]()

@@ -19,7 +19,7 @@ from tortoise.context import TortoiseContext
 from tortoise.exceptions import IntegrityError, OperationalError
 from tortoise.transactions import in_transaction
 
-from tests.support.accounts import EMAIL, NEW_PASSWORD, PASSWORD, SECRET, log_in
+from tests.support.accounts import EMAIL, NEW_PASSWORD, PASSWORD, SECRET, counting_from_zero, log_in
 from tests.support.app import AuditRow, User
 from tests.support.concurrency import Cancelled, finished
 from tests.support.database import (
@@ -76,7 +76,7 @@ class Shipped(Event):
 
 @pytest.fixture
 async def ada(db: TortoiseContext) -> User:
-    return await User.create_user(email=EMAIL, password=PASSWORD)
+    return await counting_from_zero(await User.create_user(email=EMAIL, password=PASSWORD))
 
 
 @pytest.fixture

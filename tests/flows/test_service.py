@@ -26,7 +26,7 @@ from tests.support.accounts import (
     log_in,
     signed,
 )
-from tests.support.app import NamedUser, StrUser, User, UuidUser
+from tests.support.app import NamedUser, StrUser, User, UuidUser, store
 from tests.support.concurrency import meanwhile
 from tests.support.database import connection_of
 from tests.support.hashing import argon2_costs, full_cost
@@ -422,7 +422,10 @@ class TestRefusedLogin:
             told.append((identifier, reason))
 
         if stored:
-            await User.filter(pk=ada.pk).update(**stored)
+            if "password" in stored:
+                await store(ada, password=str(stored["password"]))
+            else:
+                await User.filter(pk=ada.pk).update(**stored)
         before = await rows(User)
         with argon2_costs() as costs, pytest.raises(AuthenticationError) as refusal:
             await auth.login(identifier, password)
@@ -459,7 +462,7 @@ class TestRefusedLogin:
         """Whoever stored a password with `create`, or lacks an extra, finds the reason in the log."""
         for stored, told in ((PASSWORD, 1), (unusable_hash(), 0), ("$2b$12$short", 0)):
             caplog.clear()
-            await User.filter(pk=ada.pk).update(password=stored)
+            await store(ada, password=stored)
             with pytest.raises(AuthenticationError):
                 await auth.login(EMAIL, PASSWORD)
             assert len(caplog.records) == told

@@ -11,7 +11,7 @@ import pytest
 from tortoise.context import TortoiseContext
 
 from tests.support.accounts import EMAIL, PASSWORD, SECRET, assert_goes_on, log_in
-from tests.support.app import User
+from tests.support.app import User, store
 from tests.support.rows import row, rows
 from tortoise_auth import AuthConfig, AuthenticationError, AuthService, PasswordHasher
 from tortoise_auth.exceptions import IdentifierTakenError
@@ -104,7 +104,7 @@ class TestStoredValue:
         self, auth: AuthService[User], ada: User, stored: str, typed: str
     ) -> None:
         """A36: neither the stored text itself nor an empty password opens an account without a hash."""
-        await User.filter(pk=ada.pk).update(password=stored)
+        await store(ada, password=stored)
         with pytest.raises(AuthenticationError):
             await auth.login(EMAIL, typed)
         assert not await (await User.get(pk=ada.pk)).check_password(typed)

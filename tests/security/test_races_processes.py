@@ -21,7 +21,7 @@ import pytest
 from passlib.hash import pbkdf2_sha256
 from tortoise.context import TortoiseContext
 
-from tests.support.accounts import EMAIL, NEW_PASSWORD, PASSWORD, SECRET, log_in
+from tests.support.accounts import EMAIL, NEW_PASSWORD, PASSWORD, SECRET, counting_from_zero, log_in
 from tests.support.app import User
 from tests.support.database import MODULES, connection_of
 from tests.support.services import POSTGRES_URL, needs_postgres
@@ -154,7 +154,7 @@ async def witness(postgres: TortoiseContext) -> AsyncIterator[Witness]:
 
 @pytest.fixture
 async def ada(postgres: TortoiseContext) -> User:
-    return await User.create_user(email=EMAIL, password=PASSWORD)
+    return await counting_from_zero(await User.create_user(email=EMAIL, password=PASSWORD))
 
 
 @pytest.fixture

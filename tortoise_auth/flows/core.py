@@ -18,7 +18,7 @@ from tortoise_auth.events.catalog import Actor, Event, SessionRevoked
 from tortoise_auth.events.event_emitter import EventEmitter, deliverer_of
 from tortoise_auth.events.unit_of_work import UnitOfWork
 from tortoise_auth.exceptions import ConfigurationError
-from tortoise_auth.models import Session
+from tortoise_auth.models import Session, user_table
 from tortoise_auth.passwords import PasswordHasher, PasswordPolicy
 from tortoise_auth.sessions import AccessTokens, Sessions
 from tortoise_auth.throttling import DatabaseThrottle, Throttle
@@ -112,7 +112,9 @@ class Core(Generic[UserT]):
             ValueError: The account is not saved, or there is no such actor.
         """
         require_actor(actor)
-        if not isinstance(user, self.user_model):
+        if not isinstance(user, self.user_model) or (
+            user_table(type(user)) != user_table(self.user_model)
+        ):
             raise TypeError(
                 f"This AuthService serves {self.user_model.__name__}, not {type(user).__name__}"
             )
@@ -196,6 +198,13 @@ def _check_model(user_model: type[AbstractUser]) -> None:
     if meta.abstract:
         raise ConfigurationError(
             f"{user_model.__name__} is abstract. Subclass it, or say `abstract = False` in its Meta."
+        )
+    if any(
+        getattr(meta.fields_map[name], "pk", False) for name in meta.fk_fields | meta.o2o_fields
+    ):
+        raise ConfigurationError(
+            f"The primary key of {user_model.__name__} is a relation. Give the model a key of its "
+            "own, and the relation unique=True, or make it a OneToOneField beside the key."
         )
     field = meta.fields_map.get(user_model.identifier_field)
     if not isinstance(field, CharField | TextField) or not (field.unique or field.pk):

@@ -25,7 +25,6 @@ from tortoise_auth.events.unit_of_work import UnitOfWork, emit_failure
 from tortoise_auth.exceptions import (
     AuthenticationError,
     ConfigurationError,
-    InvalidIdentifierError,
     ServiceUnavailableError,
     ThrottledError,
     TortoiseAuthError,
@@ -263,7 +262,7 @@ class PasswordCheck(Generic[UserT]):
 
         The same statements for an account that does not exist: the answer takes as long.
         """
-        identifier = self._normal(case.identifier)
+        identifier = self._user_model.comparable_identifier(case.identifier)
         async with self._core.unit_of_work() as unit:
             now = self._clock()
             locked = await lock_password(self._user_model, identifier, case.user, unit, at=now)
@@ -294,17 +293,11 @@ class PasswordCheck(Generic[UserT]):
 
     async def _find_user(self, identifier: str) -> UserT | None:
         connection = self._sessions.connection()
-        normal = self._normal(identifier)
+        normal = self._user_model.comparable_identifier(identifier)
         if normal is None:
             return None
         matching = self._user_model.filter(**{self._user_model.identifier_field: normal})
         return await matching.using_db(connection).first()
-
-    def _normal(self, identifier: str) -> str | None:
-        try:
-            return self._user_model.normalize_identifier(identifier)
-        except InvalidIdentifierError:
-            return None
 
     async def _verify(
         self, case: _Case[UserT], password: str, stored: str | None
@@ -394,7 +387,7 @@ class PasswordCheck(Generic[UserT]):
         """Return what stands for an account: its key and hash, so that a new password starts anew."""
         if user is not None:
             return self._hidden(f"{self._table}:{user.pk}:{stored}")
-        typed = self._normal(identifier)
+        typed = self._user_model.comparable_identifier(identifier)
         if typed is None:
             typed = _shown(identifier)
         number = int(self._hidden(f"{self._table}:{typed}"), 16) % _STRANGERS

@@ -7,6 +7,7 @@ from tortoise_auth.passwords.hashing import (
     PasswordHasher,
     Verification,
     input_failures,
+    is_hash,
     is_usable_hash,
     unusable_hash,
 )
@@ -21,6 +22,7 @@ __all__ = [
     "PasswordPolicy",
     "Verification",
     "input_failures",
+    "is_hash",
     "is_usable_hash",
     "unusable_hash",
 ]

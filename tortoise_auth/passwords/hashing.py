@@ -125,6 +125,12 @@ def is_usable_hash(hashed: str | None) -> bool:
     return bool(hashed) and not str(hashed).startswith(_UNUSABLE_PREFIX)
 
 
+def is_hash(value: str) -> bool:
+    """Return whether a value is a hash of a scheme known here, or matches no password."""
+    beginnings = chain.from_iterable(_SCHEMES.values())
+    return value.startswith((_UNUSABLE_PREFIX, *beginnings))
+
+
 def input_failures(password: object) -> list[PolicyFailure]:
     """Return the reasons why *password* cannot be hashed at all; an empty list if it can.
 
@@ -189,13 +195,13 @@ class PasswordHasher:
         time_cost: int = 3,
         parallelism: int = 4,
         threads: int | None = None,
-        caps: CostCaps = CostCaps(),
+        caps: CostCaps | None = None,
     ) -> None:
         self.memory_cost = memory_cost
         self.time_cost = time_cost
         self.parallelism = parallelism
         self.threads = threads if threads is not None else usable_cpus()
-        self.caps = caps
+        self.caps = caps if caps is not None else CostCaps()
         self._check_settings()
         self._dummy_hash = self._well_formed_hash_of_nothing()
         self._pool = Threads(self.threads, "tortoise_auth_hash")
@@ -331,7 +337,8 @@ class PasswordHasher:
             # `needs_update` parses the hash, so a corrupt one fails here, before it costs a hash.
             outdated = self._crypt.needs_update(hashed)
             valid = self._matches(nfc(password), hashed)
-            if not valid and outdated and password != nfc(password):
+            composed = unicodedata.is_normalized("NFC", password)
+            if not valid and outdated and not composed:
                 # Whoever made that hash may have hashed what was typed as it came (NFD on macOS).
                 valid = self._matches(password, hashed)
         # The hash is corrupt or unknown, or has an unsupported parameter.

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import unicodedata
-from collections.abc import Iterable
+import secrets
+from collections.abc import Awaitable, Callable, Collection, Generator, Iterable
 from datetime import datetime
-from typing import Any, ClassVar, Self, TypeVar
+from functools import partial
+from typing import Any, ClassVar, Generic, Self, TypeVar
 
 from tortoise import fields
 from tortoise.backends.base.client import BaseDBAsyncClient
@@ -31,11 +32,13 @@ from tortoise_auth.exceptions import (
     IdentifierTakenError,
     InvalidIdentifierError,
 )
-from tortoise_auth.fields import EmailField, UtcDatetimeField, normalize_email
+from tortoise_auth.fields import EmailField, PasswordField, UtcDatetimeField, normalize_email
 from tortoise_auth.models import Session, user_table
 from tortoise_auth.passwords import PasswordHasher, PasswordPolicy, is_usable_hash, unusable_hash
 from tortoise_auth.users.changes import replace_outdated_hash, shared_connection, store_password
+from tortoise_auth.users.identifiers import comparable_username, normalize_username
 
+AnswerT = TypeVar("AnswerT")
 UserT = TypeVar("UserT", bound="AbstractUser")
 
 
@@ -52,6 +55,11 @@ _NOT_FOR_FORMS = frozenset(
 
 
 _MAX_SHOWN_LENGTH = 64
+
+
+def _first_session_version() -> int:
+    """Return a number of 30 bits: the column has 31, and each end of all sessions adds one."""
+    return secrets.randbelow(1 << 30)
 
 
 class AbstractUser(Model):
@@ -72,27 +80,32 @@ class AbstractUser(Model):
 
     Attributes:
         identifier_field: The unique column that people log in with.
+        internal_domains: Domains of e-mail addresses without a place in the public DNS that are
+            accepted, too: ``("corp.local", "localhost")``.
         emitter: Where ``set_password`` and ``create_user`` emit their events.
         password_hasher: What hashes and checks passwords.
         password_policy: Which passwords ``create_user`` accepts.
         email: Normalised when written and when looked up.
-        password: The hash. Empty or unusable: nobody can log in with a password.
+        password: The hash. Empty or unusable: no password logs in. Anything that is no hash is
+            refused with a ``ValueError`` when it is assigned, created or updated.
         is_active: False: nobody can log in, and no session works.
-        session_version: Raising it ends every session of the account at once.
+        session_version: Raising it ends every session of the account at once. It starts at a
+            random number, so that tokens of a deleted account do not open one that reuses its key.
         password_locked_at: When too many failures in a row locked the password, or ``None``. No
             password is right then, until it is changed or ``AuthService.unlock`` is called.
     """
 
     identifier_field: ClassVar[str] = "email"
+    internal_domains: ClassVar[Collection[str]] = ()
     emitter: ClassVar[EventEmitter] = emitter
     password_hasher: ClassVar[PasswordHasher] = PasswordHasher()
     password_policy: ClassVar[PasswordPolicy] = PasswordPolicy()
 
     email = EmailField(unique=True)
-    password = fields.CharField(max_length=255, default="")
+    password = PasswordField(max_length=255, default="")
     is_active = fields.BooleanField(default=True)
     last_login: UtcDatetimeField[datetime | None] = UtcDatetimeField(null=True)
-    session_version = fields.IntField(default=0)
+    session_version = fields.IntField(default=_first_session_version)
     password_locked_at: UtcDatetimeField[datetime | None] = UtcDatetimeField(null=True)
     created_at: UtcDatetimeField[datetime] = UtcDatetimeField(auto_now_add=True)
     updated_at: UtcDatetimeField[datetime] = UtcDatetimeField(auto_now=True)
@@ -102,6 +115,16 @@ class AbstractUser(Model):
 
     class PydanticMeta:
         exclude = ("password", "session_version")
+
+    def __setattr__(self, key: str, value: Any) -> None:  # noqa: ANN401 - as the base class has it
+        # What comes from the database does not pass here.
+        if key == "password":
+            field = self._meta.fields_map["password"]
+            if isinstance(field, PasswordField):
+                field.check(value, type(self))
+        elif key in ("email", self.identifier_field) and isinstance(value, str):
+            value = self._comparable(key, value) or value
+        super().__setattr__(key, value)
 
     async def save(
         self,
@@ -154,7 +177,7 @@ class AbstractUser(Model):
         cls._refuse_unfit(values)
         values[cls.identifier_field] = cls.normalize_identifier(values.get(cls.identifier_field))
         if "email" in cls._meta.fields_map and values.get("email") is not None:
-            values["email"] = normalize_email(values["email"])  # type: ignore[arg-type]
+            values["email"] = cls._normalized_email(values["email"])
         cls._refuse_unstorable(values)
         cls._refuse_misfits(values)
         if password is None:
@@ -165,8 +188,6 @@ class AbstractUser(Model):
         try:
             async with UnitOfWork(connection_for(cls), cls.emitter) as unit:
                 user = await cls.create(password=hashed, using_db=unit.connection, **values)
-                if cls._meta.pk_attr in values:
-                    await user._end_sessions_of_predecessor(unit)
                 unit.record(
                     UserRegistered(user=user, subject_id=str(user.pk), context=current_context())
                 )
@@ -181,7 +202,7 @@ class AbstractUser(Model):
         """Return the one spelling of an identifier, the same at sign-up and at login.
 
         An e-mail address: see `normalize_email`. Anything else: NFKC without surrounding white
-        space, its case kept. Override it for other rules.
+        space, its case kept, by the rules of RFC 8265 for user names. Override it for other rules.
 
         Raises:
             InvalidIdentifierError: It cannot be one.
@@ -193,15 +214,49 @@ class AbstractUser(Model):
                 "no such field. Add it, with unique=True."
             )
         limit = getattr(field, "max_length", 255)
-        if isinstance(field, EmailField):
-            normal = normalize_email(identifier)  # type: ignore[arg-type]
-        elif isinstance(identifier, str) and len(identifier) <= 4 * limit:
-            normal = unicodedata.normalize("NFKC", identifier).strip()
-        else:
-            normal = ""
-        if not normal or len(normal) > limit or not _is_storable(normal):
-            raise InvalidIdentifierError(f"That is not a valid {cls.identifier_field}")
-        return normal
+        if cls._holds_email(cls.identifier_field):
+            normal = cls._normalized_email(identifier)
+            if len(normal) > limit or not _is_storable(normal):
+                raise InvalidIdentifierError("That is not an e-mail address")
+            return normal
+        try:
+            return normalize_username(identifier, limit)
+        except InvalidIdentifierError as error:
+            raise InvalidIdentifierError(
+                f"That is not a valid {cls.identifier_field}: {error}"
+            ) from None
+
+    @classmethod
+    def comparable_identifier(cls, identifier: object) -> str | None:
+        """Return what to look up for an identifier typed at login; ``None`` if no row can hold it.
+
+        By the rules for new accounts, else by milder ones: an account that exists, from an import
+        or from before a rule, can log in.
+        """
+        try:
+            return cls.normalize_identifier(identifier)
+        except InvalidIdentifierError:
+            return cls._comparable(cls.identifier_field, identifier)
+
+    @classmethod
+    def _comparable(cls, column: str, value: object) -> str | None:
+        limit = getattr(cls._meta.fields_map.get(column), "max_length", 255)
+        if not cls._holds_email(column):
+            return comparable_username(value, limit)
+        try:
+            normal = normalize_email(value, internal_domains=None)  # type: ignore[arg-type]
+        except InvalidIdentifierError:
+            return None
+        return normal if len(normal) <= limit and _is_storable(normal) else None
+
+    @classmethod
+    def _holds_email(cls, column: str) -> bool:
+        """Return whether a column holds addresses, whatever field class the host chose for it."""
+        return column == "email" or isinstance(cls._meta.fields_map.get(column), EmailField)
+
+    @classmethod
+    def _normalized_email(cls, value: object) -> str:
+        return normalize_email(value, internal_domains=cls.internal_domains)  # type: ignore[arg-type]
 
     @translates_database_errors
     async def set_password(self, raw_password: str) -> None:
@@ -234,12 +289,16 @@ class AbstractUser(Model):
                 )
             )
 
-    @translates_database_errors
-    async def check_password(self, raw_password: str) -> bool:
-        """Tell whether this is the password; replace an outdated hash if it is.
+    def check_password(self, raw_password: str) -> MustBeAwaited[bool]:
+        """Check whether this is the password; replace an outdated hash if it is.
 
-        Costs one full hash whatever the answer.
+        Costs one full hash whatever the answer. Warning: ``await`` it. Its own truth value is a
+        ``TypeError``, so that a forgotten ``await`` lets no one in.
         """
+        return MustBeAwaited("check_password", partial(self._check_password, raw_password))
+
+    @translates_database_errors
+    async def _check_password(self, raw_password: str) -> bool:
         stored = self.password
         verification = await self.password_hasher.verify(raw_password, stored)
         if verification.outdated:
@@ -276,15 +335,6 @@ class AbstractUser(Model):
         """Return what a password must not consist of: the e-mail address and the user name."""
         names = ("email", self.identifier_field)
         return self._words_about({name: getattr(self, name, None) for name in names})
-
-    async def _end_sessions_of_predecessor(self, unit: UnitOfWork) -> None:
-        """End what is left of a deleted account that had the same primary key."""
-        await Session.end_all(
-            user_table=user_table(type(self)),
-            user_id=str(self.pk),
-            at=utc_now(),
-            using_db=unit.connection,
-        )
 
     @classmethod
     def _words_about(cls, values: dict[str, object]) -> list[str]:
@@ -350,6 +400,20 @@ class AbstractUser(Model):
         return ValueError(
             f"{cls.__name__}: {', '.join(sorted(violated))} {verb} that another account has"
         )
+
+
+class MustBeAwaited(Generic[AnswerT]):
+    """An answer that has to be awaited; until then it is neither true nor false."""
+
+    def __init__(self, method: str, ask: Callable[[], Awaitable[AnswerT]]) -> None:
+        self._method = method
+        self._ask = ask
+
+    def __await__(self) -> Generator[Any, Any, AnswerT]:
+        return self._ask().__await__()
+
+    def __bool__(self) -> bool:
+        raise TypeError(f"{self._method}() must be awaited: `if await user.{self._method}(...)`")
 
 
 def _fits(field: Field[Any], value: object) -> bool:

@@ -1,0 +1,36 @@
+"""User models of hosts that do as the documentation does not."""
+
+from __future__ import annotations
+
+from tortoise import fields
+
+from tests.support.app import User
+from tortoise_auth import AbstractUser
+
+
+class Admin(User):
+    """A subclass with a table of its own, whose keys are other accounts."""
+
+    class Meta(AbstractUser.Meta):
+        table = "app_admin"
+        abstract = False
+
+
+class PlainEmailUser(AbstractUser):
+    """The column of the address is of a plain field class."""
+
+    email = fields.CharField(max_length=320, unique=True)
+
+    class Meta(AbstractUser.Meta):
+        table = "app_plain_email_user"
+        abstract = False
+
+
+class InternalUser(AbstractUser):
+    """Addresses of a network of its own are accepted, too."""
+
+    internal_domains = ("corp.local", "localhost")
+
+    class Meta(AbstractUser.Meta):
+        table = "app_internal_user"
+        abstract = False
