@@ -74,7 +74,7 @@ class Executioner:
         here.close()
 
 
-async def test_every_committed_change_is_told_and_nothing_else(
+async def test_every_committed_change_is_delivered_and_nothing_else(
     shared: TortoiseContext, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """However often it dies: each change at least once, repetitions under one id, no change in vain."""

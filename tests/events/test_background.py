@@ -130,7 +130,7 @@ class TestOrder:
         await drained(emitter)
         assert order == [1, 2, 3]
 
-    async def test_nobody_waits_for_it(self, emitter: EventEmitter) -> None:
+    async def test_emit_does_not_wait_for_it(self, emitter: EventEmitter) -> None:
         """An emit returns while its background handler still waits, inline handlers having run."""
         release, done = asyncio.Event(), list[str]()
 
@@ -165,7 +165,7 @@ class TestOrder:
         await drained(emitter)
         assert done == list(range(1000))
 
-    async def test_no_room_is_taken_for_nobody(self) -> None:
+    async def test_no_room_is_taken_without_a_subscription(self) -> None:
         """An event without subscriptions is not queued."""
         queue = BackgroundQueue(size=1, overflow="raise")
         emitter = EventEmitter(backend=queue)
@@ -969,7 +969,7 @@ class TestBackend:
         ]
         await drained(emitter)
 
-    async def test_that_stores_nothing_silences_nobody(
+    async def test_that_stores_nothing_stops_no_other_handler(
         self, caplog: pytest.LogCaptureFixture
     ) -> None:
         """A durable handler that no database can take is reported, and the next ones run."""

@@ -88,7 +88,7 @@ PATHS: list[Any] = [
 """Options with which handlers take the different ways through `emit`."""
 
 
-class TestWhatIsHeard:
+class TestWhatHandlersReceive:
     async def test_by_class_by_name_and_all(self, emitter: EventEmitter) -> None:
         """By class comes the event, by name its arguments, ``*`` receives every event as an object."""
         typed, named, everything = [], [], []

@@ -1106,7 +1106,7 @@ class TestFeed:
         await feed(far)(self.message())
         assert heard == [("x", "not_found")]
 
-    async def test_unheard(self, far: EventEmitter) -> None:
+    async def test_without_a_handler(self, far: EventEmitter) -> None:
         """An event that nobody listens to is passed over, also one that is not declared here."""
         inbox = Inbox()
         far.on("user_logout", inbox.take)

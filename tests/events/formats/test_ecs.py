@@ -140,7 +140,7 @@ class TestChecker:
     """The checks of this file can fail."""
 
     @pytest.mark.parametrize("kind", LIBRARY, ids=lambda kind: kind.name)
-    def test_damage_is_found(self, kind: type[Event]) -> None:
+    def test_damage_is_refused(self, kind: type[Event]) -> None:
         """A record without a required field, with an unknown one, or a wrong value is refused."""
         damaged = list(_damaged(ecs(sample(kind))))
         assert len(damaged) > 15

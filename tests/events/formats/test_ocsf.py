@@ -150,7 +150,7 @@ class TestChecker:
     """The checks of this file can fail."""
 
     @pytest.mark.parametrize("kind", LIBRARY, ids=lambda kind: kind.name)
-    def test_damage_is_found(self, kind: type[Event]) -> None:
+    def test_damage_is_refused(self, kind: type[Event]) -> None:
         """A record without a required attribute, with an unknown one, or a wrong type is refused."""
         record = ocsf(sample(kind))
         damaged = list(_damaged(record))
@@ -188,7 +188,7 @@ class TestDetail:
         assert record["status_code"] == reason
         assert record["status_detail"] in standard(FILE)["documented_status_details"]
 
-    def test_refusals_are_told_apart(self) -> None:
+    def test_refusals_differ(self) -> None:
         """An unknown account, a closed one and a wrong password are not the same."""
         words = [
             ocsf(sample(UserLoginFailed, reason=reason))["status_detail"]

@@ -176,7 +176,7 @@ class TestChecker:
     """The checks of this file can fail."""
 
     @pytest.mark.parametrize("kind", TOLD, ids=lambda kind: kind.name)
-    def test_damage_is_found(self, kind: type[Event]) -> None:
+    def test_damage_is_refused(self, kind: type[Event]) -> None:
         """Claims without a required one, with a forbidden one, or a wrong type are refused."""
         damaged = list(_damaged(claims(sample(kind))))
         assert len(damaged) > 10
