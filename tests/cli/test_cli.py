@@ -207,7 +207,7 @@ def run(
 async def eventually(true: Callable[[], Awaitable[bool]]) -> None:
     """Wait until something is true of the database."""
     async with asyncio.timeout(DEADLINE):
-        while not await true():  # noqa: ASYNC110 - the database of another process tells nobody
+        while not await true():  # noqa: ASYNC110 - another process sends no event
             await asyncio.sleep(0.02)
 
 
@@ -220,27 +220,27 @@ async def project_on(kind: str, folder: Path) -> AsyncIterator[Project]:
             "file": f"sqlite://{folder / 'test.sqlite3'}",
             "postgres": f"{POSTGRES_URL}?schema={getattr(connection, 'schema', None)}",
         }[kind]
-        found = Project(
+        project = Project(
             folder,
             context,
             {"SHOP_DATABASE": url, "SHOP_SECRET": SECRET, "TORTOISE_ORM": "shop:TORTOISE_ORM"},
         )
-        found.write(RECORD)
-        yield found
+        project.write(RECORD)
+        yield project
 
 
 @pytest.fixture(params=SHARED_DATABASES)
 async def project(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Project]:
     """A project on each database that two processes can share."""
-    async with project_on(request.param, tmp_path) as found:
-        yield found
+    async with project_on(request.param, tmp_path) as project:
+        yield project
 
 
 @pytest.fixture
 async def shop(tmp_path: Path) -> AsyncIterator[Project]:
     """A project on an SQLite file, for what no database changes."""
-    async with project_on("file", tmp_path) as found:
-        yield found
+    async with project_on("file", tmp_path) as project:
+        yield project
 
 
 class TestRelay:
@@ -276,7 +276,7 @@ class TestRelay:
         ids=["thread", "blocks-the-loop", "sleeps", "refuses"],
     )
     async def test_ends_in_time(self, shop: Project, handler: str) -> None:
-        """A handler that hangs, however, does not hold it up: its row is left to the lease."""
+        """A handler that hangs does not hold up the end: its row is left to the lease."""
         shop.write(
             f'@emitter.on("user_login", delivery="durable", name="shop:record")\n{handler}\n'
         )
@@ -329,7 +329,7 @@ class TestRelay:
         assert seconds < 10
 
     async def test_dies_visibly(self, shop: Project) -> None:
-        """A relay that cannot go on ends its process with an error, for its supervisor to restart it."""
+        """A relay that cannot go on ends its process with an error, so that a supervisor restarts it."""
         shop.write(
             RECORD
             + "from tortoise_auth.events import outbox\n"
@@ -408,7 +408,7 @@ class TestRelay:
         assert said.index("opened") < said.index("recorded") < said.index("closed")
 
     async def test_lifespan_that_fails(self, shop: Project) -> None:
-        """A broker that is down ends the command with a reason; whoever started it starts it again."""
+        """A broker that is down ends the command with a reason, so that a supervisor restarts it."""
         shop.write(
             "from contextlib import asynccontextmanager\n"
             "@asynccontextmanager\n"
@@ -423,7 +423,7 @@ class TestRelay:
         assert "shop.py" in relay.stderr
 
     @pytest.mark.parametrize(
-        ("name", "told"),
+        ("name", "error"),
         [
             ("emitter", "wanted is a function made by @asynccontextmanager"),
             ("bare", "'shop:bare' is not made by @asynccontextmanager"),
@@ -431,8 +431,8 @@ class TestRelay:
             ("of_the_app", "'shop:of_the_app' must need no arguments, and it needs: app"),
         ],
     )
-    async def test_lifespan_that_is_none(self, shop: Project, name: str, told: str) -> None:
-        """A mistake is told before anything runs."""
+    async def test_lifespan_that_is_none(self, shop: Project, name: str, error: str) -> None:
+        """A mistake is reported before anything runs."""
         shop.write(
             "from contextlib import asynccontextmanager\n"
             "async def bare():\n    yield\n"
@@ -441,7 +441,7 @@ class TestRelay:
         )
         relay = shop.run("relay", "shop:auth", "--lifespan", f"shop:{name}")
         assert relay.returncode == 2
-        assert told in relay.stderr
+        assert error in relay.stderr
         assert "Traceback" not in relay.stderr
 
     async def test_nothing_to_do(self, shop: Project) -> None:
@@ -454,10 +454,10 @@ class TestRelay:
 
 
 class TestStatus:
-    """``tortoise-auth outbox status``: numbers for people and monitors."""
+    """``tortoise-auth outbox status``: numbers for operators and monitors."""
 
     async def test_json(self, project: Project) -> None:
-        """A monitor reads counts, the oldest age, rows by subscription, and who is unknown here."""
+        """The JSON has counts, the oldest age, rows by subscription, and the unknown subscriptions."""
         now = utc_now()
         await project.entry(due_at=now)
         await project.entry(due_at=now + timedelta(hours=1))
@@ -475,7 +475,7 @@ class TestStatus:
         }
 
     async def test_empty(self, project: Project) -> None:
-        """Of an empty outbox every number is 0, and without a service nothing is called unknown."""
+        """Every number of an empty outbox is 0, and without a service no subscription is unknown."""
         assert json.loads(project.outbox("status", "--json")) == {
             "waiting": 0,
             "due": 0,
@@ -486,7 +486,7 @@ class TestStatus:
         }
 
     async def test_text(self, shop: Project) -> None:
-        """A person reads the same, and sees which rows nobody in this program will deliver."""
+        """The text has the same numbers, and marks subscriptions without a handler in this program."""
         await shop.entry(due_at=utc_now())
         await shop.entry(due_at=utc_now(), subscription="old:\x1b[31mgone")
         lines = [line.split() for line in shop.outbox("status", "shop:auth").splitlines()]
@@ -496,7 +496,7 @@ class TestStatus:
 
 
 class TestList:
-    """``tortoise-auth outbox list``: what waits, and what is dead."""
+    """``tortoise-auth outbox list``: waiting rows and dead letters."""
 
     async def test_waiting(self, shop: Project) -> None:
         """Each waiting row is one line: event, subscription, subject, attempts, age, when it is due."""
@@ -522,7 +522,7 @@ class TestList:
         assert line.endswith("dead   KeyError: 'x'")
 
     async def test_escaped(self, shop: Project) -> None:
-        """Whatever a database holds, nothing that a terminal would obey is printed."""
+        """No control character of a row reaches the terminal."""
         hostile = "\x1b]0;owned\x07\x9b2J\r\n\x7f\u202e[red]\u2028\ud800\U000e0001é"
         hostile_name = "a\x1b[8m\nb"
         await shop.dead_letter(
@@ -538,7 +538,7 @@ class TestList:
         assert output.count("a\\x1b[8m\\nb") == 3
 
     async def test_json(self, project: Project) -> None:
-        """``--json`` gives programs every value whole, errors of any length included."""
+        """``--json`` prints every value in full, errors of any length included."""
         dead = await project.dead_letter()
         error = "\x1b" + "e" * 1999
         await OutboxEntry.filter(id=dead.id).update(last_error=error)
@@ -562,7 +562,7 @@ class TestRetry:
     """``tortoise-auth outbox retry``: a new start."""
 
     async def test_ids(self, project: Project) -> None:
-        """The rows that are named start again with all attempts before them, and no others."""
+        """The given rows are retried with no attempts made, and no others."""
         chosen, backing_off, other = (
             await project.dead_letter(),
             await project.entry(due_at=utc_now() + timedelta(hours=1), attempts=4),
@@ -579,7 +579,7 @@ class TestRetry:
         assert (other.due_at, other.attempts) == (None, 10)
 
     async def test_all_dead(self, project: Project) -> None:
-        """``--all-dead`` wakes every dead letter, and a relay then delivers it."""
+        """``--all-dead`` retries every dead letter, and a relay then delivers it."""
         project.write(BROKEN)
         await project.log_in()
         async with project.relay("--max-attempts", "1") as relay:
@@ -595,7 +595,7 @@ class TestRetry:
         assert await AuditRow.all().count() == 1
 
     async def test_all_dead_leaves_others(self, project: Project) -> None:
-        """``--all-dead`` does not touch what backs off."""
+        """``--all-dead`` does not change rows that back off."""
         later = utc_now() + timedelta(hours=1)
         waiting = await project.entry(due_at=later, attempts=3)
         assert project.outbox("retry", "--all-dead") == "Rows that start again: 0\n"
@@ -603,7 +603,7 @@ class TestRetry:
         assert (waiting.attempts, waiting.due_at) == (3, later)
 
     async def test_missing(self, shop: Project) -> None:
-        """Ids that are not there are told, with exit code 1; the others start again."""
+        """Ids without a row are reported, with exit code 1; the others are retried."""
         row = await shop.dead_letter()
         finished = shop.run("outbox", "retry", str(row.id), "123456789")
         assert finished.returncode == 1
@@ -615,7 +615,7 @@ class TestPurge:
     """``tortoise-auth outbox purge``: the end of old dead letters."""
 
     async def test_older_than(self, project: Project) -> None:
-        """Dead letters older than that are deleted, without a question where nobody sits; no others."""
+        """Only older dead letters are deleted, without a question where there is no terminal."""
         old, young = await project.dead_letter(days=30), await project.dead_letter(days=29)
         waiting = await project.entry(due_at=utc_now(), created_at=old.created_at)
         assert project.outbox("purge", "--older-than", "30") == "Rows deleted: 1\n"
@@ -632,7 +632,7 @@ class TestPurge:
     async def test_asks(
         self, shop: Project, options: tuple[str, ...], answer: bytes, code: int, left: int
     ) -> None:
-        """A person at a terminal is asked, and ``--yes`` says that they know."""
+        """At a terminal the command asks first, unless ``--yes`` is given."""
         await shop.dead_letter(days=2)
         ours, theirs = pty.openpty()
         try:
@@ -668,13 +668,13 @@ class TestEvents:
         ]
 
     async def test_named(self, shop: Project) -> None:
-        """A name that is not the function's own is shown, for rows are found by it."""
+        """A name that is not the function's own is shown, because rows have it."""
         shop.write('@emitter.on("*", delivery="durable", name="mail")\nasync def f(event): ...')
         output = shop.run("events", "shop:auth").stdout
         assert output.splitlines()[1].split() == ["*", "1", "shop:f", "durable", "10", "name=mail"]
 
-    async def test_nobody(self, shop: Project) -> None:
-        """Where nobody listens it says so."""
+    async def test_without_a_subscription(self, shop: Project) -> None:
+        """Without subscriptions the command says so."""
         shop.write()
         assert shop.run("events", "shop:auth").stdout == "There are no subscriptions.\n"
 
@@ -699,7 +699,7 @@ MISTAKES = {
 
 
 class TestMistakes:
-    """What is typed wrong is answered in one line that says what to type, and with exit code 2."""
+    """A mistake is answered in one line that says what to type, and with exit code 2."""
 
     @pytest.mark.parametrize("mistake", MISTAKES)
     def test_typed(self, mistake: str, tmp_path: Path) -> None:
@@ -738,7 +738,7 @@ class TestMistakes:
         assert "[tool.tortoise]" in finished.stderr
 
     def test_unreadable_pyproject(self, tmp_path: Path) -> None:
-        """A pyproject.toml that is none is told."""
+        """A malformed pyproject.toml is reported."""
         (tmp_path / "pyproject.toml").write_text("[tool.tortoise\n")
         finished = _in_a_folder(tmp_path, SHOP, "outbox", "status")
         assert finished.returncode == 2
@@ -783,7 +783,7 @@ class TestMistakes:
     def test_refused_settings(
         self, tmp_path: Path, settings: dict[str, object], message: str
     ) -> None:
-        """Settings that Tortoise refuses, or that lack our tables or the users, are told."""
+        """Settings that Tortoise refuses, or that lack our tables or the users, are reported."""
         code = f"{SHOP}\nTORTOISE_ORM |= {settings!r}\n"
         finished = _in_a_folder(tmp_path, code, "relay", "shop:auth", "-c", "shop:TORTOISE_ORM")
         assert finished.returncode == 2
@@ -791,7 +791,7 @@ class TestMistakes:
         assert "Traceback" not in finished.stderr
 
     def test_missing_table(self, tmp_path: Path) -> None:
-        """A database that fails gives exit code 1, and its own words."""
+        """A database that fails gives exit code 1, and its own message."""
         finished = _in_a_folder(tmp_path, SHOP, "outbox", "list", "-c", "shop:TORTOISE_ORM")
         assert finished.returncode == 1
         assert finished.stderr == (
@@ -800,7 +800,7 @@ class TestMistakes:
         )
 
     def test_no_server(self, tmp_path: Path) -> None:
-        """A database that cannot be reached is told without the password of its address."""
+        """A database that cannot be reached is reported without the password of its address."""
         url = "postgres://shop:hunter2@127.0.0.1:1/shop"
         code = f"{SHOP}\nTORTOISE_ORM['connections']['default'] = {url!r}\n"
         finished = _in_a_folder(tmp_path, code, "outbox", "list", "-c", "shop:TORTOISE_ORM")
@@ -814,7 +814,7 @@ class TestSettings:
 
     @pytest.mark.parametrize("source", ["option", "dotted", "environment", "pyproject"])
     async def test_sources(self, shop: Project, source: str) -> None:
-        """Each source is found, written with a colon or as Tortoise writes it."""
+        """Each source is read, written with a colon or as Tortoise writes it."""
         del shop.environment["TORTOISE_ORM"]
         options: tuple[str, ...] = ()
         if source == "environment":

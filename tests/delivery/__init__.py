@@ -1,1 +1,1 @@
-"""Delivery under fire: processes that are killed, relays that compete."""
+"""Delivery by processes that are killed, and by relays that compete."""

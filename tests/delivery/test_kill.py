@@ -1,4 +1,4 @@
-"""A program is killed a hundred times; every change it committed is told, and nothing else."""
+"""A program is killed a hundred times; every change it committed is delivered, and no other."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ async def shared(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterato
 
 
 class Executioner:
-    """Starts the program again and again on one database, and kills it each time."""
+    """Starts the program on one database again and again, and kills it each time."""
 
     def __init__(self, context: TortoiseContext, journal: Path) -> None:
         client = root(context)
@@ -58,7 +58,7 @@ class Executioner:
         processes.set_forkserver_preload(["pytest", "tests.delivery.victim"])
 
     def kill_one(self, after: float) -> None:
-        """Let one live for so many seconds from its first login on; kill it as it stands."""
+        """Start a process, and kill it this many seconds after its first login."""
         here, there = processes.Pipe(duplex=False)
         child = processes.Process(
             target=victim.run, args=(self._url, self._name, self._journal, there)
@@ -74,10 +74,10 @@ class Executioner:
         here.close()
 
 
-async def test_every_committed_change_is_told_and_nothing_else(
+async def test_every_committed_change_is_delivered_and_nothing_else(
     shared: TortoiseContext, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """However often it dies: each change at least once, repetitions under one id, no change in vain."""
+    """Each committed change is delivered at least once, repetitions have one id, and no other is delivered."""
     for email in victim.ACCOUNTS:
         await counting_from_zero(await User.create_user(email=email, password=PASSWORD))
     path = tmp_path / "journal"
@@ -90,7 +90,7 @@ async def test_every_committed_change_is_told_and_nothing_else(
 
     journal = victim.Journal(path)
     auth = victim.service(journal)
-    # For this relay the leases of the dead are over.
+    # For this relay the leases of the killed processes have ended.
     heir = Relay(auth.emitter, User, clock=lambda: utc_now() + timedelta(hours=1))
     inherited = await heir.drain()
     assert await look(shared, "SELECT * FROM tortoise_auth_outbox") == []

@@ -1,4 +1,4 @@
-"""Several relay processes on one table: no row lost, none delivered twice, every user's in order."""
+"""Several relay processes on one table: no row is lost or delivered twice, and each user's are in order."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class StepTaken(Event):
 
 
 def carry(url: str, number: int, parent: Connection) -> None:
-    """Run a relay that leaves a row for each event, from one message of the parent to the next."""
+    """Run a relay that writes a row for each event, from one message of the parent to the next."""
     asyncio.run(_carry(url, number, parent))
 
 
@@ -92,21 +92,21 @@ class Relays:
         for parent in self._parents:
             assert await asyncio.to_thread(parent.poll, PATIENCE), "a relay did not start"
             parent.recv()
-        self._tell_all("begin")
+        self._send_all("begin")
 
     async def __aexit__(self, *_: object) -> None:
-        self._tell_all("end")
+        self._send_all("end")
         for process in self._processes:
             await asyncio.to_thread(process.join, PATIENCE)
             assert process.exitcode == 0
 
-    def _tell_all(self, what: str) -> None:
+    def _send_all(self, what: str) -> None:
         for parent in self._parents:
             parent.send(what)
 
 
 def steps(number: int) -> list[StepTaken]:
-    """Return that many steps; every tenth is nobody's."""
+    """Return that many steps; every tenth has no subject."""
     return [
         StepTaken(number=each, subject_id=None if each % 10 == 0 else str(each % SUBJECTS))
         for each in range(number)

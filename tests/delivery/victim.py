@@ -1,4 +1,4 @@
-"""A program that logs in and changes passwords, and notes what it hears, until it is killed."""
+"""A program that logs in, changes passwords, and notes the events it receives, until it is killed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LEASE = timedelta(seconds=0.3)
 
 @dataclass(frozen=True)
 class Note:
-    """What a durable handler heard, and what it saw of it.
+    """An event that a durable handler received, and what it saw of the change.
 
     Attributes:
         event_id: ``event.id``.
@@ -59,7 +59,7 @@ class Journal:
             os.close(file)
 
     def read(self) -> list[Note]:
-        """Return all notes, of every process there was."""
+        """Return the notes of all processes."""
         return [Note(**json.loads(line)) for line in self._path.read_text().splitlines()]
 
 
@@ -87,7 +87,7 @@ def service(journal: Journal) -> AuthService[User]:
 
 
 def run(url: str, connection: str, journal: Path, ready: Connection) -> None:
-    """Live on a database of the test until killed."""
+    """Run on a database of the test until killed."""
     asyncio.run(_live(url, connection, Journal(journal), ready))
 
 

@@ -47,8 +47,8 @@ async def audited() -> list[str]:
     return [row.event for row in await AuditRow.all().order_by("id")]
 
 
-async def under_way(started: asyncio.Event) -> None:
-    """Wait until a handler has begun, and has had the time to use an open transaction."""
+async def begun(started: asyncio.Event) -> None:
+    """Wait until a handler has begun and could use an open transaction."""
     async with asyncio.timeout(PATIENCE):
         await started.wait()
         for _ in range(10):
@@ -61,7 +61,7 @@ async def hang() -> None:
 
 class TestOrder:
     async def test_kept_over_many_emits(self, emitter: EventEmitter) -> None:
-        """However it was queued, and however often a handler waits, each subscription is in order."""
+        """Each subscription is called in order, however its events are emitted."""
         done: list[tuple[str, int]] = []
 
         async def handler(name: str, number: int) -> None:
@@ -130,7 +130,7 @@ class TestOrder:
         await drained(emitter)
         assert order == [1, 2, 3]
 
-    async def test_nobody_waits_for_it(self, emitter: EventEmitter) -> None:
+    async def test_emit_does_not_wait_for_it(self, emitter: EventEmitter) -> None:
         """An emit returns while its background handler still waits, inline handlers having run."""
         release, done = asyncio.Event(), list[str]()
 
@@ -165,7 +165,7 @@ class TestOrder:
         await drained(emitter)
         assert done == list(range(1000))
 
-    async def test_no_room_is_taken_for_nobody(self) -> None:
+    async def test_no_room_is_taken_without_a_subscription(self) -> None:
         """An event without subscriptions is not queued."""
         queue = BackgroundQueue(size=1, overflow="raise")
         emitter = EventEmitter(backend=queue)
@@ -179,7 +179,7 @@ class TestFailures:
     async def test_are_logged(
         self, errors: Literal["log", "raise", "group"], caplog: pytest.LogCaptureFixture
     ) -> None:
-        """Nobody could catch them, so they are logged once whatever the policy, and the rest runs."""
+        """No caller could catch them, so they are logged once under any policy, and the rest runs."""
         failures: list[object] = []
         emitter, ran = EventEmitter(errors=errors, on_error=failures.append), list[int]()
 
@@ -244,7 +244,7 @@ class TestFailures:
     async def test_of_any_class(
         self, emitter: EventEmitter, thread: bool | None, caplog: pytest.LogCaptureFixture
     ) -> None:
-        """What is no `Exception` is a failure, too, and the same subscription goes on."""
+        """An error that is no `Exception` is a failure, too, and the same subscription goes on."""
         ran: list[int] = []
 
         def handler(number: int) -> None:
@@ -269,7 +269,7 @@ class TestFailures:
     def test_what_ends_the_program_is_said(
         self, emitter: EventEmitter, caplog: pytest.LogCaptureFixture
     ) -> None:
-        """`KeyboardInterrupt` passes, and what was lost with its lane is logged."""
+        """`KeyboardInterrupt` propagates, and the deliveries lost with its lane are logged."""
 
         async def interrupted(number: int) -> None:
             raise KeyboardInterrupt
@@ -293,7 +293,7 @@ class Panic(BaseException):
 @pytest.mark.skipif(sys.version_info < (3, 12), reason="there are no eager tasks")
 class TestEagerTasks:
     async def test_deliver_in_order(self, emitter: EventEmitter) -> None:
-        """Nothing runs inside the emit, all is in order, and the end is found."""
+        """No handler runs inside the emit, all run in order, and `aclose` waits for them."""
         asyncio.get_running_loop().set_task_factory(
             getattr(asyncio, "eager_task_factory")  # noqa: B009 - of 3.12
         )
@@ -341,7 +341,7 @@ class TestEagerTasks:
 
 class TestBound:
     async def test_more_is_dropped_loudly(self, caplog: pytest.LogCaptureFixture) -> None:
-        """Beyond its size a lane takes no more: an ERROR, a counter, and life goes on."""
+        """A full lane drops further deliveries, with an ERROR and a counter, and the emit goes on."""
         queue = BackgroundQueue(size=3)
         emitter, done = EventEmitter(backend=queue), list[int]()
 
@@ -365,7 +365,7 @@ class TestBound:
     async def test_a_flood_is_one_line_a_second(
         self, emitter: EventEmitter, caplog: pytest.LogCaptureFixture
     ) -> None:
-        """Of 4 000 deliveries that are not taken the first is named at once, the others counted."""
+        """Of 4 000 dropped deliveries the first is logged at once, and the others are counted."""
 
         async def handler() -> None: ...
 
@@ -439,7 +439,7 @@ class TestBound:
         assert queue.dropped == 2
 
     async def test_a_circle_ends(self, caplog: pytest.LogCaptureFixture) -> None:
-        """Handlers that queue one another are stopped after 32 rounds, with an ERROR."""
+        """Handlers that emit to one another are stopped after 32 rounds, with an ERROR."""
         queue, rounds = BackgroundQueue(), list[str]()
         emitter = EventEmitter(backend=queue)
 
@@ -520,7 +520,7 @@ class TestContext:
         assert sorted(seen) == ["r-0", "r-0", "r-1", "r-1", "r-2", "r-2"]
 
     async def test_does_not_leak(self, emitter: EventEmitter) -> None:
-        """What a handler sets is seen neither by the next delivery nor by the program."""
+        """A context variable that a handler sets is seen neither by the next delivery nor by the program."""
         seen: list[str] = []
 
         async def handler() -> None:
@@ -584,7 +584,7 @@ class TestTransactions:
                     emitter.emit_nowait("evt", "kept")
                 else:
                     await emitter.emit("inline", "kept")
-                await under_way(started)
+                await begun(started)
                 raise ZeroDivisionError
         await drained(emitter)
         assert await audited() == ["kept"]
@@ -608,7 +608,7 @@ class TestTransactions:
     async def test_handlers_rescued_from_a_cancellation(
         self, db: TortoiseContext, emitter: EventEmitter
     ) -> None:
-        """Handlers that run after their caller was cancelled are outside its transaction, too."""
+        """Handlers that run after their caller is cancelled are outside its transaction, too."""
         name, started = connection_of(db).connection_name, asyncio.Event()
         rescued = asyncio.Event()
 
@@ -626,7 +626,7 @@ class TestTransactions:
                 try:
                     await emitter.emit("evt")
                 finally:
-                    await under_way(rescued)
+                    await begun(rescued)
 
         emitter.on("evt", interrupted)
         emitter.on("evt", audit)
@@ -736,7 +736,7 @@ class TestEnd:
         assert done == list(range(1, 21))
 
     async def test_others_may_emit_while_it_drains(self, emitter: EventEmitter) -> None:
-        """Work that arrives the moment the queue becomes empty is neither lost nor called lost."""
+        """An event that is emitted the moment the queue is empty is neither lost nor reported lost."""
         emptied, done = asyncio.Event(), list[str]()
 
         async def last() -> None:
@@ -761,7 +761,7 @@ class TestEnd:
         await waiting
 
     async def test_reports_what_was_lost(self, caplog: pytest.LogCaptureFixture) -> None:
-        """After its time `aclose` cancels what runs, and returns and logs all that was not done."""
+        """After its timeout `aclose` cancels what runs, and returns and logs what was not delivered."""
         queue, cancelled = BackgroundQueue(), asyncio.Event()
         emitter = EventEmitter(backend=queue)
 
@@ -785,7 +785,7 @@ class TestEnd:
         assert message.endswith(f" s with 3 deliveries lost: {', '.join(lost)}")
 
     async def test_goes_on_after_a_loss(self, emitter: EventEmitter) -> None:
-        """What is emitted right after a lossy end is delivered, even beside a handler that hangs."""
+        """An event emitted right after a lossy end is delivered, even beside a handler that hangs."""
         release, done = asyncio.Event(), list[int]()
 
         async def stubborn() -> None:
@@ -830,7 +830,7 @@ class TestEnd:
         assert loop.time() - began < 0.55
 
     async def test_finishes_what_the_background_began(self, emitter: EventEmitter) -> None:
-        """A task of a background handler is waited for, and what that emits is delivered."""
+        """`aclose` waits for a task of a background handler, and delivers what it emits."""
         done: list[str] = []
 
         async def work(name: str) -> None:
@@ -876,7 +876,7 @@ class TestEnd:
         assert done == [[], []]
 
     async def test_two_at_once(self, emitter: EventEmitter) -> None:
-        """Two that close an emitter at the same time report a loss once."""
+        """Two calls that close an emitter at the same time report a loss once."""
         emitter.on("evt", hang)
         emitter.emit_nowait("evt")
         lost = await asyncio.gather(emitter.aclose(SHORT), emitter.aclose(SHORT))
@@ -885,7 +885,7 @@ class TestEnd:
     def test_a_loop_that_ends_without_it(
         self, emitter: EventEmitter, caplog: pytest.LogCaptureFixture
     ) -> None:
-        """A program that ends without `aclose` loses what waits, but not in silence."""
+        """A program that ends without `aclose` loses what waits, and logs it."""
 
         async def program() -> None:
             emitter.emit_nowait("evt")
@@ -901,7 +901,7 @@ class TestEnd:
 
 
 class Recorder:
-    """A backend of the host's own: it carries out on exit what it was given."""
+    """A backend of the host's own that runs its jobs on exit."""
 
     def __init__(self, *, hangs: bool = False) -> None:
         self.jobs: list[Job] = []
@@ -950,7 +950,7 @@ class TestBackend:
     async def test_that_takes_nothing_harms_no_login(
         self, db: TortoiseContext, caplog: pytest.LogCaptureFixture
     ) -> None:
-        """What the service did stands, in a transaction of the caller too; the loss is logged."""
+        """The change of the service is committed, in a transaction of the caller too; the loss is logged."""
         queue = BackgroundQueue(size=1, overflow="raise")
         emitter = EventEmitter(backend=queue)
         emitter.on("*", lambda event: None, delivery="background")
@@ -969,16 +969,16 @@ class TestBackend:
         ]
         await drained(emitter)
 
-    async def test_that_stores_nothing_silences_nobody(
+    async def test_that_stores_nothing_stops_no_other_handler(
         self, caplog: pytest.LogCaptureFixture
     ) -> None:
-        """A durable handler that no database can take is reported, and the next ones run."""
-        emitter, heard = EventEmitter(), list[str]()
+        """A durable handler without a database is reported, and the next handlers run."""
+        emitter, received = EventEmitter(), list[str]()
         emitter.on("evt", lambda: None, delivery="durable", name="d")
-        emitter.on("evt", lambda: heard.append("evt"), priority=20)
+        emitter.on("evt", lambda: received.append("evt"), priority=20)
         emitter.emit_nowait("evt")
         await drained(emitter)
-        assert heard == ["evt"]
+        assert received == ["evt"]
         assert "have durable subscriptions" in caplog.text or "has durable" in caplog.text
 
     async def test_of_the_host_s_own(self) -> None:
@@ -1030,7 +1030,7 @@ class TestBackend:
         assert sorted(await audited()) == kept
 
     async def test_that_takes_too_long(self, caplog: pytest.LogCaptureFixture) -> None:
-        """A backend that does not stop in time is given up, and that is reported."""
+        """A backend that does not stop in time is abandoned, and that is reported."""
         emitter = EventEmitter(backend=Recorder(hangs=True))
         assert await emitter.aclose(SHORT) == ["what Recorder had not finished"]
         assert caplog.messages == ["Closed with deliveries lost: what Recorder had not finished"]

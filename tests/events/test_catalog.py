@@ -1,4 +1,4 @@
-"""The catalogue: what each event carries, what handlers get of it, and what it never tells."""
+"""The catalogue: what each event carries, what handlers get of it, and what it never shows."""
 
 from __future__ import annotations
 
@@ -190,7 +190,7 @@ class TestSecrecy:
         assert ADA.email not in text
 
     def test_repr_of_a_payload(self) -> None:
-        """A payload without a class is not shown: nobody knows what is in it."""
+        """A payload without a class is not shown, because its contents are unknown."""
         event = NamedEvent.of("user_login_failed", (PASSWORD,), {"identifier": PASSWORD})
         assert PASSWORD not in repr(event)
         assert "'user_login_failed'" in repr(event)
@@ -263,7 +263,7 @@ class TestJson:
         ids=repr,
     )
     def test_no_event(self, data: Any) -> None:
-        """What is no event, or one that nobody declared, is refused."""
+        """A value that is no event, or an undeclared one, is refused."""
         with pytest.raises(ValueError, match="is not the name of a declared Event"):
             Event.from_dict(data)
 

@@ -1,4 +1,4 @@
-"""Emitting: who is called with what, in which order, and what happens when a handler misbehaves."""
+"""Emitting: which handlers are called with what, in which order, and what a bad handler causes."""
 
 from __future__ import annotations
 
@@ -88,9 +88,9 @@ PATHS: list[Any] = [
 """Options with which handlers take the different ways through `emit`."""
 
 
-class TestWhatIsHeard:
+class TestWhatHandlersReceive:
     async def test_by_class_by_name_and_all(self, emitter: EventEmitter) -> None:
-        """By class comes the event, by name its arguments, ``*`` receives every event as an object."""
+        """A handler by class gets the event, by name its arguments, and by ``*`` every event."""
         typed, named, everything = [], [], []
 
         @emitter.on(UserLogin)
@@ -115,21 +115,21 @@ class TestWhatIsHeard:
 
     @pytest.mark.parametrize("form", ["*", Event], ids=["star", "class"])
     async def test_names_without_a_class(self, emitter: EventEmitter, form: Any) -> None:
-        """What was emitted by name alone reaches ``*`` as an event with the name and the payload."""
-        heard: list[Event] = []
+        """An emit by name alone reaches ``*`` as an event with the name and the payload."""
+        received: list[Event] = []
 
         async def all_(event: Event) -> None:
-            heard.append(event)
+            received.append(event)
 
         emitter.on(form, all_)
         await emitter.emit("order_paid", 7, amount=9.5)
-        (event,) = heard
+        (event,) = received
         assert isinstance(event, NamedEvent)
         assert (event.name, event.args, dict(event.kwargs)) == ("order_paid", (7,), {"amount": 9.5})
         assert event.occurred_at.tzinfo is not None
 
     async def test_a_named_event_can_be_emitted_again(self, emitter: EventEmitter) -> None:
-        """What ``*`` recorded of a name and a payload reaches handlers by name when replayed."""
+        """A `NamedEvent` that ``*`` received reaches handlers by name when it is emitted again."""
         recorded: list[Event] = []
         replayed: list[object] = []
         emitter.on("*", recorded.append)
@@ -141,33 +141,33 @@ class TestWhatIsHeard:
         assert replayed == [(7, "EUR"), "order_paid"]
 
     async def test_events_of_the_host(self, emitter: EventEmitter) -> None:
-        """A subclass of `Event` is heard by its class and by its name, field by field."""
-        heard: list[object] = []
+        """A subclass of `Event` reaches handlers of its class, and of its name, field by field."""
+        received: list[object] = []
 
         @emitter.on(OrderPaid)
         async def typed(event: OrderPaid) -> None:
-            heard.append(event.order_id)
+            received.append(event.order_id)
 
         @emitter.on("order_paid")
         async def named(amount: float, context: object) -> None:
-            heard.append(amount)
+            received.append(amount)
 
         await emitter.emit(OrderPaid(order_id=7, amount=9.5))
-        assert heard == [7, 9.5]
+        assert received == [7, 9.5]
 
     async def test_a_name_cannot_become_a_class(
         self, emitter: EventEmitter, caplog: pytest.LogCaptureFixture
     ) -> None:
-        """A class subscription that is emitted to by name has failed, and the others run."""
-        heard: list[str] = []
+        """A subscription by class fails when the event is emitted by name, and the others run."""
+        received: list[str] = []
 
         @emitter.on(UserLogin)
         async def typed(event: UserLogin[User]) -> None:
-            heard.append("typed")
+            received.append("typed")
 
-        emitter.on("user_login", noting(heard, "named"))
+        emitter.on("user_login", noting(received, "named"))
         await emitter.emit("user_login", ADA)
-        assert heard == ["named"]
+        assert received == ["named"]
         assert caplog.messages == [
             "Handler 'typed' for event 'user_login' raised TypeError: it listens to the class of "
             "'user_login' and needs an event object, but the event was emitted by name"
@@ -175,12 +175,12 @@ class TestWhatIsHeard:
 
     @pytest.mark.parametrize("what", [7, None, b"user_login", object(), UserLogin])
     async def test_neither_name_nor_event(self, emitter: EventEmitter, what: Any) -> None:
-        """Anything else is refused, listened to or not."""
+        """Anything else is refused, with or without a subscription."""
         with pytest.raises(TypeError, match="the name of an event or an event object"):
             await emitter.emit(what)
 
     async def test_an_event_is_its_own_payload(self, emitter: EventEmitter) -> None:
-        """Further arguments beside an event object are refused."""
+        """Arguments beside an event object are refused."""
         with pytest.raises(TypeError, match="alone"):
             await emitter.emit(login(), "more")
         with pytest.raises(TypeError, match="alone"):
@@ -265,7 +265,7 @@ class TestOnce:
         assert caplog.messages == []
 
     async def test_a_failure_does_not_bring_it_back(self) -> None:
-        """A once-handler that failed had its call."""
+        """A once-handler that failed is not called again."""
         failures: list[EventError] = []
         emitter = EventEmitter(on_error=failures.append)
         emitter.once("evt", failing(ValueError("no")))
@@ -461,7 +461,7 @@ class TestTimeout:
         assert len(caplog.records) == 1
 
     async def test_on_a_thread(self) -> None:
-        """A plain function that blocks for longer is given up, too."""
+        """A plain function that blocks for longer has failed, too."""
         release = threading.Event()
         failures: list[EventError] = []
         emitter = EventEmitter(on_error=failures.append)
@@ -473,7 +473,7 @@ class TestTimeout:
         assert isinstance(failures[0].original, TimeoutError)
 
     async def test_in_time(self) -> None:
-        """A handler that finishes in time is as any other: it sees the context, its error is its own."""
+        """A handler that finishes in time sees the context, and raises its own error."""
         failures: list[EventError] = []
         seen: list[str] = []
         emitter = EventEmitter(on_error=failures.append)
@@ -615,7 +615,7 @@ class TestCancellation:
 
     @pytest.mark.parametrize("together", [1, 3])
     async def test_while_a_plain_function_runs_before_concurrent_ones(self, together: int) -> None:
-        """Cancelled in the first part of a concurrent emit, the second part still runs."""
+        """A concurrent emit that is cancelled in its first part still runs the second."""
         emitter = EventEmitter(concurrent=True)
         ran: list[object] = []
         started, release = asyncio.Event(), threading.Event()
@@ -639,7 +639,7 @@ class TestCancellation:
     async def test_while_concurrent_handlers_run(
         self, errors: Literal["log", "raise", "group"], caplog: pytest.LogCaptureFixture
     ) -> None:
-        """Concurrent handlers all started: they go on, and their failures are still reported."""
+        """Concurrent handlers that have started go on, and their failures are reported."""
         emitter = EventEmitter(concurrent=True, errors=errors)
         ran: list[int] = []
         started, release = asyncio.Event(), asyncio.Event()
@@ -666,7 +666,7 @@ class TestInterrupts:
     @pytest.mark.parametrize("options", PATHS)
     @pytest.mark.parametrize("concurrent", [False, True])
     def test_pass(self, interrupt: type[BaseException], options: Modes, concurrent: bool) -> None:
-        """What ends the program is no failure of a handler: it passes, and nothing is reported."""
+        """An exception that ends the program is not a failure of the handler: it propagates unreported."""
         failures: list[EventError] = []
         emitter = EventEmitter(concurrent=concurrent, on_error=failures.append)
         emitter.on("evt", failing(interrupt()), **options)
@@ -686,7 +686,7 @@ class TestAnyClass:
     async def test_is_a_failure(
         self, options: Modes, concurrent: bool, caplog: pytest.LogCaptureFixture
     ) -> None:
-        """Whatever a handler raises, `Exception` or not, is its failure, and the next one runs."""
+        """Anything a handler raises, `Exception` or not, is its failure, and the next one runs."""
         ran: list[int] = []
         emitter = EventEmitter(concurrent=concurrent)
         emitter.on("evt", failing(Panic("no")), **options)
@@ -766,7 +766,7 @@ class TestRecursion:
         assert calls[0] < 3000
 
     async def test_through_worker_threads(self) -> None:
-        """Plain functions that emit from their threads are stopped as well."""
+        """Plain functions that emit from their threads without end are stopped as well."""
         failures: list[EventError] = []
         calls = [0]
         emitter = EventEmitter(on_error=failures.append)
@@ -896,7 +896,7 @@ class TestConcurrent:
         assert order == [0, 1, 2, 3, 4, "async", "async"]
 
     async def test_contexts_are_separate(self) -> None:
-        """What one concurrent handler sets in a context variable the others do not see."""
+        """A context variable that a concurrent handler sets is not seen by the others."""
         emitter, seen = EventEmitter(concurrent=True), list[str]()
         request_id.set("r-1")
 
@@ -1032,7 +1032,7 @@ class TestEmitSync:
             emitter.emit_nowait("evt")
 
     async def test_beside_a_loop_that_is_busy(self, emitter: EventEmitter) -> None:
-        """From a worker thread it minds its own tasks, not those of the application's loop."""
+        """From a worker thread it waits for its own tasks, not for those of the application's loop."""
         release, started, ran = asyncio.Event(), asyncio.Event(), list[str]()
 
         async def slow() -> None:
@@ -1056,7 +1056,7 @@ class TestCollect:
     @pytest.mark.parametrize("options", PATHS)
     @pytest.mark.parametrize("concurrent", [False, True])
     async def test_results_in_order(self, options: Modes, concurrent: bool) -> None:
-        """What the handlers return comes in their order, of plain functions and of async ones."""
+        """`collect` returns the results in the order of the handlers, plain and async."""
         emitter = EventEmitter(concurrent=concurrent)
 
         async def answer(number: int, text: str) -> str:
@@ -1070,8 +1070,8 @@ class TestCollect:
         emitter.on("evt", lambda: None, priority=5, thread=False, **options)
         assert await emitter.collect("evt", "no") == ["no 1", "no 2", "no 3", "NO", None]
 
-    async def test_nobody(self, emitter: EventEmitter) -> None:
-        """Without a subscription there is nothing."""
+    async def test_without_a_subscription(self, emitter: EventEmitter) -> None:
+        """Without a subscription the list is empty."""
         assert await emitter.collect("evt") == []
 
     async def test_of_event_objects(self, emitter: EventEmitter) -> None:
@@ -1095,7 +1095,7 @@ class TestCollect:
             await emitter.collect("evt")
 
     async def test_background_returns_nothing(self, emitter: EventEmitter) -> None:
-        """What is handed over runs, and returns nothing here; nor does a spent ``once``."""
+        """A background handler runs and returns nothing here; nor does a spent ``once``."""
         ran: list[int] = []
         emitter.on("evt", noting(ran, 1), delivery="background")
         emitter.once("evt", lambda: "once")
@@ -1107,19 +1107,19 @@ class TestCollect:
 
 class TestObserver:
     async def test_outcomes(self) -> None:
-        """After each call it receives how that ended, how long it took, and of which subscription."""
+        """After each call it receives the outcome, the duration and the subscription."""
         seen: list[Delivered] = []
         emitter = EventEmitter(observer=seen.append)
 
         async def hanging() -> None:
             await asyncio.Event().wait()
 
-        heard: list[Event] = []
+        received: list[Event] = []
         emitter.on("evt", noting([], 1), name="fine")
         emitter.on("evt", failing(ValueError("no")), name="bad")
         emitter.on("evt", failing(TimeoutError("own")), name="own", timeout=PATIENCE)
         emitter.on("evt", hanging, name="late", timeout=SHORT)
-        emitter.on(OrderPaid, heard.append, name="typed", delivery="background", thread=False)
+        emitter.on(OrderPaid, received.append, name="typed", delivery="background", thread=False)
         await emitter.emit("evt")
         event = OrderPaid(order_id=7)
         await emitter.emit(event)
@@ -1136,7 +1136,7 @@ class TestObserver:
         assert seen[3].seconds >= SHORT > seen[0].seconds
 
     async def test_cancelled(self) -> None:
-        """A call whose caller is cancelled has neither succeeded nor failed."""
+        """A call that is cancelled by its caller has neither succeeded nor failed."""
         seen: list[Delivered] = []
         emitter, started = EventEmitter(observer=seen.append), asyncio.Event()
 
@@ -1152,7 +1152,7 @@ class TestObserver:
 
     @pytest.mark.parametrize("concurrent", [False, True])
     async def test_that_fails(self, concurrent: bool, caplog: pytest.LogCaptureFixture) -> None:
-        """What it raises, of whatever class, is logged and changes nothing else."""
+        """Anything an observer raises is logged and changes nothing else."""
         ran: list[int] = []
 
         def broken(delivered: Delivered) -> None:
@@ -1166,7 +1166,7 @@ class TestObserver:
         assert caplog.messages == ["The observer failed for event 'evt'"] * 2
 
     async def test_of_an_emitter_that_is_in_use(self, emitter: EventEmitter) -> None:
-        """It may be set and taken away at any time: that of the library's emitter is."""
+        """An observer may be set and removed at any time, on the library's emitter too."""
         seen: list[Delivered] = []
         emitter.on("evt", noting([], 1))
         await emitter.emit("evt")
@@ -1177,7 +1177,7 @@ class TestObserver:
         assert len(seen) == 1
 
     async def test_of_the_relay(self, db: TortoiseContext) -> None:
-        """Durable deliveries are observed where the relay makes them, with the number of the attempt."""
+        """Durable deliveries are observed in the relay, with the number of the attempt."""
         seen: list[Delivered] = []
         clock = FakeClock()
         auth = AuthService(
@@ -1211,7 +1211,7 @@ class TestObserver:
 
 class TestPublicClass:
     def test_has_what_the_contract_names(self) -> None:
-        """What a host holds in its hands is what the pages describe, and nothing else."""
+        """The public attributes of an emitter are those that the pages describe."""
         assert {name for name in dir(EventEmitter) if not name.startswith("_")} == {
             *("on", "once", "off", "add_listener", "remove_listener", "clear"),
             *("listeners", "subscriptions", "events", "known_events", "describe"),

@@ -32,11 +32,11 @@ class Mailer:
     """A handler that is an object, and has another as a method."""
 
     async def __call__(self, user: object) -> None:
-        """Be a handler."""
+        """A handler."""
         await fail()
 
     async def notify(self, user: object) -> None:
-        """Be another."""
+        """Another handler."""
         await fail()
 
 
@@ -57,7 +57,7 @@ UNUSUAL = [
 
 
 class SilentError(Exception):
-    """Its text cannot be read."""
+    """An error whose text cannot be read."""
 
     def __str__(self) -> str:
         raise LookupError("no text")
@@ -83,7 +83,7 @@ class TestLine:
     async def test_one_for_each_failure(
         self, emitter: EventEmitter, caplog: pytest.LogCaptureFixture
     ) -> None:
-        """Each failing handler has its own line, in order, and the good ones between them run."""
+        """Each failing handler has its own line, in order, and the other handlers run."""
         good = AsyncMock()
         for number in range(3):
             emitter.add_listener("evt", AsyncMock(side_effect=OSError(str(number))))

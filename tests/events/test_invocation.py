@@ -18,7 +18,7 @@ SHORT = 0.02
 
 class TestThreadsOfAHandler:
     async def test_one_that_hangs_keeps_no_other(self, caplog: pytest.LogCaptureFixture) -> None:
-        """It takes its own threads, then fails at once, which is said once; others run as ever."""
+        """A handler that hangs uses up its own threads, then fails at once; others run as before."""
         release, failures, ran = threading.Event(), list[EventError](), list[int]()
         emitter = EventEmitter(on_error=failures.append)
 
@@ -72,7 +72,7 @@ class TestThreadsOfAHandler:
         assert ran[0] == THREADS_PER_HANDLER
 
     async def test_flooded_it_keeps_no_other(self, emitter: EventEmitter) -> None:
-        """A plain handler with a thousand calls under way leaves the threads of others alone."""
+        """A plain handler with a thousand calls in flight leaves the threads of others alone."""
         release, ran = threading.Event(), list[int]()
         emitter.on("flooded", lambda: release.wait(PATIENCE))
         emitter.on("evt", lambda: ran.append(1))
@@ -85,7 +85,7 @@ class TestThreadsOfAHandler:
         await asyncio.gather(*flood)
 
     async def test_of_the_caller_cancelled(self, emitter: EventEmitter) -> None:
-        """A call that waits for a thread is made, though its caller is cancelled meanwhile."""
+        """A call that waits for a thread is made even if its caller is cancelled meanwhile."""
         release, ran = threading.Event(), list[int]()
 
         def handler(number: int) -> None:

@@ -1,4 +1,4 @@
-"""Durable rows: written with the change, claimed by one relay at a time, retried, buried."""
+"""Durable rows: written with the change, claimed by one relay at a time, retried, dead letters."""
 
 from __future__ import annotations
 
@@ -36,21 +36,21 @@ MINUTE = timedelta(minutes=1)
 
 @dataclass(frozen=True, kw_only=True)
 class PageTurned(Event):
-    """What a host might tell."""
+    """An event of a host."""
 
     page: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class LiveShown(Event):
-    """What only this process can tell."""
+    """An event that cannot leave this process."""
 
     thing: object
 
 
 @dataclass(frozen=True, kw_only=True)
 class CardShown(UserEvent[User]):
-    """What a host might tell of an account."""
+    """An event of a host about an account."""
 
     card: str
 
@@ -60,7 +60,7 @@ async def ada(db: TortoiseContext) -> User:
     return await User.create_user(email=EMAIL, password=PASSWORD)
 
 
-async def hear(event: Event) -> None:
+async def receive(event: Event) -> None:
     """A handler."""
 
 
@@ -68,7 +68,7 @@ async def note(user: User) -> None:
     """A handler by name."""
 
 
-async def hear_too(event: Event) -> None:
+async def receive_too(event: Event) -> None:
     """Another one."""
 
 
@@ -78,14 +78,14 @@ async def stored(*names: str) -> list[tuple[Any, ...]]:
 
 
 class TestWriting:
-    async def test_nothing_for_nobody(
+    async def test_nothing_without_a_subscription(
         self, db: TortoiseContext, auth: AuthService[User], ada: User, emitter: EventEmitter
     ) -> None:
         """Without a durable subscription to the event, no statement touches the table."""
-        emitter.on("*", hear)
+        emitter.on("*", receive)
         emitter.on("user_login", note, delivery="background")
         emitter.on("user_login", note, delivery="transaction")
-        emitter.on(PageTurned, hear, delivery="durable")
+        emitter.on(PageTurned, receive, delivery="durable")
         with every_statement(db) as seen:
             result = await log_in(auth)
             await auth.refresh(result.refresh_token)
@@ -105,8 +105,8 @@ class TestWriting:
         result = await log_in(auth)
         with every_statement(db) as plain:
             result = await auth.refresh(result.refresh_token)
-        emitter.on(SessionRefreshed, hear, delivery="durable")
-        emitter.on(SessionRefreshed, hear_too, delivery="durable")
+        emitter.on(SessionRefreshed, receive, delivery="durable")
+        emitter.on(SessionRefreshed, receive_too, delivery="durable")
         with every_statement(db) as recorded:
             await auth.refresh(result.refresh_token)
         assert len(recorded) == len(plain) + 1
@@ -120,18 +120,18 @@ class TestWriting:
         @emitter.on("user_login", "user_logout", delivery="durable", name="mail")
         async def mail(user: User) -> None: ...
 
-        emitter.on("*", hear, delivery="durable")
-        emitter.on(UserLogin, hear_too, delivery="durable")
+        emitter.on("*", receive, delivery="durable")
+        emitter.on(UserLogin, receive_too, delivery="durable")
         result = await log_in(auth)
         await auth.logout(result.access_token)
 
         rows = await stored("event_name", "subscription", "user_table", "subject_id")
         assert sorted(rows) == [
             ("user_login", "mail", "app_user", str(ada.pk)),
-            ("user_login", "tests.events.test_outbox:hear", "app_user", str(ada.pk)),
-            ("user_login", "tests.events.test_outbox:hear_too", "app_user", str(ada.pk)),
+            ("user_login", "tests.events.test_outbox:receive", "app_user", str(ada.pk)),
+            ("user_login", "tests.events.test_outbox:receive_too", "app_user", str(ada.pk)),
             ("user_logout", "mail", "app_user", str(ada.pk)),
-            ("user_logout", "tests.events.test_outbox:hear", "app_user", str(ada.pk)),
+            ("user_logout", "tests.events.test_outbox:receive", "app_user", str(ada.pk)),
         ]
         assert [name for (name,) in await stored("event_name")][:3] == ["user_login"] * 3
         assert len(set(await stored("event_id"))) == 2
@@ -143,26 +143,26 @@ class TestWriting:
         self, db: TortoiseContext, auth: AuthService[User], ada: User, emitter: EventEmitter
     ) -> None:
         """The row holds the event as JSON, and gives the event back."""
-        told: list[Event] = []
-        emitter.on(UserLogin, told.append, thread=False)
-        emitter.on(UserLogin, hear, delivery="durable")
+        received: list[Event] = []
+        emitter.on(UserLogin, received.append, thread=False)
+        emitter.on(UserLogin, receive, delivery="durable")
         context = RequestContext(ip="203.0.113.7", user_agent="Löwe \U0001f981", request_id="r1")
         await auth.login(EMAIL, PASSWORD, context=context)
 
         ((text,),) = await look(db, "SELECT CAST(payload AS TEXT) FROM tortoise_auth_outbox")
         payload = json.loads(text)
-        assert payload == told[0].to_dict()
+        assert payload == received[0].to_dict()
         assert payload["context"]["user_agent"] == "Löwe \U0001f981"
-        assert await stored("event_id") == [(told[0].id,)]
+        assert await stored("event_id") == [(received[0].id,)]
         event = Event.from_dict(payload)
         assert isinstance(event, UserLogin)
-        assert (event.id, event.subject_id, event.context) == (told[0].id, str(ada.pk), context)
+        assert (event.id, event.subject_id, event.context) == (received[0].id, str(ada.pk), context)
 
     async def test_no_secrets(
         self, db: TortoiseContext, auth: AuthService[User], ada: User, emitter: EventEmitter
     ) -> None:
         """No row of any event holds a password, a hash or a token."""
-        emitter.on("*", hear, delivery="durable")
+        emitter.on("*", receive, delivery="durable")
         first = await log_in(auth)
         second = await auth.refresh(first.refresh_token)
         hashes = [ada.password]
@@ -184,8 +184,8 @@ class TestWriting:
     async def test_raw_event(
         self, db: TortoiseContext, emitter: EventEmitter, clock: FakeClock
     ) -> None:
-        """``emit`` of an event object writes where the caller is: at once, or in its transaction."""
-        emitter.on(PageTurned, hear, delivery="durable")
+        """``emit`` of an event object writes at once, or in the transaction of the caller."""
+        emitter.on(PageTurned, receive, delivery="durable")
         name = connection_of(db).connection_name
         await emitter.emit(PageTurned(page=1))
         assert await look(db, "SELECT count(*) FROM tortoise_auth_outbox") == [(1,)]
@@ -208,10 +208,10 @@ class TestWriting:
     async def test_emitted_by_name(
         self, db: TortoiseContext, ada: User, emitter: EventEmitter, emitted: list[str]
     ) -> None:
-        """A name alone cannot be stored; the error says what to emit, and nobody is told."""
-        emitter.on("page_turned", hear, delivery="durable")
+        """A name alone cannot be stored; the error says what to emit, and no handler is called."""
+        emitter.on("page_turned", receive, delivery="durable")
         for name, args in [("page_turned", ()), ("user_login", (ada,))]:
-            emitter.on(name, hear_too, delivery="durable", name=f"durable {name}")
+            emitter.on(name, receive_too, delivery="durable", name=f"durable {name}")
             with pytest.raises(TypeError, match=f"'{name}' has durable.* an event object"):
                 await emitter.emit(name, *args)
         assert emitted == []
@@ -221,7 +221,7 @@ class TestWriting:
         self, db: TortoiseContext, emitter: EventEmitter, caplog: pytest.LogCaptureFixture
     ) -> None:
         """``emit_nowait`` of an event object writes the row soon after; of a name it says why not."""
-        emitter.on(PageTurned, hear, delivery="durable")
+        emitter.on(PageTurned, receive, delivery="durable")
         emitter.emit_nowait(PageTurned(page=1))
         await quiet(emitter)
         assert await stored("event_name") == [("page_turned",)]
@@ -233,14 +233,14 @@ class TestWriting:
 
     async def test_without_a_database(self, emitter: EventEmitter) -> None:
         """Where there is no database the error says what to set up."""
-        emitter.on(PageTurned, hear, delivery="durable")
+        emitter.on(PageTurned, receive, delivery="durable")
         with pytest.raises(ConfigurationError, match=r"Tortoise\.init"):
             await emitter.emit(PageTurned(page=1))
 
     @pytest.mark.filterwarnings("ignore:Module .* has no models")  # those of other tests
     async def test_without_the_tables(self, emitter: EventEmitter) -> None:
         """Where the models are not registered the error says so."""
-        emitter.on(PageTurned, hear, delivery="durable")
+        emitter.on(PageTurned, receive, delivery="durable")
         async with TortoiseContext() as context:
             await context.init(
                 db_url="sqlite://:memory:", modules={"models": ["tests.support.ledger"]}
@@ -252,16 +252,16 @@ class TestWriting:
 class TestBackground:
     async def test_writes_no_row(self, db: TortoiseContext, emitter: EventEmitter) -> None:
         """A background delivery that waits for a commit may carry what JSON cannot hold."""
-        told: list[Event] = []
-        emitter.on(LiveShown, told.append, delivery="background", thread=False)
+        received: list[Event] = []
+        emitter.on(LiveShown, received.append, delivery="background", thread=False)
         event = LiveShown(thing=object())
         async with in_transaction(connection_of(db).connection_name):
             await emitter.emit(event)
             await quiet(emitter)
-            assert told == []
+            assert received == []
             assert await OutboxEntry.all().count() == 0
         await quiet(emitter)
-        assert told == [event]
+        assert received == [event]
 
 
 async def claim(
@@ -310,7 +310,7 @@ def ids_of(rows: Sequence[Claimed]) -> list[int]:
 
 class TestClaiming:
     async def test_whole_row(self, db: TortoiseContext, clock: FakeClock) -> None:
-        """What a relay gets is what was written, and the row says who has it until when."""
+        """A relay claims what was written, and the row names the relay and the end of the lease."""
         event = CardShown(user=User(id=7), subject_id="7", card="library", context=RequestContext())
         subscription = _subscription("s")
         await outbox.write(root(db), event, [subscription], clock())
@@ -324,7 +324,7 @@ class TestClaiming:
         ]
 
     async def test_until_the_lease_ends(self, db: TortoiseContext, clock: FakeClock) -> None:
-        """A claimed row is left alone until the very end of its lease, and then comes again."""
+        """A claimed row cannot be claimed again until its lease ends."""
         ids = await put(clock, "a", None)
         assert ids_of(await claim(root(db), clock)) == ids
         assert await claim(root(db), clock, relay="r2") == []
@@ -336,7 +336,7 @@ class TestClaiming:
         assert [row.attempts for row in again] == [2, 2]
 
     async def test_behind_a_claimed_row(self, db: TortoiseContext, clock: FakeClock) -> None:
-        """What happens to a subject meanwhile waits until its earlier rows are delivered."""
+        """A later row of a subject waits until its earlier rows are delivered."""
         await put(clock, "a")
         claimed = await claim(root(db), clock)
         (later,) = await put(clock, "a")
@@ -346,13 +346,13 @@ class TestClaiming:
         assert ids_of(await claim(root(db), clock, relay="r2")) == [later]
 
     async def test_all_of_a_subject(self, db: TortoiseContext, clock: FakeClock) -> None:
-        """One claim takes as many rows of a subject as it may, oldest first and none left out."""
+        """One claim takes rows of a subject up to its limit, oldest first, without a gap."""
         ids = await put(clock, *["a"] * 5, "b", *["a"] * 3)
         assert ids_of(await claim(root(db), clock, limit=4)) == [*ids[:3], ids[5]]
         assert await claim(root(db), clock, relay="r2") == []
 
     async def test_rows_without_a_subject(self, db: TortoiseContext, clock: FakeClock) -> None:
-        """They wait for nobody: different relays may have them at the same time."""
+        """They wait for no other row: different relays may claim them at the same time."""
         ids = await put(clock, None, None, None)
         first = await claim(root(db), clock, limit=2)
         second = await claim(root(db), clock, relay="r2")
@@ -369,19 +369,19 @@ class TestClaiming:
         assert ids_of(await claim(root(db), clock, relay="r2", names=["slow", "quick"])) == quick
 
     async def test_other_models(self, db: TortoiseContext, clock: FakeClock) -> None:
-        """Rows of another user model's accounts are left alone, whatever their ids; those of none not."""
+        """Rows of another user model are not claimed, whatever their ids; rows of no model are."""
         subscription = _subscription("s")
         for user in (User(id=1), NamedUser(id=1)):
             event = CardShown(user=user, subject_id="1", card="x")  # type: ignore[arg-type]
             await outbox.write(root(db), event, [subscription], clock())
         mine, theirs = [each for (each,) in await stored("id")]
-        (nobodys,) = await put(clock, "1")
+        (unowned,) = await put(clock, "1")
         claimed = await claim(root(db), clock)
-        assert ids_of(claimed) == [mine, nobodys]
+        assert ids_of(claimed) == [mine, unowned]
         assert ids_of(await claim(root(db), clock, user_table="app_named_user")) == [theirs]
 
     async def test_behind_a_dead_letter(self, db: TortoiseContext, clock: FakeClock) -> None:
-        """A dead letter holds nobody up."""
+        """A dead letter holds up no other row."""
         ids = await put(clock, "a", "a")
         (dead, _) = await claim(root(db), clock)
         await outbox.dead_letter(root(db), dead, "r1", at=clock(), error="x")
@@ -391,7 +391,7 @@ class TestClaiming:
     async def test_behind_a_row_that_is_not_due(
         self, db: TortoiseContext, clock: FakeClock
     ) -> None:
-        """A row that backs off, or was written by a clock ahead, is never overtaken."""
+        """A row that backs off, or was written by a clock that is ahead, is never overtaken."""
         first, second, third = await put(clock, "a", "a", "a")
         await OutboxEntry.filter(id=second).update(due_at=clock() + timedelta(seconds=5))
         (row,) = await claim(root(db), clock)
@@ -401,15 +401,15 @@ class TestClaiming:
         clock.advance(timedelta(seconds=5))
         assert ids_of(await claim(root(db), clock)) == [second, third]
 
-    async def test_everybodys_first_row_comes_first(
+    async def test_first_row_of_every_subject_comes_first(
         self, db: TortoiseContext, clock: FakeClock
     ) -> None:
-        """A subject to whom much happened does not hold up those to whom little did."""
+        """A subject with many rows does not hold up subjects with few."""
         ids = await put(clock, *["a"] * 30, "b", "c")
         assert ids_of(await claim(root(db), clock, limit=4)) == [ids[0], ids[1], *ids[-2:]]
 
     async def test_behind_very_many_that_wait(self, db: TortoiseContext, clock: FakeClock) -> None:
-        """However many rows wait for one that backs off, the others are found."""
+        """However many rows wait behind one that backs off, the others are claimed."""
         ids = await put(clock, *["a"] * 50, "b")
         await OutboxEntry.filter(id=ids[0]).update(due_at=clock() + MINUTE)
         assert ids_of(await claim(root(db), clock, limit=2)) == [ids[-1]]
@@ -433,7 +433,7 @@ class TestClaiming:
     async def test_backlog_after_long_quiet(
         self, postgres: TortoiseContext, clock: FakeClock, prepared: bool
     ) -> None:
-        """What PostgreSQL knows of a table that was always empty does not mislead it about a full one."""
+        """PostgreSQL's statistics of an empty table do not slow down the claim of a backlog."""
         await put(clock, *["a"] * 100)
         await OutboxEntry.all().delete()
         await root(postgres).execute_script("VACUUM ANALYZE tortoise_auth_outbox")
@@ -459,24 +459,24 @@ class TestClaiming:
                 await outbox.delete_delivered(root(postgres), rows, "r1")
 
     async def test_nothing_to_listen_for(self, db: TortoiseContext, clock: FakeClock) -> None:
-        """A relay without durable subscriptions asks for nothing and gets nothing."""
+        """A relay without durable subscriptions claims nothing, without a statement."""
         await put(clock, "a")
         with every_statement(db) as seen:
             assert await claim(root(db), clock, names=[]) == []
         assert seen == []
 
     async def test_hostile_names(self, db: TortoiseContext, clock: FakeClock) -> None:
-        """Names and subjects are values to the database, whatever characters they have."""
+        """Names and subjects are parameters of statements, whatever characters they have."""
         for text in ("'; DROP TABLE tortoise_auth_outbox; --", "{limit}", "?", "$1", "%s", "ö\n"):
             ids = await put(clock, text, text, subscription=text)
             assert ids_of(await claim(root(db), clock, names=[text])) == ids
 
 
 class TestLettingGo:
-    """What a relay does with the rows it has, and those it has lost meanwhile."""
+    """What a relay does with its rows, and with rows whose lease has ended."""
 
     async def test_only_ones_own(self, db: TortoiseContext, clock: FakeClock) -> None:
-        """A relay whose lease is over cannot remove, postpone, bury or release what another has now."""
+        """A relay whose lease has ended cannot delete, reschedule, release or bury its rows."""
         await put(clock, "a")
         (lost,) = await claim(root(db), clock)
         clock.advance(MINUTE)
@@ -489,7 +489,7 @@ class TestLettingGo:
         assert await OutboxEntry.all().values() == before
 
     async def test_release(self, db: TortoiseContext, clock: FakeClock) -> None:
-        """A row that is given back counts as never claimed."""
+        """A released row is as if it had never been claimed."""
         await put(clock, "a")
         for _ in range(3):
             (row,) = await claim(root(db), clock)
@@ -513,7 +513,7 @@ class TestOperating:
         return row.id
 
     async def test_status(self, db: TortoiseContext, clock: FakeClock) -> None:
-        """Numbers for a monitor: what waits, what is due, what is dead, and since when."""
+        """The status counts rows that wait, are due or are dead letters, and gives the oldest age."""
         empty = await outbox.status(root(db), clock())
         assert (empty.waiting, empty.due, empty.dead, empty.oldest_waiting) == (0, 0, 0, 0.0)
         await put(clock, "a")
@@ -532,7 +532,7 @@ class TestOperating:
         assert (await outbox.status(root(db), clock())).oldest_waiting == 0.0
 
     async def test_entries(self, db: TortoiseContext, clock: FakeClock) -> None:
-        """What waits and what is dead can be listed, oldest first."""
+        """Waiting rows and dead letters can be listed, oldest first."""
         ids = await put(clock, "a", "b", "c", "d")
         dead = await self.bury_one(db, clock)
         assert [row.id for row in await outbox.entries(root(db))] == ids[1:]
@@ -542,7 +542,7 @@ class TestOperating:
         assert (letter.dead_at, letter.due_at) == (clock(), None)
 
     async def test_retry(self, db: TortoiseContext, clock: FakeClock) -> None:
-        """A dead letter that is given a new start is due, and has all its attempts before it."""
+        """A dead letter that is retried is due, with no attempts made."""
         ids = await put(clock, "a", "b")
         dead = await self.bury_one(db, clock)
         clock.advance(timedelta(days=1))
@@ -554,7 +554,7 @@ class TestOperating:
         assert (await outbox.status(root(db), clock())).dead == 0
 
     async def test_retry_behind_others(self, db: TortoiseContext, clock: FakeClock) -> None:
-        """A dead letter that starts again comes before what backs off behind it, and nothing overtakes."""
+        """A retried dead letter precedes a row behind it that backs off, and no row overtakes it."""
         first, second, third = await put(clock, "a", "a", "a")
         await self.bury_one(db, clock)
         (row,) = await claim(root(db), clock, limit=1)
@@ -567,7 +567,7 @@ class TestOperating:
         assert ids_of(await claim(root(db), clock)) == [second, third]
 
     async def test_retry_all_dead(self, db: TortoiseContext, clock: FakeClock) -> None:
-        """All dead letters can be given a new start at once; what waits is left as it is."""
+        """All dead letters can be retried at once; waiting rows do not change."""
         await put(clock, "a", "b", "c")
         for _ in range(2):
             await self.bury_one(db, clock)
@@ -577,7 +577,7 @@ class TestOperating:
         assert waiting.id not in ids_of(await claim(root(db), clock))
 
     async def test_purge(self, db: TortoiseContext, clock: FakeClock) -> None:
-        """A purge removes dead letters from before a time, and nothing that waits."""
+        """A purge deletes dead letters from before a time, and no waiting rows."""
         await put(clock, "a", "b", "c")
         await self.bury_one(db, clock)
         clock.advance(MINUTE)
@@ -589,6 +589,6 @@ class TestOperating:
 
 def _subscription(name: str) -> Any:
     emitter = EventEmitter()
-    emitter.on("*", hear, delivery="durable", name=name)
+    emitter.on("*", receive, delivery="durable", name=name)
     (subscription,) = emitter.subscriptions("*")
     return subscription

@@ -1,4 +1,4 @@
-"""The emitter against a model that fits on a page, over programs that nobody would think of."""
+"""The emitter against a small model, over generated programs."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Entry:
 
 @dataclass
 class Model:
-    """All that an emitter is, without speed, threads, tasks and timeouts."""
+    """A model of the emitter without threads, tasks and timeouts."""
 
     errors: Errors
     on_error: Callable[[EventError], object]
@@ -49,19 +49,19 @@ class Model:
         gone = [e for e in self.entries if e.event == event_name and handler in (None, e.handler)]
         self.entries = [each for each in self.entries if each not in gone]
 
-    def heard(self, event: str) -> list[Entry]:
+    def matching(self, event: str) -> list[Entry]:
         """Sort those of the event and those of all; equals stay in the order of registration."""
-        found = [each for each in self.entries if each.event in (event, "*")]
-        return sorted(found, key=lambda each: each.priority)
+        matches = [each for each in self.entries if each.event in (event, "*")]
+        return sorted(matches, key=lambda each: each.priority)
 
     def listeners(self, event_name: str) -> list[Handler]:
         """Look."""
-        return [each.handler for each in self.heard(event_name)]
+        return [each.handler for each in self.matching(event_name)]
 
     async def emit(self, event: str, /) -> None:
         """Call one after the other."""
         failures: list[EventError] = []
-        for each in self.heard(event):
+        for each in self.matching(event):
             if each.once and each not in self.entries:
                 continue
             if each.once:
@@ -85,7 +85,7 @@ class Program:
     steps: list[tuple[Any, ...]]
 
     async def run(self, make: Callable[[Callable[[EventError], object]], Any]) -> list[object]:
-        """Return all that happens on a bus: calls, failures, outcomes, and who listens at last."""
+        """Return all that happens on a bus: calls, failures, outcomes, and the handlers left at the end."""
         trace: list[object] = []
         bus = make(lambda error: trace.append(("failed", shape(error))))
         left = {"emit": LIMIT, "on": LIMIT, "off": LIMIT}
@@ -159,7 +159,7 @@ PROGRAMS = st.builds(Program, scripts=SCRIPTS, steps=STEPS)
 
 @pytest.fixture(scope="module", autouse=True)
 def _quiet() -> Iterator[None]:
-    """No log lines for failures that are meant."""
+    """Log no lines for intended failures."""
     logger = logging.getLogger("tortoise_auth.events")
     logger.disabled = True
     yield
@@ -177,10 +177,10 @@ def classify(trace: list[object]) -> None:
 @given(program=PROGRAMS)
 def test_like_the_model(errors: Errors, program: Program) -> None:
     """Order, priority, once, changes during an emit, re-entrancy and failures are as in the model."""
-    expected = asyncio.run(program.run(lambda told: Model(errors, told)))
-    found = asyncio.run(program.run(lambda told: EventEmitter(errors=errors, on_error=told)))
+    expected = asyncio.run(program.run(lambda report: Model(errors, report)))
+    actual = asyncio.run(program.run(lambda report: EventEmitter(errors=errors, on_error=report)))
     classify(expected)
-    assert found == expected
+    assert actual == expected
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
@@ -201,9 +201,9 @@ def test_in_the_background(program: Program) -> None:
         [[s for s in script if s[0] == "fail"] for script in program.scripts], program.steps
     )
     expected = asyncio.run(straight.run(lambda failed: Model("log", failed)))
-    found = asyncio.run(straight.run(lambda failed: Queued(on_error=failed)))
-    assert found[-3:] == expected[-3:]
-    assert sorted(map(repr, found)) == sorted(map(repr, expected))
+    actual = asyncio.run(straight.run(lambda failed: Queued(on_error=failed)))
+    assert actual[-3:] == expected[-3:]
+    assert sorted(map(repr, actual)) == sorted(map(repr, expected))
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)

@@ -65,7 +65,7 @@ class TestOrder:
         assert order == [-5, 0, 10, "default", 30]
 
     async def test_ties_in_order_of_registration(self, emitter: EventEmitter) -> None:
-        """Of equal priority the one that was registered first runs first, also across ``*``."""
+        """Handlers of equal priority run in the order of registration, also across ``*``."""
         order: list[Any] = []
         for number in range(5):
             emitter.on("evt", noting(order, number))
@@ -86,7 +86,7 @@ class TestOrder:
 
 class TestForms:
     async def test_decorator_with_options(self, emitter: EventEmitter) -> None:
-        """Options go with the names, and several names make one handler hear them all."""
+        """Options stand beside the names, and one handler may have several names."""
         order: list[str] = []
 
         @emitter.on("a", "b", priority=1)
@@ -111,16 +111,16 @@ class TestForms:
 
     async def test_several_classes_and_names(self, emitter: EventEmitter) -> None:
         """Classes, classes with their user, and names can stand side by side."""
-        heard: list[str] = []
+        received: list[str] = []
 
         async def note(event: Event) -> None:
-            heard.append(event.name)
+            received.append(event.name)
 
         for form in (UserLogin, UserLogout[User]):
             emitter.on(form, note)
         await emitter.emit(UserLogin(user=ADA, session_id="s"))
         await emitter.emit(UserLogout(user=ADA))
-        assert heard == ["user_login", "user_logout"]
+        assert received == ["user_login", "user_logout"]
 
     async def test_off(self, emitter: EventEmitter) -> None:
         """`off` removes every registration of a handler, or of all, by name or class, silently."""
@@ -131,14 +131,14 @@ class TestForms:
         emitter.once("user_login", gone)
         emitter.off(UserLogin, gone)
         emitter.off("user_login", gone)
-        emitter.off("never heard of")
+        emitter.off("never registered")
         await emitter.emit("user_login")
         assert order == ["stays"]
         emitter.off("user_login")
         assert emitter.events() == []
 
     def test_clear_all(self, emitter: EventEmitter) -> None:
-        """After `clear` nobody listens, and every name is free again."""
+        """After `clear` there are no subscriptions, and every name is free again."""
         for event in ("a", "b", "*"):
             emitter.on(event, noting([], event), name=event)
         emitter.clear()
@@ -150,7 +150,7 @@ class TestForms:
 
 class TestRefused:
     def test_missing_argument_on_a_strict_emitter(self, strict: EventEmitter) -> None:
-        """A parameter that the event never has is refused, saying which, where and what there is."""
+        """A parameter that the event never has is refused, with its name, the handler and the choices."""
 
         async def audit(user: object, reason: str) -> None: ...
 
@@ -183,7 +183,7 @@ class TestRefused:
         assert strict.events() == []
 
     def test_host_events_are_checked_too(self, strict: EventEmitter) -> None:
-        """The host's own classes are declared events like the library's."""
+        """The host's own classes are declared events like those of the library."""
 
         async def track(parcel_id: int, weight: float) -> None: ...
 
@@ -278,7 +278,7 @@ class TestRefused:
         assert kind.events() == ["a"]
 
     async def test_a_name_is_free_again(self, emitter: EventEmitter) -> None:
-        """Removed, consumed or restored away, a subscription gives its name back."""
+        """A subscription that is removed, consumed or undone by `restore` frees its name."""
         ways: list[Callable[[Handler], object]] = [
             lambda handler: emitter.off("evt", handler),
             lambda handler: emitter.remove_listener("evt", handler),
@@ -311,7 +311,7 @@ class TestRefused:
         assert [row.name for row in emitter.describe()] == ["shop.audit"]
 
     def test_durable_names_must_differ(self, emitter: EventEmitter) -> None:
-        """Rows are found by the name, so durable handlers of one default name are refused."""
+        """Rows are delivered by name, so durable handlers of one default name are refused."""
         emitter.on("a", noting([], 1), delivery="durable")
         with pytest.raises(SubscriptionError, match=r"noting.*handler' is taken"):
             emitter.on("b", noting([], 2), delivery="durable")
@@ -323,7 +323,7 @@ class TestRefused:
     def test_a_function_may_be_durable_and_not(
         self, emitter: EventEmitter, durable_first: bool
     ) -> None:
-        """A default name clashes with durable ones alone, whichever came first."""
+        """A default name conflicts with durable ones alone, whichever is registered first."""
         handler = noting([], 1)
         registrations = [
             partial(emitter.on, "a", handler, delivery="durable"),
@@ -346,7 +346,7 @@ class TestRefused:
     def test_no_event(
         self, emitter: EventEmitter, register: Callable[[EventEmitter, Handler], object]
     ) -> None:
-        """``@on`` without parentheses, or without a name, is told how it is written."""
+        """``@on`` without parentheses or a name is refused with the right form."""
         with pytest.raises(SubscriptionError, match=r'Say which event.*@on\("user_login"\)'):
             register(emitter, noting([], 1))
         assert emitter.events() == []
@@ -363,7 +363,7 @@ class TestRefused:
 
 class TestLooking:
     def test_describe(self, emitter: EventEmitter) -> None:
-        """`describe` lists who hears what, in which order, by which delivery."""
+        """`describe` lists the handlers of each event, in order, with their delivery."""
 
         @emitter.on("user_login", priority=20, timeout=2)
         async def audit() -> None: ...
@@ -396,7 +396,7 @@ class TestLooking:
         ]
 
     def test_events(self, emitter: EventEmitter) -> None:
-        """`events` are the names somebody listens to, sorted."""
+        """`events` are the names that have a subscription, sorted."""
         handler = noting([], 1)
         emitter.on("b", "*", "a")(handler)
         emitter.off("b")
@@ -450,7 +450,7 @@ class TestChangesDuringAnEmit:
         assert order == ["added"]
 
     async def test_clearing_everything(self, emitter: EventEmitter) -> None:
-        """An emit under way finishes with the handlers it began with."""
+        """An emit in progress finishes with the handlers it began with."""
         order: list[str] = []
 
         async def clearing() -> None:
@@ -468,15 +468,15 @@ class TestThreads:
     async def test_registering_while_a_loop_emits(self, emitter: EventEmitter) -> None:
         """Threads register and remove while a loop emits: nothing breaks, the rest stays correct."""
         threads, rounds = 4, 60
-        heard: list[object] = []
+        received: list[object] = []
         failed: list[BaseException] = []
-        emitter.on("evt", noting(heard, "constant"))
+        emitter.on("evt", noting(received, "constant"))
 
         def hammer(number: int) -> None:
             try:
                 for turn in range(rounds):
                     name = f"{number}.{turn}"
-                    handler = noting(heard, name)
+                    handler = noting(received, name)
                     emitter.on("evt", f"only {name}", name=name, priority=turn % 3)(handler)
                     emitter.on("*", handler)
                     emitter.describe()
@@ -497,7 +497,7 @@ class TestThreads:
         for thread in running:
             thread.join()
         assert failed == []
-        assert heard.count("constant") == emits > 0
+        assert received.count("constant") == emits > 0
         assert len(emitter.listeners("evt")) == 1
         kept = {f"only {n}.{turn}" for n in range(threads) for turn in range(0, rounds, 2)}
         assert set(emitter.events()) == kept | {"evt"}
@@ -555,30 +555,32 @@ class TestGrowth:
         await emitter.emit("evt")
         assert order == list(range(10_000))
 
-    @pytest.mark.parametrize("all_heard", [False, True], ids=["nobody", "a listener to everything"])
+    @pytest.mark.parametrize(
+        "everything", [False, True], ids=["no listener", "a listener to everything"]
+    )
     async def test_unknown_names_leave_nothing(
-        self, emitter: EventEmitter, all_heard: bool
+        self, emitter: EventEmitter, everything: bool
     ) -> None:
-        """A hundred thousand distinct names leave nothing behind, also if ``*`` hears them all."""
-        heard = [0]
+        """A hundred thousand distinct names leave nothing behind, also with a subscription to ``*``."""
+        received = [0]
 
         async def count(event: Event) -> None:
-            heard[0] += 1
+            received[0] += 1
 
-        if all_heard:
+        if everything:
             emitter.on("*", count)
         for warm_up in range(100):
             await emitter.emit(f"warm {warm_up}")
-        heard[0] = 0
+        received[0] = 0
         before = blocks()
         for number in range(100_000):
             await emitter.emit(f"unknown {number}")
         assert blocks() - before < 1_000
-        assert heard[0] == (100_000 if all_heard else 0)
-        assert emitter.events() == (["*"] if all_heard else [])
+        assert received[0] == (100_000 if everything else 0)
+        assert emitter.events() == (["*"] if everything else [])
 
     async def test_asking_leaves_nothing_either(self, emitter: EventEmitter) -> None:
-        """Neither do listing, removing and clearing names that nobody listens to."""
+        """Listing, removing and clearing names without a subscription leave nothing behind."""
         before, refused = blocks(), 0
         for number in range(10_000):
             name = f"unknown {number}"
@@ -594,7 +596,7 @@ class TestGrowth:
         assert blocks() - before < 1_000
 
     def test_handlers_that_are_gone_leave_nothing(self, emitter: EventEmitter) -> None:
-        """Neither do handlers, and their names, that come and go."""
+        """Handlers that are removed, and their names, leave nothing behind."""
 
         def come_and_go(number: int) -> None:
             handler = noting([], number)
@@ -611,10 +613,10 @@ class TestGrowth:
 
     async def test_made_up_keywords_do_not_fill_memory(self, emitter: EventEmitter) -> None:
         """However many payload shapes are emitted, a bounded number is remembered."""
-        heard: list[int] = []
+        received: list[int] = []
 
         async def handler(wanted: int) -> None:
-            heard.append(wanted)
+            received.append(wanted)
 
         emitter.on("evt", handler)
         table = deliverer_of(emitter).registry.table("evt")
@@ -622,4 +624,4 @@ class TestGrowth:
         for number in range(10 * _MAX_SHAPES):
             await emitter.emit("evt", wanted=number, **{f"made up {number}": 0})
             assert len(table._calls) <= _MAX_SHAPES
-        assert heard == list(range(10 * _MAX_SHAPES))
+        assert received == list(range(10 * _MAX_SHAPES))

@@ -1,4 +1,4 @@
-"""The relay: at least once, in order per user, whoever stops, fails, hangs or competes."""
+"""The relay: at least once, in order per user, also when relays and handlers stop, fail, hang or compete."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ NEVER = timedelta(days=1)
 
 @dataclass(frozen=True, kw_only=True)
 class LetterPosted(UserEvent[User]):
-    """What a host might tell of an account."""
+    """An event of a host about an account."""
 
     number: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class BellRung(Event):
-    """What a host might tell of nobody."""
+    """An event of a host about no account."""
 
     times: int = 1
 
@@ -62,15 +62,15 @@ async def ada(db: TortoiseContext) -> User:
     return await User.create_user(email=EMAIL, password=PASSWORD)
 
 
-class Told:
-    """Says something: writes rows for the durable subscriptions of an emitter."""
+class Publisher:
+    """Records events: writes rows for the durable subscriptions of an emitter."""
 
     def __init__(self, emitter: EventEmitter, clock: FakeClock) -> None:
         self._emitter = emitter
         self._clock = clock
 
     async def __call__(self, *events: Event) -> None:
-        """Say all of it in one transaction."""
+        """Record all events in one transaction."""
         async with UnitOfWork(
             connection_for(OutboxEntry), self._emitter, clock=self._clock
         ) as unit:
@@ -78,18 +78,18 @@ class Told:
                 unit.record(event)
 
     async def letters(self, user: User, *numbers: int) -> None:
-        """Say that letters were posted to *user*, one after the other."""
+        """Record one `LetterPosted` for *user* per number, in order."""
         for number in numbers:
             await self(LetterPosted(user=user, subject_id=str(user.pk), number=number))
 
 
 @pytest.fixture
-def tell(emitter: EventEmitter, clock: FakeClock) -> Told:
-    return Told(emitter, clock)
+def publish(emitter: EventEmitter, clock: FakeClock) -> Publisher:
+    return Publisher(emitter, clock)
 
 
 class Handler:
-    """A durable handler of `LetterPosted` that fails as often as it is told to.
+    """A durable handler of `LetterPosted` that fails a given number of times.
 
     Attributes:
         delivered: The numbers of the letters, in the order in which it was called with success.
@@ -102,7 +102,7 @@ class Handler:
         self.attempts: list[int] = []
 
     async def __call__(self, event: LetterPosted) -> None:
-        """Take a letter, or fail."""
+        """Receive a letter, or fail."""
         self.attempts.append(event.number)
         if self.failures:
             self.failures -= 1
@@ -119,7 +119,7 @@ def handler(emitter: EventEmitter) -> Handler:
 
 @pytest.fixture
 def idle(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Any]:
-    """Waits until a relay has looked and found nothing, from now on."""
+    """Wait until a relay next claims no rows."""
     looked = asyncio.Condition()
     claim = outbox.claim
 
@@ -143,7 +143,7 @@ class TestHandlers:
     async def test_same_arguments_as_any_other(
         self, db: TortoiseContext, auth: AuthService[User], ada: User, emitter: EventEmitter
     ) -> None:
-        """By name, by class, with fields or the event: an inline and a durable one are told the same."""
+        """An inline and a durable handler get the same arguments, however they are subscribed."""
         inline: list[Any] = []
         durable: list[Any] = []
         for calls in (inline, durable):
@@ -190,33 +190,33 @@ class TestHandlers:
     async def test_of_a_name_and_a_class(
         self, auth: AuthService[User], ada: User, emitter: EventEmitter
     ) -> None:
-        """One handler of both hears each event in the way it asked for it."""
-        heard: list[object] = []
+        """A handler of both gets the user of the named event and the object of the class."""
+        received: list[object] = []
 
         async def note(what: object) -> None:
-            heard.append(what if isinstance(what, User) else type(what))
+            received.append(what if isinstance(what, User) else type(what))
 
         on: Any = emitter.on
         on("user_login", UserLogout, note, delivery="durable", name="audit")
         result = await auth.login(EMAIL, PASSWORD)
         await auth.logout(result.access_token)
         assert await auth.relay().drain() == 2
-        assert heard == [ada, UserLogout]
+        assert received == [ada, UserLogout]
 
     async def test_by_a_clock_of_another_zone(
         self, db: TortoiseContext, ada: User, emitter: EventEmitter, handler: Handler
     ) -> None:
-        """What is due is due, whatever zone the clock tells the time in."""
-        heard: list[str] = []
+        """A row is delivered when it is due, whatever the time zone of the clock."""
+        received: list[str] = []
         emitter.on("user_login", delivery="durable", name="log")(
-            lambda user, event: heard.append(event.name)
+            lambda user, event: received.append(event.name)
         )
         for hours in (-5, 9):
             clock = FakeClock(datetime(2026, 1, 1, tzinfo=timezone(timedelta(hours=hours))))
             auth = AuthService(User, AuthConfig(secret=SECRET), clock=clock)
             await auth.login(EMAIL, PASSWORD)
             assert await auth.relay().drain() == 1
-        assert heard == ["user_login"] * 2
+        assert received == ["user_login"] * 2
 
     async def test_user_is_loaded_anew(
         self, auth: AuthService[User], ada: User, emitter: EventEmitter
@@ -234,7 +234,7 @@ class TestHandlers:
     async def test_recognises_repetitions_by_the_id(
         self, auth: AuthService[User], ada: User, emitter: EventEmitter, clock: FakeClock
     ) -> None:
-        """Every delivery of an event has the id that its row has."""
+        """Every delivery of an event has the id of its row."""
         ids: list[object] = []
 
         @emitter.on("user_login", delivery="durable")
@@ -251,7 +251,7 @@ class TestHandlers:
         assert ids == [expected] * 3
 
     async def test_may_take_only_so_long(
-        self, tell: Told, auth: AuthService[User], ada: User, emitter: EventEmitter
+        self, publish: Publisher, auth: AuthService[User], ada: User, emitter: EventEmitter
     ) -> None:
         """The timeout of a subscription is a failure like any other, and is retried."""
 
@@ -259,7 +259,7 @@ class TestHandlers:
         async def hang() -> None:
             await asyncio.Event().wait()
 
-        await tell(BellRung())
+        await publish(BellRung())
         assert await auth.relay().drain() == 0
         row = await OutboxEntry.get()
         assert (row.attempts, row.dead_at) == (1, None)
@@ -271,39 +271,39 @@ class TestHandlers:
         auth: AuthService[User],
         ada: User,
         emitter: EventEmitter,
-        tell: Told,
+        publish: Publisher,
     ) -> None:
-        """A relay that was started inside a transaction carries none of it to its handlers."""
+        """A relay that is started inside a transaction runs its handlers outside of it."""
         inside: list[bool] = []
-        heard = asyncio.Event()
+        called = asyncio.Event()
 
         @emitter.on("bell_rung", delivery="durable")
         async def look() -> None:
             inside.append(in_caller_transaction())
-            heard.set()
+            called.set()
 
-        await tell(BellRung())
+        await publish(BellRung())
         async with in_transaction(connection_of(db).connection_name):
             relay = auth.relay()
             await relay.__aenter__()
-        await finished(heard.wait())
+        await finished(called.wait())
         await relay.__aexit__(None, None, None)
         assert inside == [False]
 
 
 class TestDeletedUser:
-    async def deleted(self, tell: Told, ada: User) -> None:
-        """Post a letter to Ada, who is gone by the time it arrives."""
-        await tell.letters(ada, 1)
+    async def deleted(self, publish: Publisher, ada: User) -> None:
+        """Post a letter to Ada, and delete her account before it is delivered."""
+        await publish.letters(ada, 1)
         await ada.delete()
 
     async def test_where_the_handler_needs_it(
-        self, auth: AuthService[User], ada: User, emitter: EventEmitter, tell: Told
+        self, auth: AuthService[User], ada: User, emitter: EventEmitter, publish: Publisher
     ) -> None:
-        """It is a dead letter at once, with the reason: no retry brings an account back."""
+        """The row is a dead letter at once, with the reason: no retry restores an account."""
         called: list[object] = []
         emitter.on("letter_posted", called.append, delivery="durable", thread=False)
-        await self.deleted(tell, ada)
+        await self.deleted(publish, ada)
         assert await auth.relay().drain() == 0
         (row,) = await outbox.entries(connection_for(OutboxEntry), dead=True)
         assert row.attempts == 1
@@ -311,9 +311,9 @@ class TestDeletedUser:
         assert called == []
 
     async def test_where_it_does_not(
-        self, auth: AuthService[User], ada: User, emitter: EventEmitter, tell: Told
+        self, auth: AuthService[User], ada: User, emitter: EventEmitter, publish: Publisher
     ) -> None:
-        """It is called: with the event, which still knows whose it was, or with None where it may be."""
+        """It is called: with the event, which keeps its `subject_id`, or with None as a default."""
         called: list[object] = []
 
         @emitter.on(LetterPosted, delivery="durable")
@@ -328,7 +328,7 @@ class TestDeletedUser:
         async def by_default(user: User | None = None) -> None:
             called.append(("default", user))
 
-        await self.deleted(tell, ada)
+        await self.deleted(publish, ada)
         assert await auth.relay().drain() == 3
         pk = str(ada.pk)
         assert sorted(called, key=repr) == [("class", None, pk), ("default", None), ("field", pk)]
@@ -336,12 +336,12 @@ class TestDeletedUser:
     async def test_that_never_was(
         self, auth: AuthService[User], ada: User, emitter: EventEmitter, clock: FakeClock
     ) -> None:
-        """A subject that is no primary key, whatever it is, is nobody's, and breaks no batch."""
+        """A subject that is no primary key belongs to no user, and its row is delivered."""
         seen: list[str | None] = []
         emitter.on("bell_rung", lambda subject_id: seen.append(subject_id), delivery="durable")
         subjects = [" 1 ", "True", "9" * 30, "-1", "x" * 255, "order-7", "\u00e9", str(ada.pk)]
         for subject in subjects:
-            await Told(emitter, clock)(BellRung(subject_id=subject))
+            await Publisher(emitter, clock)(BellRung(subject_id=subject))
         assert await auth.relay().drain() == len(subjects)
         assert sorted(map(str, seen)) == sorted(subjects)
 
@@ -361,14 +361,14 @@ class TestUnreadableRows:
         self,
         auth: AuthService[User],
         ada: User,
-        tell: Told,
+        publish: Publisher,
         handler: Handler,
         clock: FakeClock,
         change: dict[str, Any],
         error: str,
     ) -> None:
-        """A row of a newer program, or a broken one, waits for an update, then for a person."""
-        await tell.letters(ada, 1)
+        """A row of a newer program, or a broken one, is retried, and then is a dead letter."""
+        await publish.letters(ada, 1)
         whole = (await OutboxEntry.get()).payload
         broken = {name: each for name, each in (whole | change).items() if each is not None}
         await OutboxEntry.all().update(payload=broken)
@@ -408,17 +408,17 @@ class TestUnreadableRows:
         db: TortoiseContext,
         auth: AuthService[User],
         ada: User,
-        tell: Told,
+        publish: Publisher,
         handler: Handler,
         column: str,
         value: str,
         on_postgres: bool,
     ) -> None:
-        """What no program can read is dead at once, can be looked at, and holds up no other row."""
+        """A row that no program can read is a dead letter at once and holds up no other row."""
         connection = root(db)
         if connection.capabilities.dialect == "postgres" and not on_postgres:
             pytest.skip("the column takes no such value")
-        await tell.letters(ada, 1, 2, 3)
+        await publish.letters(ada, 1, 2, 3)
         (broken, *_) = await outbox.entries(connection)
         table = OutboxEntry._meta.db_table
         await connection.execute_query(
@@ -438,18 +438,18 @@ class TestUnreadableRows:
         db: TortoiseContext,
         auth: AuthService[User],
         ada: User,
-        tell: Told,
+        publish: Publisher,
         emitter: EventEmitter,
         clock: FakeClock,
     ) -> None:
-        """Rows for a handler that this program lacks stay as they are, in sight, until one has it."""
+        """Rows of a subscription that this program lacks stay unchanged, and `status` lists them."""
         old = Handler()
         emitter.on(LetterPosted, old, delivery="durable", name="old")
-        await tell.letters(ada, 1, 2)
+        await publish.letters(ada, 1, 2)
         emitter.off(LetterPosted, old)
         new = Handler()
         emitter.on(LetterPosted, new, delivery="durable", name="new")
-        await tell.letters(ada, 3)
+        await publish.letters(ada, 3)
         before = await OutboxEntry.filter(subscription="old").values()
         clock.advance(NEVER)
         assert await auth.relay().drain() == 1
@@ -465,7 +465,7 @@ class TestUnreadableRows:
 class TestOrder:
     """The events of one account reach a subscription in the order in which they happened."""
 
-    async def post_all(self, tell: Told) -> list[User]:
+    async def post_all(self, publish: Publisher) -> list[User]:
         """Post letters 0 to 5 to four users, in turn."""
         users = [
             await User.create_user(email=f"u{number}@example.com", password=PASSWORD)
@@ -473,7 +473,7 @@ class TestOrder:
         ]
         for number in range(6):
             for user in users:
-                await tell.letters(user, number)
+                await publish.letters(user, number)
         return users
 
     @pytest.mark.parametrize("relays", [1, 2])
@@ -483,12 +483,12 @@ class TestOrder:
         db: TortoiseContext,
         auth: AuthService[User],
         emitter: EventEmitter,
-        tell: Told,
+        publish: Publisher,
         clock: FakeClock,
         relays: int,
         batch_size: int,
     ) -> None:
-        """A failure holds up its own user alone; no letter overtakes, none is read twice at once."""
+        """A failure holds up its own user alone, and no letter overtakes another of that user."""
         chance = random.Random(batch_size * relays)
         received: dict[str | None, list[int]] = defaultdict(list)
         reading: set[str | None] = set()
@@ -504,7 +504,7 @@ class TestOrder:
                 raise RuntimeError("again, please")
             received[event.subject_id].append(event.number)
 
-        users = await self.post_all(tell)
+        users = await self.post_all(publish)
         several = [auth.relay(batch_size=batch_size, max_attempts=100) for _ in range(relays)]
         rounds = 0
         while await OutboxEntry.all().count():
@@ -515,9 +515,13 @@ class TestOrder:
         assert rounds > 2
 
     async def test_failure_does_not_hold_up_others(
-        self, db: TortoiseContext, auth: AuthService[User], tell: Told, emitter: EventEmitter
+        self,
+        db: TortoiseContext,
+        auth: AuthService[User],
+        publish: Publisher,
+        emitter: EventEmitter,
     ) -> None:
-        """Behind a letter that cannot be delivered wait those of the same user, and no others."""
+        """A letter that cannot be delivered holds up those of the same user, and no others."""
         received: dict[str | None, list[int]] = defaultdict(list)
 
         @emitter.on(LetterPosted, delivery="durable")
@@ -526,18 +530,23 @@ class TestOrder:
                 raise RuntimeError
             received[event.subject_id].append(event.number)
 
-        first, *others = await self.post_all(tell)
+        first, *others = await self.post_all(publish)
         assert await auth.relay().drain() == 1 + 6 * len(others)
         expected = {str(user.pk): list(range(6)) for user in others} | {str(first.pk): [0]}
         assert received == expected
         assert [row.attempts for row in await OutboxEntry.all().order_by("id")] == [1, 0, 0, 0, 0]
 
     async def test_dead_letter_lets_the_rest_pass(
-        self, auth: AuthService[User], ada: User, tell: Told, handler: Handler, clock: FakeClock
+        self,
+        auth: AuthService[User],
+        ada: User,
+        publish: Publisher,
+        handler: Handler,
+        clock: FakeClock,
     ) -> None:
-        """Once it is given up the others come, and it can be delivered late."""
+        """Behind a dead letter the others are delivered, and it can be retried later."""
         handler.failures = 2
-        await tell.letters(ada, 1, 2, 3)
+        await publish.letters(ada, 1, 2, 3)
         relay = auth.relay(max_attempts=2)
         await relay.drain()
         clock.advance(SECOND)
@@ -554,17 +563,17 @@ class TestRetrying:
         db: TortoiseContext,
         auth: AuthService[User],
         ada: User,
-        tell: Told,
+        publish: Publisher,
         handler: Handler,
         clock: FakeClock,
     ) -> None:
-        """Pauses double from attempt to attempt up to the longest, and each is spread by up to half."""
+        """The back-off doubles with each attempt up to the maximum, less a jitter of up to half."""
         backoff, longest = timedelta(seconds=4), timedelta(seconds=60)
         relay = auth.relay(backoff=backoff, max_backoff=longest, max_attempts=50)
         spread = []
         for _ in range(8):
             await OutboxEntry.all().delete()
-            await tell.letters(ada, 1)
+            await publish.letters(ada, 1)
             for attempt in range(1, 9):
                 handler.failures = 1
                 assert await relay.drain() == 0
@@ -586,10 +595,15 @@ class TestRetrying:
         assert max(spread) > 0.9
 
     async def test_after_very_many_attempts(
-        self, auth: AuthService[User], ada: User, tell: Told, handler: Handler, clock: FakeClock
+        self,
+        auth: AuthService[User],
+        ada: User,
+        publish: Publisher,
+        handler: Handler,
+        clock: FakeClock,
     ) -> None:
-        """The pause stays the longest one, and no number overflows."""
-        await tell.letters(ada, 1)
+        """The back-off stays at the maximum, and no number overflows."""
+        await publish.letters(ada, 1)
         for attempts in (31, 32, 33, 100_000):
             await OutboxEntry.all().update(attempts=attempts, due_at=clock())
             handler.failures = 1
@@ -602,14 +616,14 @@ class TestRetrying:
         self,
         auth: AuthService[User],
         ada: User,
-        tell: Told,
+        publish: Publisher,
         handler: Handler,
         clock: FakeClock,
         caplog: pytest.LogCaptureFixture,
     ) -> None:
-        """After the last attempt it stays, with the error, loudly, and is attempted no more."""
+        """After the last attempt the row stays with its error, which is logged, and is not retried."""
         handler.failures = 3
-        await tell.letters(ada, 1)
+        await publish.letters(ada, 1)
         relay = auth.relay(max_attempts=3)
         for attempt in range(1, 4):
             caplog.clear()
@@ -638,10 +652,10 @@ class TestRetrying:
         auth: AuthService[User],
         ada: User,
         emitter: EventEmitter,
-        tell: Told,
+        publish: Publisher,
         clock: FakeClock,
     ) -> None:
-        """Whatever is raised fits into the row, what no database stores included."""
+        """Any error fits into the row, also one with a text that no database stores."""
         failures: list[BaseException] = [
             RuntimeError("x" * 100_000),
             RuntimeError("a\0b"),
@@ -658,7 +672,7 @@ class TestRetrying:
             raise failures[times]
 
         for times in range(len(failures)):
-            await tell(BellRung(times=times))
+            await publish(BellRung(times=times))
         assert await auth.relay(max_attempts=1).drain() == 0
         rows = await outbox.entries(connection_for(OutboxEntry), dead=True)
         assert len(rows) == len(failures)
@@ -667,9 +681,9 @@ class TestRetrying:
             assert len(row.last_error) <= 2000
 
     async def test_panic(
-        self, auth: AuthService[User], ada: User, emitter: EventEmitter, tell: Told
+        self, auth: AuthService[User], ada: User, emitter: EventEmitter, publish: Publisher
     ) -> None:
-        """Whatever a handler raises is its own failure, and the relay goes on."""
+        """Anything a handler raises is a failed attempt, and the relay goes on."""
         rung: list[int] = []
 
         @emitter.on("bell_rung", delivery="durable")
@@ -678,20 +692,25 @@ class TestRetrying:
                 raise (Panic, GeneratorExit)[times - 1]("no")
             rung.append(times)
 
-        await tell(BellRung(times=1), BellRung(times=2), BellRung(times=0))
+        await publish(BellRung(times=1), BellRung(times=2), BellRung(times=0))
         assert await auth.relay(max_attempts=1).drain() == 1
         assert rung == [0]
         dead = await outbox.entries(connection_for(OutboxEntry), dead=True)
         assert [row.last_error for row in dead] == ["Panic: no", "GeneratorExit: no"]
 
     async def test_clock_that_steps_back(
-        self, auth: AuthService[User], ada: User, tell: Told, handler: Handler, clock: FakeClock
+        self,
+        auth: AuthService[User],
+        ada: User,
+        publish: Publisher,
+        handler: Handler,
+        clock: FakeClock,
     ) -> None:
-        """What was written or postponed before the step waits for its time, and is not lost."""
+        """A row that was written or postponed before the step waits until it is due, and is not lost."""
         handler.failures = 1
-        await tell.letters(ada, 1)
+        await publish.letters(ada, 1)
         await auth.relay().drain()
-        await tell.letters(ada, 2)
+        await publish.letters(ada, 2)
         clock.advance(-timedelta(hours=1))
         assert await auth.relay().drain() == 0
         clock.advance(timedelta(hours=1, seconds=1))
@@ -700,11 +719,11 @@ class TestRetrying:
 
 
 class Panic(BaseException):
-    """What no ``except Exception`` catches."""
+    """An error that no ``except Exception`` catches."""
 
 
 class Unspeakable(Exception):
-    """An error that cannot even be described."""
+    """An error without a readable text."""
 
     def __str__(self) -> str:
         raise RuntimeError
@@ -716,12 +735,12 @@ class TestLease:
         db: TortoiseContext,
         auth: AuthService[User],
         ada: User,
-        tell: Told,
+        publish: Publisher,
         handler: Handler,
         clock: FakeClock,
     ) -> None:
-        """Its rows come again when the lease is over, and not before."""
-        await tell.letters(ada, 1, 2)
+        """Its rows are delivered again when the lease expires, and not before."""
+        await publish.letters(ada, 1, 2)
         await outbox.claim(
             root(db),
             holder="killed",
@@ -743,10 +762,10 @@ class TestLease:
         auth: AuthService[User],
         ada: User,
         emitter: EventEmitter,
-        tell: Told,
+        publish: Publisher,
         clock: FakeClock,
     ) -> None:
-        """The handler has failed and is cancelled; if it refuses, nobody waits for it."""
+        """The handler has failed and is cancelled; if it goes on, the relay does not wait for it."""
         may_end, ended = asyncio.Event(), asyncio.Event()
 
         @emitter.on("bell_rung", delivery="durable")
@@ -756,7 +775,7 @@ class TestLease:
             await may_end.wait()
             ended.set()
 
-        await tell(BellRung())
+        await publish(BellRung())
         relay = auth.relay(lease=timedelta(milliseconds=50))
         assert await finished(relay.drain()) == 0
         row = await OutboxEntry.get()
@@ -773,12 +792,12 @@ class TestLease:
         db: TortoiseContext,
         auth: AuthService[User],
         ada: User,
-        tell: Told,
+        publish: Publisher,
         handler: Handler,
         clock: FakeClock,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        """What a batch says of rows that its own relay has claimed anew since counts no more."""
+        """A batch does not change rows that its own relay has claimed again since."""
         handler.failures = 1
         postpone, late, go_on = outbox.reschedule, asyncio.Event(), asyncio.Event()
 
@@ -789,7 +808,7 @@ class TestLease:
             await postpone(*args, **kwargs)
 
         monkeypatch.setattr(outbox, "reschedule", slowly)
-        await tell.letters(ada, 1, 2)
+        await publish.letters(ada, 1, 2)
         relay = auth.relay()
         first = asyncio.create_task(relay.drain())
         await finished(late.wait())
@@ -810,9 +829,9 @@ class TestLease:
         auth: AuthService[User],
         ada: User,
         emitter: EventEmitter,
-        tell: Told,
+        publish: Publisher,
     ) -> None:
-        """Rows that a slow neighbour kept from their turn are given back as never attempted."""
+        """Rows that waited for a slow row are released without an attempt."""
         calls: list[int] = []
 
         @emitter.on(LetterPosted, delivery="durable")
@@ -822,8 +841,8 @@ class TestLease:
                 await asyncio.Event().wait()
 
         bob = await User.create_user(email="bob@example.com", password=PASSWORD)
-        await tell.letters(ada, 1, 2)
-        await tell.letters(bob, 3)
+        await publish.letters(ada, 1, 2)
+        await publish.letters(bob, 3)
         relay = auth.relay(lease=timedelta(milliseconds=50), concurrency=1, max_attempts=1)
         assert await finished(relay.drain()) == 2
         assert calls == [1, 2, 3]
@@ -836,10 +855,10 @@ class TestLease:
         auth: AuthService[User],
         ada: User,
         emitter: EventEmitter,
-        tell: Told,
+        publish: Publisher,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        """They are recorded while the slow one goes on: a crash would not bring them again."""
+        """They are recorded while the slow one runs: a crash would not deliver them again."""
         monkeypatch.setattr(relay_module, "_RECORD_EVERY", 0.01)
         may_end = asyncio.Event()
         recorded = asyncio.Event()
@@ -858,7 +877,7 @@ class TestLease:
                 await may_end.wait()
 
         for times in range(1, 6):
-            await tell(BellRung(times=times))
+            await publish(BellRung(times=times))
         draining = asyncio.create_task(auth.relay().drain())
         await finished(recorded.wait())
         assert [row.payload["times"] for row in await OutboxEntry.all()] == [1]
@@ -871,14 +890,14 @@ class TestRunning:
     def other(self, clock: FakeClock) -> AuthService[User]:
         """The same application in another process: it shares nothing but the database."""
         emitter = EventEmitter()
-        emitter.on(UserLogin, list[object]().append, delivery="durable", name="told")
+        emitter.on(UserLogin, list[object]().append, delivery="durable", name="logins")
         return AuthService(User, AuthConfig(secret=SECRET), clock=clock, emitter=emitter)
 
     @pytest.fixture
-    def heard(self, emitter: EventEmitter) -> asyncio.Queue[UserLogin[User]]:
-        """Where this process hears of logins."""
+    def logins(self, emitter: EventEmitter) -> asyncio.Queue[UserLogin[User]]:
+        """The logins that this process receives."""
         queue: asyncio.Queue[UserLogin[User]] = asyncio.Queue()
-        emitter.on(UserLogin, queue.put_nowait, delivery="durable", name="told", thread=False)
+        emitter.on(UserLogin, queue.put_nowait, delivery="durable", name="logins", thread=False)
         return queue
 
     async def test_hanging_handler_does_not_hold_up_others(
@@ -887,11 +906,11 @@ class TestRunning:
         auth: AuthService[User],
         ada: User,
         emitter: EventEmitter,
-        tell: Told,
+        publish: Publisher,
         clock: FakeClock,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        """What comes later is delivered while it hangs, as long as a place is free."""
+        """Later rows are delivered while it hangs, as long as the concurrency allows."""
         monkeypatch.setattr(relay_module, "_PATIENCE", 0.01)
         may_end = asyncio.Event()
         rung: asyncio.Queue[int] = asyncio.Queue()
@@ -902,14 +921,14 @@ class TestRunning:
                 await may_end.wait()
             rung.put_nowait(times)
 
-        await tell(BellRung(times=0))
+        await publish(BellRung(times=0))
         async with auth.relay(concurrency=2, poll_interval=NEVER):
             for times in (1, 2, 3):
-                await tell(BellRung(times=times))
+                await publish(BellRung(times=times))
                 assert await finished(rung.get()) == times
-            await tell(BellRung(times=0))
-            await tell(BellRung(times=4))
-            while await OutboxEntry.filter(claimed_by__isnull=False).count() < 2:  # noqa: ASYNC110 - no event tells
+            await publish(BellRung(times=0))
+            await publish(BellRung(times=4))
+            while await OutboxEntry.filter(claimed_by__isnull=False).count() < 2:  # noqa: ASYNC110 - no event is set
                 await asyncio.sleep(0.001)
             assert rung.empty()
             may_end.set()
@@ -921,21 +940,21 @@ class TestRunning:
         db: TortoiseContext,
         auth: AuthService[User],
         ada: User,
-        heard: asyncio.Queue[UserLogin[User]],
+        logins: asyncio.Queue[UserLogin[User]],
         idle: Callable[[], Any],
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        """It does not wait for the next look around: alone, or when the caller's transaction commits."""
+        """It does not wait for the next poll, nor after the commit of a caller's transaction."""
         monkeypatch.setattr(Listener, "_listen", _unavailable)
         async with auth.relay(poll_interval=NEVER):
             await idle()
             result = await log_in(auth)
-            assert (await finished(heard.get())).session_id == str(result.session.id)
+            assert (await finished(logins.get())).session_id == str(result.session.id)
             await idle()
             async with in_transaction(connection_of(db).connection_name):
                 result = await log_in(auth)
                 await asyncio.sleep(0)
-            assert (await finished(heard.get())).session_id == str(result.session.id)
+            assert (await finished(logins.get())).session_id == str(result.session.id)
 
     @needs_postgres
     async def test_woken_by_other_processes(
@@ -943,10 +962,10 @@ class TestRunning:
         postgres: TortoiseContext,
         auth: AuthService[User],
         other: AuthService[User],
-        heard: asyncio.Queue[UserLogin[User]],
+        logins: asyncio.Queue[UserLogin[User]],
         idle: Callable[[], Any],
     ) -> None:
-        """On PostgreSQL a commit anywhere wakes it, and a rollback nowhere does harm."""
+        """On PostgreSQL a commit in any process wakes it, and a rollback does not."""
         await User.create_user(email=EMAIL, password=PASSWORD)
         async with auth.relay(poll_interval=NEVER):
             await idle()
@@ -955,8 +974,8 @@ class TestRunning:
                     await log_in(other)
                     raise RuntimeError
             result = await log_in(other)
-            assert (await finished(heard.get())).session_id == str(result.session.id)
-        assert heard.empty()
+            assert (await finished(logins.get())).session_id == str(result.session.id)
+        assert logins.empty()
 
     async def test_looks_around_where_nothing_wakes_it(
         self,
@@ -964,28 +983,28 @@ class TestRunning:
         auth: AuthService[User],
         other: AuthService[User],
         ada: User,
-        heard: asyncio.Queue[UserLogin[User]],
+        logins: asyncio.Queue[UserLogin[User]],
         idle: Callable[[], Any],
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        """Without notifications it finds what other processes wrote by polling."""
+        """Without notifications it gets the rows of other processes by polling."""
         monkeypatch.setattr(Listener, "_listen", _unavailable)
         async with auth.relay(poll_interval=timedelta(milliseconds=10)):
             await idle()
             await log_in(other)
-            await finished(heard.get())
+            await finished(logins.get())
 
     async def test_survives_the_database(
         self,
         db: TortoiseContext,
         auth: AuthService[User],
         ada: User,
-        heard: asyncio.Queue[UserLogin[User]],
+        logins: asyncio.Queue[UserLogin[User]],
         clock: FakeClock,
         monkeypatch: pytest.MonkeyPatch,
         caplog: pytest.LogCaptureFixture,
     ) -> None:
-        """Whichever of its statements fails, it goes on, and the row comes, perhaps twice."""
+        """Whichever of its statements fails, it goes on, and the row is delivered at least once."""
         results = []
         for name in ("claim", "delete_delivered", "reschedule", "release"):
             original, failures = getattr(outbox, name), iter(range(2))
@@ -1005,26 +1024,26 @@ class TestRunning:
             while await OutboxEntry.all().count():
                 clock.advance(timedelta(minutes=2))
                 await asyncio.sleep(0.001)
-        told = [heard.get_nowait().session_id for _ in range(heard.qsize())]
-        assert list(dict.fromkeys(told)) == results
-        assert len(told) > 3
+        delivered = [logins.get_nowait().session_id for _ in range(logins.qsize())]
+        assert list(dict.fromkeys(delivered)) == results
+        assert len(delivered) > 3
         assert f"Relay {relay.name} could not work" in caplog.text
 
     @needs_postgres
     async def test_survives_a_restart_of_the_server(
         self,
         auth: AuthService[User],
-        heard: asyncio.Queue[UserLogin[User]],
+        logins: asyncio.Queue[UserLogin[User]],
         idle: Callable[[], Any],
         tmp_path: Path,
     ) -> None:
-        """With all its connections cut, it opens new ones and goes on."""
+        """When all its connections are cut, it opens new ones and goes on."""
         async with database("postgres", tmp_path, maxsize=2) as context:
             await User.create_user(email=EMAIL, password=PASSWORD)
             async with auth.relay(poll_interval=timedelta(milliseconds=20)):
                 await idle()
                 await _cut_connections(context)
-                while heard.empty():
+                while logins.empty():
                     with suppress(Exception):
                         await log_in(auth)
                     await asyncio.sleep(0.01)
@@ -1035,10 +1054,10 @@ class TestRunning:
         auth: AuthService[User],
         ada: User,
         emitter: EventEmitter,
-        tell: Told,
+        publish: Publisher,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        """If a failure cannot be recorded, what else was delivered is recorded all the same."""
+        """If a failure cannot be recorded, the other deliveries are recorded all the same."""
         monkeypatch.setattr(outbox, "reschedule", _unavailable)
         rung: list[int] = []
 
@@ -1051,7 +1070,7 @@ class TestRunning:
             rung.append(times)
 
         for times in range(4):
-            await tell(BellRung(times=times))
+            await publish(BellRung(times=times))
         with pytest.raises(ServiceUnavailableError):
             await auth.relay().drain()
         assert rung == [1, 2, 3]
@@ -1064,7 +1083,7 @@ class TestRunning:
         monkeypatch: pytest.MonkeyPatch,
         caplog: pytest.LogCaptureFixture,
     ) -> None:
-        """What ends a relay, though nothing should, is logged at once and reaches who waits for it."""
+        """An error that ends a relay is logged at once and raised by `join`."""
 
         async def panic(*args: object, **kwargs: object) -> None:
             raise Panic("no")
@@ -1081,7 +1100,7 @@ class TestRunning:
     async def test_cancelled_by_others(
         self, db: TortoiseContext, auth: AuthService[User], caplog: pytest.LogCaptureFixture
     ) -> None:
-        """A relay that is cancelled from outside says that it delivers nothing any more."""
+        """A relay that is cancelled from outside logs that it delivers nothing any more."""
         async with auth.relay() as relay:
             assert relay._task is not None
             relay._task.cancel()
@@ -1100,11 +1119,11 @@ class TestRunning:
         auth: AuthService[User],
         ada: User,
         emitter: EventEmitter,
-        tell: Told,
+        publish: Publisher,
         clock: FakeClock,
         caplog: pytest.LogCaptureFixture,
     ) -> None:
-        """A handler that will not end delays the stop by so much; its row is left to the lease."""
+        """A handler that does not end delays the stop by its timeout; its row is left to the lease."""
         began, may_end = asyncio.Event(), asyncio.Event()
         calls: list[str] = []
 
@@ -1116,7 +1135,7 @@ class TestRunning:
                 with suppress(asyncio.CancelledError):
                     await may_end.wait()
 
-        await tell(BellRung())
+        await publish(BellRung())
         loop = asyncio.get_running_loop()
         async with auth.relay(stop_timeout=timedelta(milliseconds=50)):
             await finished(began.wait())
@@ -1137,9 +1156,9 @@ class TestRunning:
         auth: AuthService[User],
         ada: User,
         emitter: EventEmitter,
-        tell: Told,
+        publish: Publisher,
     ) -> None:
-        """What was claimed and not begun is given back at once, for other relays."""
+        """Rows that are claimed and not begun are released at once, for other relays."""
         began, may_end = asyncio.Event(), asyncio.Event()
         rung: list[int] = []
 
@@ -1150,7 +1169,7 @@ class TestRunning:
             rung.append(times)
 
         for times in range(6):
-            await tell(BellRung(times=times))
+            await publish(BellRung(times=times))
         async with auth.relay(concurrency=2) as relay:
             await finished(began.wait())
             relay.stop()
@@ -1168,17 +1187,17 @@ class TestRunning:
         db: TortoiseContext,
         auth: AuthService[User],
         ada: User,
-        heard: asyncio.Queue[UserLogin[User]],
+        logins: asyncio.Queue[UserLogin[User]],
     ) -> None:
         """A relay that was stopped can be started and drained again."""
         relay = auth.relay(poll_interval=NEVER)
         for _ in range(3):
             async with relay:
                 await log_in(auth)
-                await finished(heard.get())
+                await finished(logins.get())
             await log_in(auth)
             assert await relay.drain() == 1
-            heard.get_nowait()
+            logins.get_nowait()
         async with relay:
             pass
         assert deliverer_of(auth.emitter).relays == set()
@@ -1190,9 +1209,9 @@ class TestRunning:
         auth: AuthService[User],
         ada: User,
         emitter: EventEmitter,
-        tell: Told,
+        publish: Publisher,
     ) -> None:
-        """An application that is in a hurry leaves no relay running behind it."""
+        """A relay that is cancelled during its stop leaves no task behind."""
         began = asyncio.Event()
 
         @emitter.on("bell_rung", delivery="durable")
@@ -1200,7 +1219,7 @@ class TestRunning:
             began.set()
             await asyncio.Event().wait()
 
-        await tell(BellRung())
+        await publish(BellRung())
         relay = auth.relay(stop_timeout=NEVER)
 
         async def live() -> None:
@@ -1218,14 +1237,19 @@ class TestRunning:
         assert (await OutboxEntry.get()).claimed_by == f"{relay.name}:1"
 
     async def test_stopped_before_it_began(
-        self, db: TortoiseContext, auth: AuthService[User], ada: User, tell: Told, handler: Handler
+        self,
+        db: TortoiseContext,
+        auth: AuthService[User],
+        ada: User,
+        publish: Publisher,
+        handler: Handler,
     ) -> None:
-        """It works all the same when it is started after that."""
-        await tell.letters(ada, 1)
+        """A relay that is stopped before it starts works when it is started."""
+        await publish.letters(ada, 1)
         relay = auth.relay()
         relay.stop()
         assert await relay.drain() == 1
-        await tell.letters(ada, 2)
+        await publish.letters(ada, 2)
         relay.stop()
         async with relay:
             await finished(_delivered(handler, [1, 2]))
@@ -1233,21 +1257,21 @@ class TestRunning:
     async def test_drained_inside_a_transaction(
         self, db: TortoiseContext, auth: AuthService[User]
     ) -> None:
-        """It would wait for ever on SQLite, and is refused."""
+        """`drain` inside a transaction would wait for ever on SQLite, and is refused."""
         async with in_transaction():
             with pytest.raises(RuntimeError, match="inside a transaction"):
                 await auth.relay().drain()
 
-    async def test_failure_to_record_is_the_one_that_is_told(
+    async def test_failure_to_record_is_the_one_that_is_raised(
         self,
         db: TortoiseContext,
         auth: AuthService[User],
         ada: User,
-        tell: Told,
+        publish: Publisher,
         handler: Handler,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        """And no other is left behind for the event loop to complain of."""
+        """No other error is left behind for the event loop to report."""
         complaints: list[dict[str, Any]] = []
         asyncio.get_running_loop().set_exception_handler(lambda _, what: complaints.append(what))
 
@@ -1257,14 +1281,14 @@ class TestRunning:
         handler.failures = 1
         monkeypatch.setattr(outbox, "delete_delivered", refuse)
         monkeypatch.setattr(outbox, "reschedule", refuse)
-        await tell.letters(ada, 1)
+        await publish.letters(ada, 1)
         with pytest.raises(ServiceUnavailableError):
             await auth.relay().drain()
         gc.collect()
         assert complaints == []
 
     async def test_without_a_database(self, auth: AuthService[User]) -> None:
-        """It does not start where there is none: the error comes from where it is started."""
+        """Without a database a relay does not start: the error is raised where it is started."""
         with pytest.raises(ConfigurationError, match="not initialised"):
             async with auth.relay():
                 pass
@@ -1275,9 +1299,9 @@ class TestRunning:
         auth: AuthService[User],
         ada: User,
         emitter: EventEmitter,
-        tell: Told,
+        publish: Publisher,
     ) -> None:
-        """No more rows are claimed at once, and no more handlers run at once, than were asked for."""
+        """No more rows are claimed, and no more handlers run at once, than the settings allow."""
         running = most_running = 0
         claimed: list[int] = []
 
@@ -1290,14 +1314,14 @@ class TestRunning:
             running -= 1
 
         for _ in range(12):
-            await tell(BellRung())
+            await publish(BellRung())
         assert await auth.relay(batch_size=5, concurrency=2).drain() == 12
         assert most_running == 2
         assert max(claimed) == 5
 
 
 async def _delivered(handler: Handler, numbers: list[int]) -> None:
-    while handler.delivered != numbers:  # noqa: ASYNC110 - no event tells
+    while handler.delivered != numbers:  # noqa: ASYNC110 - no event is set
         await asyncio.sleep(0.005)
 
 
@@ -1338,7 +1362,7 @@ class TestTwoServices:
 class TestSettings:
     @pytest.mark.parametrize("name", ["batch_size", "concurrency", "max_attempts"])
     def test_numbers(self, name: str, auth: AuthService[User]) -> None:
-        """They are at least 1, and the service hands them on."""
+        """Numbers are at least 1, and the service passes them on."""
         for value in (0, -1):
             with pytest.raises(ValueError, match=name):
                 auth.relay(**{name: value})  # type: ignore[arg-type]
@@ -1348,7 +1372,7 @@ class TestSettings:
         "name", ["lease", "backoff", "max_backoff", "poll_interval", "stop_timeout"]
     )
     def test_durations(self, name: str, auth: AuthService[User]) -> None:
-        """They are positive, and the service hands them on."""
+        """Durations are positive, and the service passes them on."""
         for value in (timedelta(0), -SECOND):
             with pytest.raises(ValueError, match=name):
                 auth.relay(**{name: value})  # type: ignore[arg-type]

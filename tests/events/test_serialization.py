@@ -127,7 +127,7 @@ class TestThereAndBack:
         assert [type(key) for key in restored.by_either] == [UUID, int]
 
     def test_what_a_list_was(self) -> None:
-        """JSON does not say it: a Sequence comes back as a tuple, a Set as a frozenset."""
+        """A Sequence comes back as a tuple, and a Set as a frozenset."""
         event = ShelfCounted(counts=[1, 2], prices={Decimal(1)}, colors={Color.RED})
         restored = ShelfCounted.from_dict(as_json(event))
         assert (restored.counts, restored.prices) == ((1, 2), (Decimal(1),))
@@ -183,9 +183,9 @@ class TestThereAndBack:
     )
     def test_as_json(self, value: object, expected: object) -> None:
         """Values become what one would write by hand."""
-        found = plain(value, "test")
-        assert found == expected
-        assert json.loads(json.dumps(found)) == expected
+        actual = plain(value, "test")
+        assert actual == expected
+        assert json.loads(json.dumps(actual)) == expected
 
 
 class TestRefusedOnTheWayOut:
@@ -259,7 +259,7 @@ class TestRefusedOnTheWayIn:
         ids=range(15),
     )
     def test_wrong_members_and_keys(self, name: str, value: object) -> None:
-        """What does not fit inside is refused like the rest, and not quoted."""
+        """A wrong member or key is refused like a wrong value, and not quoted."""
         data = as_json(ShelfCounted()) | {name: value}
         with pytest.raises(ValueError, match=rf"^ShelfCounted\.{name}: .{{1,80}}$"):
             Event.from_dict(data)
@@ -336,10 +336,10 @@ class TestRefusedOnTheWayIn:
         name = data.draw(st.sampled_from(sorted(original)))
         junk = original | {name: data.draw(ANYTHING)}
         try:
-            found = Event.from_dict(junk)
+            actual = Event.from_dict(junk)
         except ValueError:
             return
-        assert type(found) is event
+        assert type(actual) is event
 
     @settings(max_examples=200, deadline=None, derandomize=True)
     @given(data=ANYTHING)

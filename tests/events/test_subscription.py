@@ -30,7 +30,7 @@ from tortoise_auth.events.subscription import (
 )
 
 Handler = Callable[..., Any]
-Tell = Callable[..., None]
+Note = Callable[..., None]
 
 ADA = User(id=7, email="ada@example.com")
 CONTEXT = RequestContext(ip="192.0.2.1")
@@ -38,67 +38,67 @@ LOGIN = UserLogin(user=ADA, subject_id="7", session_id="s-1", context=CONTEXT)
 FAILED = UserLoginFailed(identifier="ada@example.com", reason="bad_password", user_id="7")
 
 
-def shapes(tell: Tell) -> dict[str, Handler]:
-    """Return handlers of every shape; each tells what it was called with."""
+def shapes(note: Note) -> dict[str, Handler]:
+    """Return handlers of every shape; each notes what it is called with."""
 
     async def named(user: object) -> None:
-        tell(user)
+        note(user)
 
     async def alias(u: object) -> None:
-        tell(u)
+        note(u)
 
     async def nothing() -> None:
-        tell()
+        note()
 
     async def further_field(session_id: str) -> None:
-        tell(session_id)
+        note(session_id)
 
     async def field_then_alias(session_id: str, u: object) -> None:
-        tell(session_id, u)
+        note(session_id, u)
 
     async def alias_then_fields(u: object, method: str, session_id: str) -> None:
-        tell(u, method, session_id)
+        note(u, method, session_id)
 
     async def event_itself(event: object) -> None:
-        tell(event)
+        note(event)
 
     async def event_and_user(event: object, user: object) -> None:
-        tell(event, user)
+        note(event, user)
 
     async def context_alone(*, context: object) -> None:
-        tell(context)
+        note(context)
 
     async def keyword_only(*, user: object) -> None:
-        tell(user)
+        note(user)
 
     async def positional_only(user: object, /) -> None:
-        tell(user)
+        note(user)
 
     async def positional_only_alias(u: object, /) -> None:
-        tell(u)
+        note(u)
 
     async def default_replaced(user: object = "default") -> None:
-        tell(user)
+        note(user)
 
     async def default_kept(user: object, extra: object = "default") -> None:
-        tell(user, extra)
+        note(user, extra)
 
     async def defaults_out_of_reach(extra: object = "default", user: object = "own", /) -> None:
-        tell(extra, user)
+        note(extra, user)
 
     async def any_positional(*args: object) -> None:
-        tell(*args)
+        note(*args)
 
     async def any_keyword(**kwargs: object) -> None:
-        tell(kwargs)
+        note(kwargs)
 
     async def anything(*args: object, **kwargs: object) -> None:
-        tell(args, kwargs)
+        note(args, kwargs)
 
     async def field_and_any_keyword(session_id: str, **kwargs: object) -> None:
-        tell(session_id, kwargs)
+        note(session_id, kwargs)
 
-    return {shape.__name__: shape for shape in locals().values() if shape is not tell}
+    return {shape.__name__: shape for shape in locals().values() if shape is not note}
 
 
 CALLED_WITH: dict[str, tuple[object, ...]] = {
@@ -127,68 +127,68 @@ CALLED_WITH: dict[str, tuple[object, ...]] = {
 class Mailer:
     """Handlers that are not functions."""
 
-    def __init__(self, tell: Tell) -> None:
-        self.tell = tell
+    def __init__(self, note: Note) -> None:
+        self.note = note
 
     async def send(self, user: object, subject: str = "Hello") -> None:
-        """Be an async method."""
-        self.tell(user, subject)
+        """An async method."""
+        self.note(user, subject)
 
     def post(self, user: object) -> None:
-        """Be a plain method."""
-        self.tell(user)
+        """A plain method."""
+        self.note(user)
 
 
 class AsyncCallable(Mailer):
     async def __call__(self, user: object) -> None:
-        """Be called like a coroutine function."""
-        self.tell(user)
+        """Calls like a coroutine function."""
+        self.note(user)
 
 
 class PlainCallable(Mailer):
     def __call__(self, user: object) -> None:
-        """Be called like a function."""
-        self.tell(user)
+        """Calls like a function."""
+        self.note(user)
 
 
-def kinds(tell: Tell) -> dict[str, Handler]:
+def kinds(note: Note) -> dict[str, Handler]:
     """Return callables of every kind that want the user."""
 
     class Note:
         def __init__(self, user: object) -> None:
-            tell(user)
+            note(user)
 
         async def __call__(self) -> None:
             raise AssertionError("an instance is not a handler")
 
     async def send(subject: str, user: object) -> None:
-        tell(user)
+        note(user)
 
     def plain(user: object) -> None:
-        tell(user)
+        note(user)
 
     async def inner(user: object) -> None:
-        tell(user)
+        note(user)
 
     @functools.wraps(inner)
     def wrapper(*args: Any, **kwargs: Any) -> Coroutine[Any, Any, None]:
         return inner(*args, **kwargs)
 
     return {
-        "bound async method": Mailer(tell).send,
-        "bound method": Mailer(tell).post,
-        "async callable object": AsyncCallable(tell),
-        "callable object": PlainCallable(tell),
+        "bound async method": Mailer(note).send,
+        "bound method": Mailer(note).post,
+        "async callable object": AsyncCallable(note),
+        "callable object": PlainCallable(note),
         "class": Note,
         "partial": functools.partial(send, "Hello"),
-        "partial with a keyword": functools.partial(Mailer(tell).send, subject="Hello"),
+        "partial with a keyword": functools.partial(Mailer(note).send, subject="Hello"),
         "plain function": plain,
-        "lambda": lambda user: tell(user),
+        "lambda": lambda user: note(user),
         "lambda returning a coroutine": lambda u: send("Hello", u),
         "wrapper returning a coroutine": wrapper,
-        "mock": Mock(side_effect=tell),
-        "async mock": AsyncMock(side_effect=tell),
-        "mock of a function": create_autospec(plain, side_effect=tell),
+        "mock": Mock(side_effect=note),
+        "async mock": AsyncMock(side_effect=note),
+        "mock of a function": create_autospec(plain, side_effect=note),
     }
 
 
@@ -245,7 +245,7 @@ class TestArguments:
         assert more == [("7", contract)]
 
     async def test_builtins(self, emitter: EventEmitter) -> None:
-        """A builtin without a signature gets the whole payload, one with a signature its share."""
+        """A builtin without a signature gets the whole payload, one with a signature what it accepts."""
         collected: dict[str, object] = {}
         users: list[object] = []
         emitter.on("user_login_failed", collected.update)
@@ -308,19 +308,19 @@ class TestArguments:
     async def test_a_missing_argument_is_a_failure(
         self, emitter: EventEmitter, caplog: pytest.LogCaptureFixture
     ) -> None:
-        """What the payload lacks is not made up: the handler fails, and the next one runs."""
-        heard: list[int] = []
+        """An argument that the payload lacks is a failure of the handler, and the next one runs."""
+        received: list[int] = []
 
         async def greedy(x: int, y: int, z: int) -> None:
-            heard.append(-1)
+            received.append(-1)
 
         async def modest(x: int) -> None:
-            heard.append(x)
+            received.append(x)
 
         emitter.on("evt", greedy)
         emitter.on("evt", modest)
         await emitter.emit("evt", 1, y=2)
-        assert heard == [1]
+        assert received == [1]
         assert "Handler 'greedy' for event 'evt' raised TypeError" in caplog.text
         assert "'z'" in caplog.text
 
@@ -348,7 +348,7 @@ class TestNeverSupplied:
 
     def test_positional_alias_without_positional_arguments(self) -> None:
         """An event with keywords alone has nothing for a parameter of another name."""
-        assert Parameters.of(lambda who: None).never_supplied_by(UserLoginFailed) == ["who"]
+        assert Parameters.of(lambda account: None).never_supplied_by(UserLoginFailed) == ["account"]
 
 
 class TestOptions:
@@ -374,7 +374,7 @@ class TestOptions:
     def test_nonsense_is_refused(
         self, emitter: EventEmitter, options: dict[str, Any], message: str
     ) -> None:
-        """An option that cannot be meant is refused on any emitter, naming the handler."""
+        """An option that makes no sense is refused on any emitter, naming the handler."""
 
         async def handler() -> None: ...
 
@@ -408,7 +408,7 @@ class TestOptions:
     def test_plain_functions_run_on_threads(
         self, handler: Handler, thread: bool | None, threaded: bool
     ) -> None:
-        """Plain functions, classes among them, are kept off the loop unless they ask not to be."""
+        """Plain functions and classes run on threads unless ``thread=False``."""
         assert subscribe("evt", handler, thread=thread).threaded is threaded
 
     @pytest.mark.parametrize("event", ["", None, 7, b"user_login", int, object()])
@@ -423,7 +423,7 @@ class TestOptions:
             event_name(NamedEvent)
 
     def test_names_of_classes(self) -> None:
-        """A class stands under its name, with or without its user; `Event` stands for all."""
+        """A class is registered under its name, with or without its user; `Event` means all events."""
         assert event_name(UserEvent) == event_name(UserEvent[User]) == "user_event"
         assert event_name(UserLogin) == event_name(UserLogin[User]) == "user_login"
         assert event_name(Event) == "*"
@@ -448,8 +448,8 @@ class TestNames:
         ],
         ids=["function", "in a class", "method", "class", "object", "builtin", "mock", "partial"],
     )
-    def test_are_found(self, handler: Handler, name: str, described: str) -> None:
-        """A handler is named by what is behind it: partials and objects have no name of their own."""
+    def test_of_every_kind(self, handler: Handler, name: str, described: str) -> None:
+        """A handler has the name of its function; a partial or an object has none of its own."""
         assert default_name(handler) == name
         assert describe_handler(handler) == described
 

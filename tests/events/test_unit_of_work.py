@@ -1,4 +1,4 @@
-"""A change and its events: together, whatever happens in between."""
+"""A change and its events are committed or rolled back together, whatever happens in between."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tests.support.database import (
     database,
     look,
 )
-from tests.support.deliveries import Ears, Undo, everywhere, quiet
+from tests.support.deliveries import Deliveries, Undo, everywhere, quiet
 from tests.support.ledger import Ledger
 from tests.support.rows import changed, columns, row, rows
 from tests.support.services import POSTGRES_URL, needs_postgres
@@ -69,7 +69,7 @@ DELIVERIES: tuple[Delivery, ...] = ("transaction", "inline", "background", "dura
 
 @dataclass(frozen=True, kw_only=True)
 class Shipped(Event):
-    """What a host might tell."""
+    """An event of a host."""
 
     parcel: int
 
@@ -81,13 +81,13 @@ async def ada(db: TortoiseContext) -> User:
 
 @pytest.fixture
 def auth(clock: FakeClock) -> AuthService[User]:
-    """A service that counts no attempts: what is counted is no part of a change."""
+    """A service without a throttle, whose counters are not part of a change."""
     return AuthService(User, AuthConfig(secret=SECRET), clock=clock, throttle=None)
 
 
 @pytest.fixture
 def relay(emitter: EventEmitter) -> Relay[User]:
-    """Delivers whatever there is: for it everything has long been due."""
+    """A relay for which every row is due."""
     return Relay(emitter, User, clock=FakeClock(datetime(2100, 1, 1, tzinfo=UTC)))
 
 
@@ -204,15 +204,15 @@ class TestOutcomes:
         relay: Relay[User],
         around: Callable[[str, Act], Awaitable[None]],
     ) -> None:
-        """Where the change stays, every handler hears of it, once."""
-        ears = Ears(emitter, Shipped, UserLogin, PasswordChanged)
+        """Where the change is committed, every handler receives its event once."""
+        deliveries = Deliveries(emitter, Shipped, UserLogin, PasswordChanged)
         name = connection_of(db).connection_name
         await finished(around(name, lambda: ship(emitter)))
-        assert await ears.outcome(relay) == everywhere("shipped")
+        assert await deliveries.outcome(relay) == everywhere("shipped")
         await finished(around(name, lambda: log_in(auth)))
-        assert await ears.outcome(relay) == everywhere("user_login")
+        assert await deliveries.outcome(relay) == everywhere("user_login")
         await finished(around(name, lambda: ada.set_password(NEW_PASSWORD)))
-        assert await ears.outcome(relay) == everywhere("password_changed")
+        assert await deliveries.outcome(relay) == everywhere("password_changed")
         assert await look(db, "SELECT count(*) FROM app_audit_row WHERE event = 'parcel'") == [(1,)]
         assert await look(db, "SELECT count(*) FROM tortoise_auth_session") == [(1,)]
         assert await look(db, "SELECT session_version FROM app_user") == [(1,)]
@@ -228,16 +228,16 @@ class TestOutcomes:
         relay: Relay[User],
         around: Callable[[str, Act], Awaitable[None]],
     ) -> None:
-        """Where it does not, no handler runs, and nothing is left behind."""
-        ears = Ears(emitter, Shipped, UserLogin, PasswordChanged)
+        """Where the change is rolled back, no handler runs, and nothing is left behind."""
+        deliveries = Deliveries(emitter, Shipped, UserLogin, PasswordChanged)
         before = await rows(User, AuditRow)
         name = connection_of(db).connection_name
         await finished(around(name, lambda: ship(emitter)))
-        assert await ears.outcome(relay) == everywhere()
+        assert await deliveries.outcome(relay) == everywhere()
         await finished(around(name, lambda: log_in(auth)))
-        assert await ears.outcome(relay) == everywhere()
+        assert await deliveries.outcome(relay) == everywhere()
         await finished(around(name, lambda: ada.set_password(NEW_PASSWORD)))
-        assert await ears.outcome(relay) == everywhere()
+        assert await deliveries.outcome(relay) == everywhere()
         assert await rows(User, AuditRow) == before
         assert await look(db, "SELECT count(*) FROM tortoise_auth_outbox") == [(0,)]
 
@@ -249,14 +249,14 @@ class TestOutcomes:
         emitter: EventEmitter,
         relay: Relay[User],
     ) -> None:
-        """A COMMIT that PostgreSQL turns into a rollback without an error deceives nobody."""
-        ears = Ears(emitter, UserLogin)
+        """A COMMIT that PostgreSQL turns into a rollback without an error delivers no event."""
+        deliveries = Deliveries(emitter, UserLogin)
         name = connection_of(db).connection_name
         await finished(failed_unnoticed(name, lambda: log_in(auth)))
         kept = await look(db, "SELECT count(*) FROM tortoise_auth_session")
         postgres = connection_of(db).capabilities.dialect == "postgres"
         assert kept == [(0,)] if postgres else [(1,)]
-        outcome = await ears.outcome(relay)
+        outcome = await deliveries.outcome(relay)
         assert outcome == everywhere(*([] if postgres else ["user_login"]))
 
     async def test_nothing_before_the_outermost_commit(
@@ -267,8 +267,8 @@ class TestOutcomes:
         emitter: EventEmitter,
         relay: Relay[User],
     ) -> None:
-        """However often the loop turns, every delivery but the one inside waits for the caller."""
-        ears = Ears(emitter, UserLogin)
+        """Every delivery but the one in the transaction waits for the caller's commit."""
+        deliveries = Deliveries(emitter, UserLogin)
         name = connection_of(db).connection_name
         async with in_transaction(name):
             async with in_transaction(name):
@@ -276,8 +276,8 @@ class TestOutcomes:
             for _ in range(100):
                 await asyncio.sleep(0)
             assert await AuditRow.all().count() == 1
-            assert ears.inline == ears.background == ears.durable == []
-        assert await ears.outcome(relay) == everywhere("user_login")
+            assert deliveries.inline == deliveries.background == deliveries.durable == []
+        assert await deliveries.outcome(relay) == everywhere("user_login")
 
     async def test_two_changes_one_undone(
         self,
@@ -287,14 +287,14 @@ class TestOutcomes:
         emitter: EventEmitter,
         relay: Relay[User],
     ) -> None:
-        """In one transaction each change answers for itself."""
-        ears = Ears(emitter, UserLogin, PasswordChanged, UserLogout)
+        """Of two changes in one transaction only the committed one has its event delivered."""
+        deliveries = Deliveries(emitter, UserLogin, PasswordChanged, UserLogout)
         name = connection_of(db).connection_name
         async with in_transaction(name):
             result = await log_in(auth)
             await savepoint_rolled_back(name, lambda: auth.set_password(ada, NEW_PASSWORD))
             await auth.logout(result.access_token)
-        assert await ears.outcome(relay) == everywhere("user_login", "user_logout")
+        assert await deliveries.outcome(relay) == everywhere("user_login", "user_logout")
 
     @pytest.mark.parametrize("kept", [True, False], ids=["kept", "undone"])
     @pytest.mark.parametrize("depth", [1, 2, 3])
@@ -306,8 +306,8 @@ class TestOutcomes:
         depth: int,
         kept: bool,
     ) -> None:
-        """A unit of work joins the transaction it is given, whichever of several it is."""
-        ears = Ears(emitter, Shipped)
+        """A unit of work joins the transaction of the connection that it is given."""
+        deliveries = Deliveries(emitter, Shipped)
 
         async def ship_within(connection: Any, left: int) -> None:
             if left:
@@ -323,7 +323,7 @@ class TestOutcomes:
                 await ship_within(outermost, depth - 1)
                 if not kept:
                     raise Undo
-        assert await ears.outcome(relay) == everywhere(*["shipped"] * kept)
+        assert await deliveries.outcome(relay) == everywhere(*["shipped"] * kept)
         assert await AuditRow.filter(event="parcel").count() == kept
 
     async def test_task_started_inside_a_transaction(
@@ -335,7 +335,7 @@ class TestOutcomes:
         relay: Relay[User],
     ) -> None:
         """A task that outlives the transaction in which it was started has one of its own."""
-        ears = Ears(emitter, UserLogin)
+        deliveries = Deliveries(emitter, UserLogin)
         over = asyncio.Event()
 
         async def log_in_later() -> AuthResult[User]:
@@ -350,7 +350,7 @@ class TestOutcomes:
         over.set()
         result = await finished(task)
         assert await auth.authenticate(result.access_token) == ada
-        assert await ears.outcome(relay) == everywhere("user_login")
+        assert await deliveries.outcome(relay) == everywhere("user_login")
 
 
 class TestSeveralAtOnce:
@@ -366,9 +366,9 @@ class TestSeveralAtOnce:
         relay: Relay[User],
         kept: bool,
     ) -> None:
-        """They wait for each other; every session ends, with its event."""
+        """They wait for each other; every session ends, and its event is delivered."""
         results = [await log_in(auth) for _ in range(4)]
-        ears = Ears(emitter, UserLogout)
+        deliveries = Deliveries(emitter, UserLogout)
         with suppress(Undo):
             async with in_transaction(connection_of(db).connection_name):
                 ended = await finished(
@@ -378,7 +378,7 @@ class TestSeveralAtOnce:
                     raise Undo
         assert [each.sessions for each in ended] == [1] * 4
         assert await Session.filter(revoked_at__isnull=True).count() == 4 * (not kept)
-        assert await ears.outcome(relay) == everywhere(*["user_logout"] * 4 * kept)
+        assert await deliveries.outcome(relay) == everywhere(*["user_logout"] * 4 * kept)
 
     async def test_gathered_inside_a_handler(
         self, db: TortoiseContext, auth: AuthService[User], ada: User, emitter: EventEmitter
@@ -410,7 +410,7 @@ class TestSeveralAtOnce:
     ) -> None:
         """Wherever the transaction ends meanwhile, the call works: inside or on its own."""
         result = await log_in(auth)
-        ears = Ears(emitter, UserLogout)
+        deliveries = Deliveries(emitter, UserLogout)
         with suppress(Undo):
             async with in_transaction(connection_of(db).connection_name):
                 task = asyncio.create_task(auth.logout(result.access_token))
@@ -421,7 +421,7 @@ class TestSeveralAtOnce:
         assert (await finished(task)).sessions == 1
         ended = (await row(Session, result.session.id))["revoked_at"] is not None
         assert ended or not kept
-        assert await ears.outcome(relay) == everywhere(*["user_logout"] * ended)
+        assert await deliveries.outcome(relay) == everywhere(*["user_logout"] * ended)
 
 
 class TestOrder:
@@ -451,7 +451,7 @@ class TestOrder:
     async def test_inline_handlers_see_what_is_committed(
         self, db: TortoiseContext, auth: AuthService[User], ada: User, emitter: EventEmitter
     ) -> None:
-        """They run outside the transaction, and any other connection sees what they were told."""
+        """They run outside the transaction, and any other connection sees the change."""
         seen: list[object] = []
 
         @emitter.on(UserLogin)
@@ -476,17 +476,17 @@ class TestOrder:
         relay: Relay[User],
         delivery: Literal["inline", "background", "durable"],
     ) -> None:
-        """A handler that ends the session it hears of has a transaction of its own for it."""
+        """A handler that ends the session of its event has a transaction of its own for it."""
 
         @emitter.on(UserLogin, delivery=delivery)
         async def end(event: UserLogin[User]) -> None:
             await auth.revoke_session(event.session_id)
 
-        ears = Ears(emitter, SessionRevoked)
+        deliveries = Deliveries(emitter, SessionRevoked)
         await finished(log_in(auth))
         await quiet(emitter)
         await finished(relay.drain())
-        assert await ears.outcome(relay) == everywhere("session_revoked")
+        assert await deliveries.outcome(relay) == everywhere("session_revoked")
 
     async def test_handler_in_the_transaction_may_use_the_service(
         self,
@@ -496,49 +496,49 @@ class TestOrder:
         emitter: EventEmitter,
         relay: Relay[User],
     ) -> None:
-        """What it does there is part of the change, and goes with it if it is undone."""
+        """What the handler does is part of the change, and is rolled back with it."""
 
         @emitter.on(UserLogin, delivery="transaction")
         async def end(event: UserLogin[User]) -> None:
             await auth.revoke_session(event.session_id)
 
-        ears = Ears(emitter, UserLogin, SessionRevoked)
+        deliveries = Deliveries(emitter, UserLogin, SessionRevoked)
         result = await finished(log_in(auth))
         assert (await row(Session, result.session.id))["revoked_at"] is not None
-        outcome = await ears.outcome(relay)
+        outcome = await deliveries.outcome(relay)
         assert {kind: sorted(names) for kind, names in outcome.items()} == everywhere(
             "session_revoked", "user_login"
         )
         await rolled_back(connection_of(db).connection_name, lambda: log_in(auth))
-        assert await ears.outcome(relay) == everywhere()
+        assert await deliveries.outcome(relay) == everywhere()
 
     async def test_failure_of_one_event_does_not_silence_the_next(
         self, db: TortoiseContext, relay: Relay[User]
     ) -> None:
         """Where errors propagate, the handlers of the events behind the failed one run all the same."""
         emitter = EventEmitter(propagate_errors=True)
-        ears = Ears(emitter, Shipped)
+        deliveries = Deliveries(emitter, Shipped)
         emitter.on(Shipped, fail_on_seven, priority=1)
         with pytest.raises(EventError, match="parcel 7"):
             async with UnitOfWork(connection_for(AuditRow), emitter) as unit:
                 unit.record(Shipped(parcel=7))
                 unit.record(Shipped(parcel=8))
         await quiet(emitter)
-        assert [event.parcel for event in ears.inline if isinstance(event, Shipped)] == [8]
-        assert len(ears.background) == 2
+        assert [event.parcel for event in deliveries.inline if isinstance(event, Shipped)] == [8]
+        assert len(deliveries.background) == 2
         assert await Relay(emitter, User).drain() == 2
 
     async def test_same_event_for_every_delivery(
         self, db: TortoiseContext, emitter: EventEmitter, relay: Relay[User]
     ) -> None:
-        """All handlers are told of one event, with one id."""
-        ears = Ears(emitter, Shipped)
+        """All handlers receive the same event, with one id."""
+        deliveries = Deliveries(emitter, Shipped)
         await ship(emitter)
         await quiet(emitter)
         await relay.drain()
-        assert ears.inline == ears.background == ears.durable
+        assert deliveries.inline == deliveries.background == deliveries.durable
         assert [each.subject for each in await AuditRow.filter(event="shipped")] == [
-            str(ears.inline[0].id)
+            str(deliveries.inline[0].id)
         ]
 
 
@@ -590,7 +590,7 @@ class TestRecording:
     async def test_what_cannot_be_stored(
         self, db: TortoiseContext, emitter: EventEmitter, values: dict[str, Any], field: str
     ) -> None:
-        """It is refused on every database alike, by name, whoever is subscribed; nothing changes."""
+        """The event is refused on every database, with the field, whatever is subscribed."""
         with pytest.raises(ValueError, match=rf"^Noted\.{field} "):
             async with UnitOfWork(connection_for(AuditRow), emitter) as unit:
                 await AuditRow.create(event="parcel", using_db=unit.connection)
@@ -600,17 +600,17 @@ class TestRecording:
     async def test_what_can(
         self, db: TortoiseContext, emitter: EventEmitter, relay: Relay[User]
     ) -> None:
-        """Any other text and number arrives as it was."""
-        ears = Ears(emitter, Noted)
+        """Any other text or number is delivered unchanged."""
+        deliveries = Deliveries(emitter, Noted)
         event = Noted(text="\U0001f600\u202e\n\x01", anything=[-(2**63), 10**4000, nested(50)])
         async with UnitOfWork(connection_for(AuditRow), emitter) as unit:
             unit.record(event)
         await relay.drain()
-        assert ears.durable == [event]
+        assert deliveries.durable == [event]
 
 
 class TestInlineAtTheCommit:
-    """Inline handlers of what was recorded in a transaction of the caller."""
+    """Inline handlers of events that are recorded in a transaction of the caller."""
 
     @pytest.mark.parametrize("errors", ["log", "raise", "group"])
     @pytest.mark.parametrize("concurrent", [False, True])
@@ -666,7 +666,7 @@ class TestInlineAtTheCommit:
     async def test_while_another_transaction_is_open(
         self, db: TortoiseContext, auth: AuthService[User], ada: User, emitter: EventEmitter
     ) -> None:
-        """A transaction that another task opened in the meantime is none of the handler's."""
+        """The handler does not join a transaction that another task opened in the meantime."""
         opened, ended = asyncio.Event(), asyncio.Event()
 
         @emitter.on("user_login")
@@ -714,7 +714,7 @@ class TestInlineAtTheCommit:
     async def test_saved_before_the_commit(
         self, db: TortoiseContext, auth: AuthService[User], ada: User
     ) -> None:
-        """An object that is saved in the same transaction does not bring the old password back."""
+        """An object that is saved in the same transaction does not restore the old password."""
         name = connection_of(db).connection_name
         async with in_transaction(name):
             await savepoint_rolled_back(name, lambda: auth.deactivate(ada))
@@ -733,7 +733,7 @@ class TestInlineAtTheCommit:
     async def test_pending_in_a_test(
         self, db: TortoiseContext, auth: AuthService[User], ada: User, emitter: EventEmitter
     ) -> None:
-        """A test whose transaction is rolled back sees what waits, and runs it."""
+        """A test whose transaction is rolled back sees the waiting deliveries, and runs them."""
         seen: list[int] = []
 
         @emitter.on("user_login")
@@ -767,7 +767,7 @@ class TestVeto:
     def refused(
         self, auth: AuthService[User], ada: User, opened: AuthResult[User]
     ) -> dict[str, Act]:
-        """Everything that changes something."""
+        """Every method that changes something."""
         return {
             "login": lambda: log_in(auth),
             "refresh": lambda: auth.refresh(opened.refresh_token),
@@ -792,8 +792,8 @@ class TestVeto:
         refused: dict[str, Act],
         nested: bool,
     ) -> None:
-        """Nothing is changed or told, in the database or in memory, and the caller is told why."""
-        ears = Ears(emitter, *EVERY_EVENT)
+        """Nothing changes in the database or in memory, no event is emitted, and the caller gets the error."""
+        deliveries = Deliveries(emitter, *EVERY_EVENT)
         for event in EVERY_EVENT:
             emitter.on(event, refuse, delivery="transaction", priority=20, name=f"no {event.name}")
         before, remembered = await rows(User, AuditRow, OutboxEntry), columns(ada)
@@ -813,7 +813,7 @@ class TestVeto:
             assert isinstance(refusal.value.original, Undo)
             assert await rows(User, AuditRow, OutboxEntry) == before, method
             assert columns(ada) == remembered, method
-        assert await ears.outcome(relay) == everywhere()
+        assert await deliveries.outcome(relay) == everywhere()
         assert_no_connection_is_held(db)
 
     async def test_spares_the_callers_transaction(
@@ -824,26 +824,26 @@ class TestVeto:
         emitter: EventEmitter,
         relay: Relay[User],
     ) -> None:
-        """The caller may go on and commit what is its own."""
-        ears = Ears(emitter, UserLogin, UserLogout)
+        """The caller may go on and commit its own changes."""
+        deliveries = Deliveries(emitter, UserLogin, UserLogout)
         result = await log_in(auth)
-        assert await ears.outcome(relay) == everywhere("user_login")
+        assert await deliveries.outcome(relay) == everywhere("user_login")
         emitter.on(UserLogin, refuse, delivery="transaction", priority=20)
         async with in_transaction(connection_of(db).connection_name):
             with pytest.raises(EventError):
                 await log_in(auth)
             await auth.logout(result.access_token)
-        assert await ears.outcome(relay) == everywhere("user_logout")
+        assert await deliveries.outcome(relay) == everywhere("user_logout")
         assert await Session.all().count() == 1
 
     @needs_postgres
     async def test_swallowed_failure_of_a_statement(
         self, postgres: TortoiseContext, auth: AuthService[User], emitter: EventEmitter
     ) -> None:
-        """A handler that hides a failed statement from PostgreSQL's transaction deceives nobody."""
+        """A handler that swallows a failed statement on PostgreSQL fails the change, and no event is emitted."""
         await User.create_user(email=EMAIL, password=PASSWORD)
-        told: list[Event] = []
-        emitter.on(UserLogin, told.append, thread=False)
+        received: list[Event] = []
+        emitter.on(UserLogin, received.append, thread=False)
 
         @emitter.on(UserLogin, delivery="transaction")
         async def stumble(event: UserLogin[User]) -> None:
@@ -853,14 +853,14 @@ class TestVeto:
         with pytest.raises(ServiceUnavailableError):
             await log_in(auth)
         assert await Session.all().count() == 0
-        assert told == []
+        assert received == []
         assert_no_connection_is_held(postgres)
 
     async def test_cancelled_three_hundred_times(
         self, db: TortoiseContext, auth: AuthService[User], ada: User, emitter: EventEmitter
     ) -> None:
-        """Whenever ten at a time are cancelled, every connection comes back and no session lives."""
-        ears = Ears(emitter, UserLogin)
+        """When calls are cancelled ten at a time, every connection is returned and no session is left."""
+        deliveries = Deliveries(emitter, UserLogin)
         emitter.on(UserLogin, refuse, delivery="transaction", priority=20)
         chance = random.Random(7)
         refused = 0
@@ -875,13 +875,13 @@ class TestVeto:
                 assert task.cancelled() or isinstance(task.exception(), EventError)
         await quiet(emitter)
         assert 0 < refused < 300
-        assert (ears.inline, ears.background) == ([], [])
+        assert (deliveries.inline, deliveries.background) == ([], [])
         assert await rows(OutboxEntry, AuditRow) == []
         assert_no_connection_is_held(db)
 
 
 class TestFailures:
-    """What went wrong went wrong, even if the caller undoes what was tried around it."""
+    """A failure stays recorded even if the caller rolls back the transaction around it."""
 
     async def log_in_wrongly(self, auth: AuthService[User]) -> None:
         """Try another password than Ada's."""
@@ -897,15 +897,15 @@ class TestFailures:
         relay: Relay[User],
         around: Callable[[str, Act], Awaitable[None]],
     ) -> None:
-        """It is told however the caller's transaction ends, but for rows that are part of it."""
+        """It is emitted however the caller's transaction ends; only rows in that transaction are undone."""
         await User.create_user(email=EMAIL, password=PASSWORD)
-        ears = Ears(emitter, UserLoginFailed)
+        deliveries = Deliveries(emitter, UserLoginFailed)
         name = connection_of(narrow).connection_name
         await finished(around(name, lambda: self.log_in_wrongly(auth)))
         expected = everywhere("user_login_failed")
         if around in UNDONE:
             expected["transaction"] = []
-        assert await finished(ears.outcome(relay)) == expected
+        assert await finished(deliveries.outcome(relay)) == expected
         assert_no_connection_is_held(narrow)
 
     async def test_failed_login_that_is_counted(
@@ -914,21 +914,21 @@ class TestFailures:
         """The same where attempts are counted, and the count needs a connection of its own."""
         auth = AuthService(User, AuthConfig(secret=SECRET))
         await User.create_user(email=EMAIL, password=PASSWORD)
-        ears = Ears(emitter, UserLoginFailed)
+        deliveries = Deliveries(emitter, UserLoginFailed)
         name = connection_of(db).connection_name
         await finished(rolled_back(name, lambda: self.log_in_wrongly(auth)))
         expected = everywhere("user_login_failed") | {"transaction": []}
-        assert await finished(ears.outcome(relay)) == expected
+        assert await finished(deliveries.outcome(relay)) == expected
 
-    async def test_failed_login_is_told_at_once(
+    async def test_failed_login_is_emitted_at_once(
         self, narrow: TortoiseContext, auth: AuthService[User], emitter: EventEmitter
     ) -> None:
         """The background does not wait for the caller's transaction to end."""
-        heard = asyncio.Event()
-        emitter.on(UserLoginFailed, lambda _: heard.set(), delivery="background", thread=False)
+        called = asyncio.Event()
+        emitter.on(UserLoginFailed, lambda _: called.set(), delivery="background", thread=False)
         async with in_transaction(connection_of(narrow).connection_name):
             await self.log_in_wrongly(auth)
-            await finished(heard.wait())
+            await finished(called.wait())
 
     @pytest.mark.parametrize("around", [plain, rolled_back], ids=lambda f: f.__name__)
     async def test_veto(
@@ -939,9 +939,9 @@ class TestFailures:
         relay: Relay[User],
         around: Callable[[str, Act], Awaitable[None]],
     ) -> None:
-        """A handler in the transaction that raises has its rows undone, and nobody is told."""
+        """The rows of a handler in the transaction that raises are rolled back, and no event is emitted."""
         await User.create_user(email=EMAIL, password=PASSWORD)
-        ears = Ears(emitter, UserLoginFailed)
+        deliveries = Deliveries(emitter, UserLoginFailed)
         emitter.on(UserLoginFailed, refuse, delivery="transaction", priority=20)
 
         async def log_in_wrongly() -> None:
@@ -950,13 +950,13 @@ class TestFailures:
             assert await AuditRow.all().count() == 0
 
         await finished(around(connection_of(narrow).connection_name, log_in_wrongly))
-        assert await finished(ears.outcome(relay)) == everywhere()
+        assert await finished(deliveries.outcome(relay)) == everywhere()
 
     @needs_postgres
     async def test_failed_statement_spares_the_callers_transaction(
         self, postgres: TortoiseContext, auth: AuthService[User], emitter: EventEmitter
     ) -> None:
-        """What a handler in the transaction breaks is undone, and the caller may go on."""
+        """A failed statement of a handler in the transaction is rolled back, and the caller may go on."""
         await User.create_user(email=EMAIL, password=PASSWORD)
 
         @emitter.on(UserLoginFailed, delivery="transaction")
@@ -977,14 +977,14 @@ class TestFailures:
         relay: Relay[User],
         late: bool,
     ) -> None:
-        """Cancelled anywhere, a refused login is told to all handlers or to none."""
+        """A refused login that is cancelled anywhere is emitted to all handlers or to none."""
         await User.create_user(email=EMAIL, password=PASSWORD)
-        ears = Ears(emitter, UserLoginFailed)
+        deliveries = Deliveries(emitter, UserLoginFailed)
         outcomes = []
         for step in count(-1):
             cancelled = Cancelled(self.log_in_wrongly(auth), step, late=late)
             await finished(cancelled.run())
-            outcomes.append(await ears.outcome(relay))
+            outcomes.append(await deliveries.outcome(relay))
             assert outcomes[-1] in (everywhere(), everywhere("user_login_failed")), step
             assert_no_connection_is_held(narrow)
             if step > 0 and not cancelled.reached:
@@ -1001,9 +1001,9 @@ class TestFailures:
         relay: Relay[User],
         around: Callable[[str, Act], Awaitable[None]],
     ) -> None:
-        """The session ends, seen at once in the caller's transaction, and stays so; it is told once."""
+        """The session ends at once for the caller's transaction, stays ended, and the event is emitted once."""
         await User.create_user(email=EMAIL, password=PASSWORD)
-        ears = Ears(emitter, RefreshTokenReused)
+        deliveries = Deliveries(emitter, RefreshTokenReused)
         spent = await log_in(auth)
         fresh = await auth.refresh(spent.refresh_token)
 
@@ -1026,7 +1026,7 @@ class TestFailures:
         expected = everywhere("refresh_token_reused")
         if around in UNDONE:
             expected["transaction"] = []
-        assert await finished(ears.outcome(relay)) == expected
+        assert await finished(deliveries.outcome(relay)) == expected
         assert_no_connection_is_held(narrow)
 
     async def test_reused_token_of_a_session_that_just_ended(
@@ -1037,28 +1037,28 @@ class TestFailures:
         emitter: EventEmitter,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        """Somebody else was faster by a moment: refused all the same, and not told twice."""
+        """A token of a session that another caller has just ended is refused, and no event is emitted."""
         spent = await log_in(auth)
         await auth.refresh(spent.refresh_token)
         find = Sessions.find_by_refresh_token
 
         async def find_and_lose(self: Sessions[User], token: RefreshToken) -> Any:
-            found = await find(self, token)
+            session = await find(self, token)
             await Session.all().using_db(self.connection()).update(revoked_at=utc_now())
-            return found
+            return session
 
         monkeypatch.setattr(Sessions, "find_by_refresh_token", find_and_lose)
-        ears = Ears(emitter, RefreshTokenReused)
+        deliveries = Deliveries(emitter, RefreshTokenReused)
         async with in_transaction(connection_of(db).connection_name):
             with pytest.raises(TokenReusedError):
                 await auth.refresh(spent.refresh_token)
         await finished(quiet(emitter))
-        assert set(map(str, (await finished(ears.outcome(auth.relay()))).values())) == {"[]"}
+        assert set(map(str, (await finished(deliveries.outcome(auth.relay()))).values())) == {"[]"}
 
     async def test_reused_token_in_a_transaction_that_raises(
         self, db: TortoiseContext, auth: AuthService[User], ada: User
     ) -> None:
-        """The common case: the error that refuses the token rolls the caller back, not the end."""
+        """The error that refuses the token rolls the caller back, and the session stays ended."""
         spent = await log_in(auth)
         fresh = await auth.refresh(spent.refresh_token)
         with pytest.raises(TokenReusedError):
@@ -1118,17 +1118,17 @@ class TestTwoDatabases:
     ) -> None:
         """A transaction of the other database neither delays nor undoes a login."""
         await User.create_user(email=EMAIL, password=PASSWORD)
-        ears = Ears(emitter, UserLogin)
+        deliveries = Deliveries(emitter, UserLogin)
         with suppress(Undo):
             async with in_transaction(pair[1]):
                 await Ledger.create(text="before")
                 result = await finished(log_in(auth))
                 await finished(quiet(emitter))
-                assert (len(ears.inline), len(ears.background)) == (1, 1)
+                assert (len(deliveries.inline), len(deliveries.background)) == (1, 1)
                 await Ledger.create(text="after")
                 if not kept:
                     raise Undo
-        assert await ears.outcome(relay) == everywhere("user_login")
+        assert await deliveries.outcome(relay) == everywhere("user_login")
         assert await auth.authenticate(result.access_token)
         assert await Ledger.all().count() == 2 * kept
 
@@ -1141,9 +1141,9 @@ class TestTwoDatabases:
         relay: Relay[User],
         kept: bool,
     ) -> None:
-        """The one with the users decides, whichever was opened first."""
+        """The transaction of the database with the users decides, whichever was opened first."""
         await User.create_user(email=EMAIL, password=PASSWORD)
-        ears = Ears(emitter, UserLogin)
+        deliveries = Deliveries(emitter, UserLogin)
         for outer, inner in (pair, reversed(pair)):
             with suppress(Undo):
                 async with in_transaction(outer), in_transaction(inner):
@@ -1151,7 +1151,7 @@ class TestTwoDatabases:
                     await finished(log_in(auth))
                     if not kept:
                         raise Undo
-            assert await ears.outcome(relay) == everywhere(*["user_login"] * kept)
+            assert await deliveries.outcome(relay) == everywhere(*["user_login"] * kept)
         assert await Session.all().count() == await Ledger.all().count() == 2 * kept
 
     async def test_handlers_write_to_the_hosts_own(
@@ -1161,7 +1161,7 @@ class TestTwoDatabases:
         emitter: EventEmitter,
         relay: Relay[User],
     ) -> None:
-        """Handlers of every delivery reach the other database, also while both are in transactions."""
+        """Handlers of every delivery write to the other database, also while both are in transactions."""
         await User.create_user(email=EMAIL, password=PASSWORD)
         for delivery in DELIVERIES:
             write = partial(Ledger.create, text=delivery)
@@ -1180,7 +1180,7 @@ async def refuse(event: Event) -> None:
 
 
 def without_arguments(act: Act) -> Act:
-    """Return a handler that does *act*, whatever it is told."""
+    """Return a handler that does *act*, whatever the event."""
 
     async def handler() -> None:
         await act()
@@ -1189,12 +1189,12 @@ def without_arguments(act: Act) -> Act:
 
 
 class TestCancellation:
-    """Cancelled at every await in turn, before or after that for which it waits has come."""
+    """A call that is cancelled at each of its awaits, before or after the awaited result is there."""
 
     @pytest.mark.parametrize("late", [False, True], ids=["early", "late"])
     @pytest.mark.parametrize("around", [plain, committed, rolled_back], ids=lambda f: f.__name__)
     @pytest.mark.parametrize("method", ["login", "set_password", "logout", "refresh"])
-    async def test_told_if_and_only_if_it_happened(
+    async def test_emitted_if_and_only_if_it_happened(
         self,
         narrow: TortoiseContext,
         auth: AuthService[User],
@@ -1205,23 +1205,23 @@ class TestCancellation:
         around: Callable[[str, Act], Awaitable[None]],
         late: bool,
     ) -> None:
-        """Every handler hears of what is there afterwards, none of anything else; nothing leaks.
+        """Handlers receive the events of exactly what was committed, and no connection leaks.
 
-        A session that nobody was given is over, and that is told as well.
+        A session whose tokens reached no caller is revoked, and that is emitted as well.
         """
         ada = await User.create_user(email=EMAIL, password=PASSWORD)
-        ears = Ears(emitter, *EVERY_EVENT)
+        deliveries = Deliveries(emitter, *EVERY_EVENT)
         name = connection_of(narrow).connection_name
         happened = {True: 0, False: 0}
         for step in count(-1):  # the first two rounds fill the caches of the drivers
             clock.advance(timedelta(seconds=1))
             attempt = await ATTEMPTS[method](auth, ada)
-            await ears.outcome(relay)
+            await deliveries.outcome(relay)
             cancelled = Cancelled(attempt.work, step, late=late)
             await finished(around(name, cancelled.run))
-            outcome = await ears.outcome(relay)
+            outcome = await deliveries.outcome(relay)
             there = await finished(attempt.happened(narrow, cancelled.reached))
-            expected = attempt.told(cancelled.reached) if there else ()
+            expected = attempt.emitted(cancelled.reached) if there else ()
             if around is rolled_back:
                 assert not there
                 outcome["inline"] = []
@@ -1246,8 +1246,8 @@ class TestCancellation:
         relay: Relay[User],
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        """Cancelled while the COMMIT is under way, what it commits is told, and then it is cancelled."""
-        ears = Ears(emitter, PasswordChanged)
+        """A call that is cancelled during the COMMIT emits its event, and then raises the cancellation."""
+        deliveries = Deliveries(emitter, PasswordChanged)
         began, may_end = asyncio.Event(), asyncio.Event()
         wrapper = transaction_class(db)
         commit = wrapper.commit
@@ -1267,19 +1267,19 @@ class TestCancellation:
             may_end.set()
             with pytest.raises(asyncio.CancelledError):
                 await finished(task)
-        assert await ears.outcome(relay) == everywhere("password_changed")
+        assert await deliveries.outcome(relay) == everywhere("password_changed")
         await assert_up_to_date(ada)
         assert await ada.check_password(NEW_PASSWORD)
 
     @needs_postgres
-    async def test_session_that_nobody_holds_waits_for_the_callers_commit(
+    async def test_session_without_a_holder_waits_for_the_callers_commit(
         self, postgres: TortoiseContext, auth: AuthService[User], emitter: EventEmitter
     ) -> None:
-        """However long the caller's transaction goes on, the session is over once it is committed."""
+        """A session whose tokens reached no caller is revoked when the caller's transaction commits."""
         await User.create_user(email=EMAIL, password=PASSWORD)
         async with in_transaction("postgres"):  # statements that are prepared take fewer steps
             await auth.logout((await log_in(auth)).access_token)
-        ears = Ears(emitter, UserLogin, SessionRevoked)
+        deliveries = Deliveries(emitter, UserLogin, SessionRevoked)
         orphans = 0
         for step in count(1):
             async with in_transaction("postgres"):
@@ -1288,7 +1288,7 @@ class TestCancellation:
                 await finished(quiet(emitter))
             if not attempt.reached:
                 break
-            outcome = await ears.outcome(Relay(emitter, User))
+            outcome = await deliveries.outcome(Relay(emitter, User))
             orphaned = bool(outcome["inline"])
             assert outcome == everywhere(*["user_login", "session_revoked"] * orphaned)
             alive = "SELECT id FROM tortoise_auth_session WHERE revoked_at IS NULL"
@@ -1296,7 +1296,7 @@ class TestCancellation:
             orphans += orphaned
         assert orphans
 
-    async def test_told_although_the_connection_breaks_after_the_commit(
+    async def test_emitted_although_the_connection_breaks_after_the_commit(
         self,
         db: TortoiseContext,
         auth: AuthService[User],
@@ -1305,8 +1305,8 @@ class TestCancellation:
         relay: Relay[User],
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        """The caller learns of the failure, the handlers and the object in hand of the change."""
-        ears = Ears(emitter, PasswordChanged)
+        """The caller gets the error; the handlers get the event, and the object has the change."""
+        deliveries = Deliveries(emitter, PasswordChanged)
         block = type(connection_of(db)._in_transaction())
         leave = block.__aexit__
 
@@ -1318,7 +1318,7 @@ class TestCancellation:
             patch.setattr(block, "__aexit__", leave_and_break)
             with pytest.raises(ServiceUnavailableError):
                 await auth.set_password(ada, NEW_PASSWORD)
-        assert await ears.outcome(relay) == everywhere("password_changed")
+        assert await deliveries.outcome(relay) == everywhere("password_changed")
         await assert_up_to_date(ada)
 
 
@@ -1334,12 +1334,12 @@ class Attempt:
     Attributes:
         work: What to cancel.
         happened: Asks the database, and checks that what belongs together is there together.
-        told: The names of the events, given whether it was cancelled.
+        emitted: The names of the events, given whether it was cancelled.
     """
 
     work: Coroutine[Any, Any, object]
     happened: Callable[[TortoiseContext, bool], Awaitable[bool]]
-    told: Callable[[bool], tuple[str, ...]]
+    emitted: Callable[[bool], tuple[str, ...]]
 
 
 async def login_attempt(auth: AuthService[User], ada: User) -> Attempt:
@@ -1353,10 +1353,10 @@ async def login_attempt(auth: AuthService[User], ada: User) -> Attempt:
         assert ((await row(User, ada.pk))["last_login"] != before) is bool(sessions)
         return bool(sessions)
 
-    def told(cancelled: bool) -> tuple[str, ...]:
+    def emitted(cancelled: bool) -> tuple[str, ...]:
         return ("user_login", "session_revoked") if cancelled else ("user_login",)
 
-    return Attempt(log_in(auth), happened, told)
+    return Attempt(log_in(auth), happened, emitted)
 
 
 async def password_attempt(auth: AuthService[User], ada: User) -> Attempt:
@@ -1397,10 +1397,10 @@ async def refresh_attempt(auth: AuthService[User], ada: User) -> Attempt:
         assert bool(alive) is not (generation and cancelled)
         return bool(generation)
 
-    def told(cancelled: bool) -> tuple[str, ...]:
+    def emitted(cancelled: bool) -> tuple[str, ...]:
         return ("session_refreshed", "session_revoked") if cancelled else ("session_refreshed",)
 
-    return Attempt(auth.refresh(result.refresh_token), happened, told)
+    return Attempt(auth.refresh(result.refresh_token), happened, emitted)
 
 
 ATTEMPTS: dict[str, Callable[[AuthService[User], User], Awaitable[Attempt]]] = {
@@ -1412,6 +1412,6 @@ ATTEMPTS: dict[str, Callable[[AuthService[User], User], Awaitable[Attempt]]] = {
 
 
 async def assert_up_to_date(user: User) -> None:
-    """The object in memory is what is stored, in what decides about logins."""
+    """Assert that the object in memory has the stored password and session version."""
     stored = await row(User, user.pk)
     assert (user.password, user.session_version) == (stored["password"], stored["session_version"])

@@ -92,7 +92,7 @@ class TestBase:
         assert received == emitted
 
     async def test_itself(self, emitter: EventEmitter) -> None:
-        """A base that is emitted itself reaches its handlers, those of a subclass do not get it."""
+        """A base that is emitted itself reaches its handlers, but not those of a subclass."""
         received: list[Event] = []
         emitter.on(Storefront, noting(received))
         emitter.on(CartFilled, noting(received, "derived"))

@@ -173,8 +173,8 @@ class RedisPlace(Place):
     async def left(self, group: str) -> int:
         async with Redis.from_url(self.url) as redis:
             groups = await redis.xinfo_groups(self.name)
-            (found,) = [each for each in groups if each["name"] == group.encode()]
-            return int(found["pending"]) + int(found["lag"])
+            (state,) = [each for each in groups if each["name"] == group.encode()]
+            return int(state["pending"]) + int(state["lag"])
 
     @override
     async def remove(self) -> None:
@@ -343,7 +343,7 @@ class Proxy:
         self._port = self._server.sockets[0].getsockname()[1]
 
     async def cut(self) -> None:
-        """Listen no more, and break every connection."""
+        """Stop listening, and break every connection."""
         assert self._server is not None
         self._server.close()
         for writer in list(self._writers):
@@ -456,12 +456,12 @@ async def logins(auth: AuthService[User], *emails: str) -> list[Event]:
 
 def by_user(events: Iterable[Event]) -> dict[str | None, list[UUID]]:
     """Return the ids of the events of each user in order, repetitions left out."""
-    found: dict[str | None, list[UUID]] = {}
+    published: dict[str | None, list[UUID]] = {}
     for event in events:
-        ids = found.setdefault(event.subject_id, [])
+        ids = published.setdefault(event.subject_id, [])
         if event.id not in ids:
             ids.append(event.id)
-    return found
+    return published
 
 
 # ---- the tests -----------------------------------------------------------------------------------
@@ -589,7 +589,7 @@ class TestAcknowledgement:
     async def test_after_failure(
         self, place: Place, auth: AuthService[User], ada: User, emitter: EventEmitter
     ) -> None:
-        """An event whose handler failed comes again, and not any more when it has succeeded."""
+        """An event is delivered again until its handler succeeds."""
         attempts: list[UUID] = []
         inbox = Inbox()
 
@@ -610,7 +610,7 @@ class TestAcknowledgement:
     async def test_of_a_consumer_that_dies(
         self, place: Place, auth: AuthService[User], ada: User, emitter: EventEmitter
     ) -> None:
-        """Nothing is acknowledged before the handler is through: another consumer gets it."""
+        """A message is acknowledged after its handler returns: until then another consumer gets it."""
         entered = asyncio.Event()
         inbox = Inbox()
 
@@ -667,7 +667,7 @@ class TestOrder:
     async def test_per_user(
         self, place: Place, auth: AuthService[User], ada: User, bob: User, emitter: EventEmitter
     ) -> None:
-        """Two relays with many hands publish the events of each user in their order."""
+        """Two concurrent relays publish the events of each user in order."""
         inbox = Inbox()
         async with consuming(place, inbox.take), publishing(place, emitter):
             emitted = await logins(auth, *[EMAIL, BOB, BOB, EMAIL] * 10)
@@ -689,7 +689,7 @@ class TestBrokerDown:
         emitter: EventEmitter,
         clock: FakeClock,
     ) -> None:
-        """While the broker is down people log in and rows wait; afterwards all arrives in order."""
+        """While the broker is down users log in and rows wait; afterwards all are delivered in order."""
         inbox = Inbox()
         relay = auth.relay(max_attempts=1000)
         async with (
@@ -789,7 +789,7 @@ class TestJetStream:
     async def test_one_at_a_time(
         self, place: NatsPlace, auth: AuthService[User], ada: User, emitter: EventEmitter
     ) -> None:
-        """With one message under way order outlasts failures, and max_deliver ends them."""
+        """With one message in flight the order outlasts failures, and max_deliver ends the attempts."""
         attempts: list[UUID] = []
 
         async def fail_first(event: Event) -> None:
@@ -847,7 +847,7 @@ class TestRabbit:
     async def test_no_confirmation(
         self, place: RabbitPlace, auth: AuthService[User], ada: User, emitter: EventEmitter
     ) -> None:
-        """Without publisher confirms nobody knows whether the broker has it, so the row waits."""
+        """Without publisher confirms it is unknown whether the broker has the event, so the row waits."""
         broker = RabbitBroker(
             place.url, logger=LOGGER, default_channel=Channel(publisher_confirms=False)
         )
@@ -860,7 +860,7 @@ class TestRabbit:
     async def test_one_at_a_time(
         self, place: RabbitPlace, auth: AuthService[User], ada: User, emitter: EventEmitter
     ) -> None:
-        """With one message under way order outlasts failures; the limit ends in a dead letter."""
+        """With one message in flight the order outlasts failures; the limit ends in a dead letter."""
         attempts: list[UUID] = []
         inbox, dead = Inbox(), Inbox()
 
@@ -1015,7 +1015,7 @@ class TestRegistration:
             (Inbox(), "not through a Inbox"),
             (None, "not through a NoneType"),
         ],
-        ids=["channel", "list", "core-nats", "broker", "stranger", "none"],
+        ids=["channel", "list", "core-nats", "broker", "other", "none"],
     )
     def test_unsafe_destination(self, publisher: Any, advice: str, emitter: EventEmitter) -> None:
         """A destination that loses messages, or is none, is refused with what to use instead."""
@@ -1031,12 +1031,12 @@ class TestRegistration:
         assert emitter.events() == []
 
     def test_no_events(self, publisher: Any, emitter: EventEmitter) -> None:
-        """It must be said which events."""
+        """The events must be named."""
         with pytest.raises(SubscriptionError, match="which event"):
             publish_events(emitter, publisher, source=SOURCE)
 
     def test_name_is_taken(self, publisher: Any, emitter: EventEmitter) -> None:
-        """A second destination needs a name of its own, which the rows are filed under."""
+        """A second destination needs a name of its own, because rows are stored under it."""
         publish_events(emitter, publisher, "user_login", source=SOURCE)
         with pytest.raises(SubscriptionError, match="'broker' is taken"):
             publish_events(emitter, publisher, "user_logout", source=SOURCE)
@@ -1051,7 +1051,7 @@ class TestRegistration:
             assert len(emitter.subscriptions(name, "durable")) == 1
 
     def test_misspelt_event(self, publisher: Any) -> None:
-        """On a strict emitter a name that nearly exists warns of itself."""
+        """On a strict emitter a name that is nearly a declared one gives a warning."""
         strict = EventEmitter(strict=True)
         with pytest.warns(SubscriptionWarning, match="'user_login'"):
             publish_events(strict, publisher, "user_logn", source=SOURCE)
@@ -1097,17 +1097,17 @@ class TestFeed:
 
     async def test_by_name(self, far: EventEmitter) -> None:
         """Handlers by name receive the event's arguments, as in the service it came from."""
-        heard: list[tuple[str, str]] = []
+        received: list[tuple[str, str]] = []
 
         @far.on("user_login_failed")
         async def note(identifier: str, reason: str) -> None:
-            heard.append((identifier, reason))
+            received.append((identifier, reason))
 
         await feed(far)(self.message())
-        assert heard == [("x", "not_found")]
+        assert received == [("x", "not_found")]
 
-    async def test_unheard(self, far: EventEmitter) -> None:
-        """An event that nobody listens to is passed over, also one that is not declared here."""
+    async def test_without_a_handler(self, far: EventEmitter) -> None:
+        """An event without a handler is ignored, also one that is not declared here."""
         inbox = Inbox()
         far.on("user_logout", inbox.take)
         unknown = self.message()
@@ -1118,7 +1118,7 @@ class TestFeed:
         assert inbox.events == []
 
     async def test_undeclared(self, far: EventEmitter) -> None:
-        """An event that somebody waits for and that cannot be rebuilt is an error."""
+        """An event that has a handler and cannot be rebuilt is an error."""
         inbox = Inbox()
         far.on("nobody_declares_this", inbox.take)
         unknown = self.message()
@@ -1128,7 +1128,7 @@ class TestFeed:
             await feed(far)(unknown)
 
     async def test_of_others(self, far: EventEmitter) -> None:
-        """A CloudEvent of somebody else's in the same stream is passed over."""
+        """A CloudEvent of another source in the same stream is ignored."""
         inbox = Inbox()
         far.on("*", inbox.take)
         await feed(far)(self.message() | {"type": "com.example.order.paid.v1", "data": {}})
@@ -1164,7 +1164,7 @@ class TestExtra:
         assert (finished.returncode, finished.stdout, finished.stderr) == (0, "fine\n", "")
 
     def test_integration(self) -> None:
-        """Whoever imports the integration without FastStream is told what to install."""
+        """Importing the integration without FastStream raises an error that says what to install."""
         finished = self.run("import tortoise_auth.integrations.faststream")
         assert finished.returncode == 1
         last = finished.stderr.splitlines()[-1]
@@ -1202,11 +1202,11 @@ class TestPage:
 
     def snippets(self, place: Place, *sections: str) -> list[str]:
         """Return the snippets of some sections, for a place of the test's own."""
-        found = []
+        snippets = []
         for section in PAGE.read_text().split("\n## ")[1:]:
             if section.partition("\n")[0] in sections:
-                found += re.findall(r"^```python\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
-        own_name = [each.replace("auth-events", place.name) for each in found]
+                snippets += re.findall(r"^```python\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
+        own_name = [each.replace("auth-events", place.name) for each in snippets]
         return [re.sub(r'"(redis|nats|amqp)://[^"]+"', repr(place.url), each) for each in own_name]
 
     @needs_redis
@@ -1296,7 +1296,7 @@ class TestPage:
         }
 
     def test_message(self) -> None:
-        """The message on the page is one that there can be."""
+        """The message on the page is a valid one."""
         (text,) = re.findall(r"^```json\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
         message = json.loads(text)
         event = event_from(message)
@@ -1304,7 +1304,7 @@ class TestPage:
         assert cloudevent(event, message["source"]) == message
 
     def test_table(self) -> None:
-        """Every proof that the page names is there."""
+        """Every test that the page names exists."""
         here = Path(__file__).read_text()
         rows = [line for line in PAGE.read_text().splitlines() if line.startswith("| ")]
         named = re.findall(r"`(?:(Test\w+)(?:::)?)?(test_\w+)?` \|$", "\n".join(rows), re.MULTILINE)
@@ -1330,12 +1330,12 @@ class TestExample:
 
     @needs_redis
     async def test_runs(self, tmp_path: Path) -> None:
-        """The other service hears of the login and of the logout, and nothing is left behind."""
+        """The other service receives the login and the logout, and nothing is left behind."""
         finished = await asyncio.to_thread(self.run, REDIS_URL, tmp_path)
         assert (finished.returncode, finished.stderr) == (0, "")
         lines = [line.split() for line in finished.stdout.splitlines()]
-        heard = [line[2] for line in lines if line[:2] == ["audit", "received"]]
-        assert heard == ["UserLogin", "UserLogout"]
+        received = [line[2] for line in lines if line[:2] == ["audit", "received"]]
+        assert received == ["UserLogin", "UserLogout"]
         (stream,) = re.findall(r"stream (auth-events-\w+)$", finished.stdout, re.MULTILINE)
         assert "1 event waits in the outbox" in finished.stdout
         assert "0 events wait in the outbox" in finished.stdout

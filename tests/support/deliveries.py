@@ -1,4 +1,4 @@
-"""A handler of each delivery for some events, and what became of each event."""
+"""A handler of each delivery for some events, and the events each received."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class Undo(Exception):
     """Raised to roll a transaction back."""
 
 
-class Ears:
-    """A handler of each delivery for some events, and what became of each.
+class Deliveries:
+    """A handler of each delivery for some events, and the events each received.
 
-    The handler in the transaction leaves a row, without naming a connection: what counts is
-    whether the row stays.
+    The handler in the transaction writes a row, without naming a connection: the row stays if
+    the transaction commits.
     """
 
     def __init__(self, emitter: EventEmitter, *events: type[Event]) -> None:
@@ -53,15 +53,15 @@ class Ears:
         await AuditRow.create(event=event.name, subject=str(event.id))
 
     async def outcome(self, relay: Relay[Any]) -> Outcome:
-        """Let everything arrive that ever will; return it, and forget it.
+        """Wait for every delivery; return what was received, and clear it.
 
-        Whatever reached a handler is checked to be one and the same event for all of them.
+        All handlers are checked to have received the same events.
         """
         await quiet(self._emitter)
         await relay.drain()
         kept = await AuditRow.filter(subject__not="").order_by("id")
-        heard = [self.inline, self.background, self.durable]
-        ids = [[str(event.id) for event in events] for events in heard]
+        received = [self.inline, self.background, self.durable]
+        ids = [[str(event.id) for event in events] for events in received]
         ids.append([row.subject for row in kept])
         assert all(len(set(each)) == len(each) for each in ids)
         assert all(set(each) <= set(ids[0]) for each in ids)
@@ -72,18 +72,18 @@ class Ears:
             "durable": [event.name for event in self.durable],
         }
         await AuditRow.filter(subject__not="").delete()
-        for events in heard:
+        for events in received:
             events.clear()
         return outcome
 
 
 def everywhere(*names: str) -> Outcome:
-    """Every handler heard these."""
+    """Return the outcome in which every handler received these events."""
     return {kind: list(names) for kind in ("transaction", "inline", "background", "durable")}
 
 
 async def quiet(emitter: EventEmitter) -> None:
-    """Wait until nothing is under way: neither handlers nor transactions that are being undone."""
+    """Wait until nothing is in flight: neither handlers nor transactions that are rolled back."""
     while transactions._background:
         await asyncio.wait(list(transactions._background))
     await emitter.aclose()

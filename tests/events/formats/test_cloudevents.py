@@ -114,7 +114,7 @@ class TestEnvelope:
 
     @pytest.mark.parametrize("subject", [None, ""])
     def test_no_subject(self, subject: str | None) -> None:
-        """An event of nobody has no subject, because a subject must not be empty."""
+        """An event about no account has no subject, because a subject must not be empty."""
         assert "subject" not in cloudevent(login(subject_id=subject), SOURCE)
 
     @given(st.text(st.characters(), min_size=1))
@@ -127,7 +127,7 @@ class TestEnvelope:
             assert character == ("\ufffd" if ord(given_character) in FORBIDDEN else given_character)
 
     def test_every_forbidden_character(self) -> None:
-        """Each of the forbidden characters is replaced, and only they among the first planes."""
+        """Exactly the forbidden characters are replaced among the first planes."""
         every = "".join(map(chr, range(0x30000)))
         cleaned = cloudevent(login(subject_id=every), SOURCE)["subject"]
         replaced = {ord(old) for old, new in zip(every, cleaned, strict=True) if old != new}
@@ -212,7 +212,7 @@ class TestMalformed:
         ["com.example.order.v1", TYPE_PREFIX, f"{TYPE_PREFIX}user_login", f"{TYPE_PREFIX}x.vy"],
     )
     def test_of_others(self, kind: str) -> None:
-        """A CloudEvent of another type is told apart from ours and holds no event of ours."""
+        """A CloudEvent of another type is recognised as such and holds no event of the library."""
         envelope = cloudevent(login(), SOURCE) | {"type": kind}
         assert event_name(envelope) is None
         with pytest.raises(CloudEventError, match="is not ours"):
@@ -230,7 +230,7 @@ class TestMalformed:
         ],
     )
     def test_contradiction(self, changes: dict[str, Any], reason: str) -> None:
-        """An envelope that says other than its data is refused, and the text says where."""
+        """An envelope that contradicts its data is refused, and the error names the attribute."""
         with pytest.raises(CloudEventError, match=reason):
             event_from_cloudevent(cloudevent(login(), SOURCE) | changes)
 
@@ -279,7 +279,7 @@ class TestMalformed:
         st.sampled_from([*login().to_dict(), "data"]),
     )
     def test_fuzzed(self, value: Any, field: str) -> None:
-        """Whatever JSON stands where, there is an event or a CloudEventError, nothing else."""
+        """Any JSON gives an event or a `CloudEventError`, and no other error."""
         envelope = over_the_wire(cloudevent(login(), SOURCE))
         if field == "data":
             envelope["data"] = value

@@ -91,18 +91,18 @@ def assert_conforms(record: dict[str, Any]) -> None:
 
 class TestEveryEvent:
     def test_table_is_complete(self) -> None:
-        """Every event of the library has its place."""
+        """Every event of the library is in the table."""
         assert set(LIFECYCLE_EVENTS) == set(LIBRARY) == EXPECTED.keys()
 
     @pytest.mark.parametrize("kind", LIBRARY, ids=lambda kind: kind.name)
     def test_place(self, kind: type[Event]) -> None:
-        """Each event has the kind, categories, types and outcome that are meant for it."""
+        """Each event has the kind, categories, types and outcome of the table."""
         event = ecs(sample(kind))["event"]
-        found = (event["kind"], event["category"], event["type"], event["outcome"])
-        assert found == EXPECTED[kind]
+        actual = (event["kind"], event["category"], event["type"], event["outcome"])
+        assert actual == EXPECTED[kind]
 
     def test_conforms(self) -> None:
-        """Every event, by whomever and in whatever circumstances, keeps the rules of ECS 9.4."""
+        """Every event, of any actor and in any request, keeps the rules of ECS 9.4."""
         records = [ecs(event) for event in variants()]
         assert len(records) > 200
         for record in records:
@@ -110,7 +110,7 @@ class TestEveryEvent:
 
     @pytest.mark.parametrize("kind", LIBRARY, ids=lambda kind: kind.name)
     def test_common_fields(self, kind: type[Event]) -> None:
-        """Time is ISO 8601 in UTC, and who, where, and which event it was can be read."""
+        """A record has the time in ISO 8601 and UTC, the user, the source and the event."""
         record = ecs(sample(kind), service="shop")
         assert record["@timestamp"] == "2026-01-01T12:00:00.123456+00:00"
         assert record["ecs"] == {"version": "9.4.0"}
@@ -140,7 +140,7 @@ class TestChecker:
     """The checks of this file can fail."""
 
     @pytest.mark.parametrize("kind", LIBRARY, ids=lambda kind: kind.name)
-    def test_damage_is_found(self, kind: type[Event]) -> None:
+    def test_damage_is_refused(self, kind: type[Event]) -> None:
         """A record without a required field, with an unknown one, or a wrong value is refused."""
         damaged = list(_damaged(ecs(sample(kind))))
         assert len(damaged) > 15
@@ -174,14 +174,14 @@ class TestTime:
 class TestUser:
     @pytest.mark.parametrize("actor", ["user", "unauthenticated"])
     def test_oneself(self, actor: str) -> None:
-        """Who does something to his own account, or tries to enter it, is ``user``."""
+        """A user that changes its own account, or tries to log in, is ``user``."""
         record = ecs(sample(UserLogout, actor=actor))
         assert record["user"] == {"id": "7"}
         assert record["labels"]["actor"] == actor
 
     @pytest.mark.parametrize("actor", ["admin", "system"])
     def test_target(self, actor: str) -> None:
-        """An account to which somebody else does something is ``user.target``, and related."""
+        """An account that another actor changes is ``user.target``, and related."""
         record = ecs(sample(UserDeactivated, actor=actor))
         assert record["user"] == {"target": {"id": "7"}}
         assert record["related"]["user"] == ["7"]
@@ -229,11 +229,11 @@ class TestSource:
 class TestDetail:
     @pytest.mark.parametrize("reason", get_args(FailureReason))
     def test_reason(self, reason: str) -> None:
-        """A refused login tells why."""
+        """A refused login has a reason."""
         assert ecs(sample(UserLoginFailed, reason=reason))["event"]["reason"] == reason
 
     def test_no_reason(self) -> None:
-        """What succeeded has no reason; what was throttled was."""
+        """A success has no reason; a throttled login has one."""
         assert "reason" not in ecs(sample(UserLogin))["event"]
         assert ecs(sample(LoginThrottled))["event"]["reason"] == "throttled"
 
@@ -272,7 +272,7 @@ class TestSecrets:
 
     @pytest.mark.parametrize("kind", [UserLoginFailed, LoginThrottled])
     def test_unknown_identifier(self, kind: type[Event]) -> None:
-        """What no account is known to have, perhaps a password, is named only when wanted."""
+        """An identifier of no known account, perhaps a password, is included only on request."""
         event = sample(kind, identifier=CANARY, subject_id=None)
         record = ecs(event)
         assert CANARY not in repr(record)
@@ -285,7 +285,7 @@ class TestHostile:
     @given(event=hostile_events())
     @example(event=sample(UserLoginFailed, identifier="\0\ud800\r\n\x1b[2J\uffff"))
     def test_conforms(self, event: Event) -> None:
-        """Whatever anybody sends, the record keeps the rules and holds no forbidden character."""
+        """Any input gives a record that keeps the rules and holds no forbidden character."""
         record = ecs(event, unknown_identifiers=True)
         assert_conforms(record)
         assert not any(FORBIDDEN.search(text) for text in texts(record))

@@ -101,18 +101,18 @@ def assert_conforms(record: dict[str, Any]) -> None:
 
 class TestEveryEvent:
     def test_table_is_complete(self) -> None:
-        """Every event of the library has its place."""
+        """Every event of the library is in the table."""
         assert set(LIFECYCLE_EVENTS) == set(LIBRARY) == EXPECTED.keys()
 
     @pytest.mark.parametrize("kind", LIBRARY, ids=lambda kind: kind.name)
     def test_place(self, kind: type[Event]) -> None:
-        """Each event has the class, activity, status and severity that is meant for it."""
+        """Each event has the class, activity, status and severity of the table."""
         record = ocsf(sample(kind))
-        found = (record["type_uid"], record["status"], record["severity"])
-        assert (*found, record.get("status_detail")) == EXPECTED[kind]
+        actual = (record["type_uid"], record["status"], record["severity"])
+        assert (*actual, record.get("status_detail")) == EXPECTED[kind]
 
     def test_conforms(self) -> None:
-        """Every event, by whomever and in whatever circumstances, keeps the rules of OCSF 1.8."""
+        """Every event, of any actor and in any request, keeps the rules of OCSF 1.8."""
         records = [ocsf(event) for event in variants()]
         assert len(records) > 200
         for record in records:
@@ -120,7 +120,7 @@ class TestEveryEvent:
 
     @pytest.mark.parametrize("kind", LIBRARY, ids=lambda kind: kind.name)
     def test_common_attributes(self, kind: type[Event]) -> None:
-        """Time is in milliseconds, and who, where, and which event it was can be read."""
+        """A record has the time in milliseconds, the user, the source and the event."""
         record = ocsf(sample(kind), product="door", service="shop")
         assert record["time"] == MILLISECONDS
         assert record["user"]["uid"] == "7"
@@ -150,7 +150,7 @@ class TestChecker:
     """The checks of this file can fail."""
 
     @pytest.mark.parametrize("kind", LIBRARY, ids=lambda kind: kind.name)
-    def test_damage_is_found(self, kind: type[Event]) -> None:
+    def test_damage_is_refused(self, kind: type[Event]) -> None:
         """A record without a required attribute, with an unknown one, or a wrong type is refused."""
         record = ocsf(sample(kind))
         damaged = list(_damaged(record))
@@ -188,8 +188,8 @@ class TestDetail:
         assert record["status_code"] == reason
         assert record["status_detail"] in standard(FILE)["documented_status_details"]
 
-    def test_refusals_are_told_apart(self) -> None:
-        """An unknown account, a closed one and a wrong password are not the same."""
+    def test_refusals_differ(self) -> None:
+        """An unknown account, a closed one and a wrong password have different records."""
         words = [
             ocsf(sample(UserLoginFailed, reason=reason))["status_detail"]
             for reason in ("not_found", "inactive", "bad_password", "locked")
@@ -209,14 +209,14 @@ class TestDetail:
         assert record["is_mfa"] is False
 
     def test_other_method(self) -> None:
-        """Of a method that we do not know nothing is claimed but its name."""
+        """An unknown method is given by its name alone."""
         record = ocsf(sample(UserLogin, method="passkey"))
         assert record["auth_protocol"] == "passkey"
         assert record["auth_factors"] == [{"factor_type_id": 99, "factor_type": "passkey"}]
         assert "is_mfa" not in record
 
     def test_actor(self) -> None:
-        """Who acts for himself is the actor; of another the kind is known, and not who it was."""
+        """A user that acts on its own account is the actor; of another actor only the kind is known."""
         own, other = ocsf(sample(SessionRevoked)), ocsf(sample(SessionRevoked, actor="admin"))
         assert own["actor"] == {"user": {"uid": "7"}}
         assert "actor" not in other
@@ -256,7 +256,7 @@ class TestOthers:
             ocsf(event)
 
     def test_derived(self) -> None:
-        """A class derived from one of ours is told as that, without what the host added."""
+        """A class derived from an event of the library has its record, without added fields."""
         record = ocsf(KioskLogin(user=User(id=7), subject_id="7", session_id="s-1", pin=CANARY))
         assert record["type_uid"] == 300201
         assert record["metadata"]["event_code"] == "kiosk_login"
@@ -271,19 +271,19 @@ class TestSecrets:
 
     @pytest.mark.parametrize("kind", [UserLoginFailed, LoginThrottled])
     def test_unknown_identifier(self, kind: type[Event]) -> None:
-        """What no account is known to have, perhaps a password, is named only when wanted."""
+        """An identifier of no known account, perhaps a password, is included only on request."""
         event = sample(kind, identifier=CANARY, subject_id=None)
         assert CANARY not in repr(ocsf(event))
         assert ocsf(event)["user"] == {"name": "unknown"}
         assert ocsf(event, unknown_identifiers=True)["user"] == {"name": CANARY}
 
     def test_known_identifier(self) -> None:
-        """What names an account is named, beside the account's id."""
+        """An identifier of a known account is included, beside the account's id."""
         known = sample(UserLoginFailed, reason="bad_password", subject_id=None, user_id="9")
         assert ocsf(known)["user"] == {"uid": "9", "name": "eve@example.com"}
 
     def test_bounded(self) -> None:
-        """However much was typed, the record stays small."""
+        """The record stays small, however long the identifier."""
         event = sample(UserLoginFailed, identifier="x" * 1_000_000)
         assert ocsf(event, unknown_identifiers=True)["user"]["name"] == "x" * 320
 
@@ -292,7 +292,7 @@ class TestHostile:
     @settings(max_examples=300, deadline=None)
     @given(event=hostile_events())
     def test_conforms(self, event: Event) -> None:
-        """Whatever anybody sends, the record keeps the rules and holds no forbidden character."""
+        """Any input gives a record that keeps the rules and holds no forbidden character."""
         record = ocsf(event, unknown_identifiers=True)
         assert_conforms(record)
         assert not any(FORBIDDEN.search(text) for text in texts(record))

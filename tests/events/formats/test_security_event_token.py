@@ -1,4 +1,4 @@
-"""Security Event Tokens: which events have one, what it says, and who can read and who may sign it."""
+"""Security Event Tokens: which events have one, its claims, and the keys that sign and verify it."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ EXPECTED: dict[type[Event], str] = {
 }
 """The event type of those that have one."""
 
-TOLD = list(EXPECTED)
+WITH_TOKEN = list(EXPECTED)
 ASYMMETRIC: list[Algorithm] = ["RS256", "ES256", "EdDSA"]
 
 
@@ -88,9 +88,9 @@ def key(algorithm: Algorithm = "RS256") -> SigningKey:
 
 
 def claims(event: Event, **options: Any) -> dict[str, Any]:
-    found = set_claims(event, **{"issuer": ISSUER, "audience": AUDIENCE, **options})
-    assert found is not None
-    return found
+    result = set_claims(event, **{"issuer": ISSUER, "audience": AUDIENCE, **options})
+    assert result is not None
+    return result
 
 
 def token(event: Event, signing: SigningKey, **options: Any) -> str:
@@ -100,13 +100,13 @@ def token(event: Event, signing: SigningKey, **options: Any) -> str:
 
 
 def payload(event: Event, **options: Any) -> dict[str, Any]:
-    """Return what the token says of its one event."""
-    (found,) = claims(event, **options)["events"].values()
-    return dict(found)
+    """Return the payload of the one event of a token."""
+    (result,) = claims(event, **options)["events"].values()
+    return dict(result)
 
 
 def received(text: str, algorithm: Algorithm = "RS256") -> dict[str, Any]:
-    """Return the claims of a token as a receiver accepts them, who has the public key alone."""
+    """Return the claims of a token as a receiver with the public key accepts them."""
     return jwt.decode(
         text,
         pem(algorithm, public=True),
@@ -120,48 +120,48 @@ def received(text: str, algorithm: Algorithm = "RS256") -> dict[str, Any]:
 class TestEveryEvent:
     @pytest.mark.parametrize("kind", LIBRARY, ids=lambda kind: kind.name)
     def test_event_type(self, kind: type[Event]) -> None:
-        """Each event has the event type that is meant for it, or no token at all."""
-        found = set_claims(sample(kind), issuer=ISSUER, audience=AUDIENCE)
+        """Each event has the event type of the table, or no token."""
+        result = set_claims(sample(kind), issuer=ISSUER, audience=AUDIENCE)
         signed = security_event_token(sample(kind), key(), issuer=ISSUER, audience=AUDIENCE)
         if kind in EXPECTED:
-            assert found is not None
-            assert list(found["events"]) == [EXPECTED[kind]]
+            assert result is not None
+            assert list(result["events"]) == [EXPECTED[kind]]
             assert signed is not None
         else:
-            assert found is None
+            assert result is None
             assert signed is None
 
     def test_conforms(self) -> None:
-        """Every token, by whomever and in whatever circumstances, keeps the rules of RFC 8417."""
-        told = [set_claims(event, issuer=ISSUER, audience=AUDIENCE) for event in variants()]
-        kept = [each for each in told if each is not None]
+        """Every token, of any actor and in any request, keeps the rules of RFC 8417."""
+        several = [set_claims(event, issuer=ISSUER, audience=AUDIENCE) for event in variants()]
+        kept = [each for each in several if each is not None]
         assert len(kept) > 80
         for each in kept:
             assert violations(as_sent(each), FILE, "claims") == []
 
-    @pytest.mark.parametrize("kind", TOLD, ids=lambda kind: kind.name)
+    @pytest.mark.parametrize("kind", WITH_TOKEN, ids=lambda kind: kind.name)
     def test_common_claims(self, kind: type[Event]) -> None:
-        """Times are in seconds, the token is named by the event, and it never expires."""
-        found = claims(sample(kind))
-        assert found["iss"] == ISSUER
-        assert found["aud"] == AUDIENCE
-        assert found["jti"] == str(EVENT_ID)
-        assert found["txn"] == "r-1"
-        assert found["iat"] == found["toe"] == SECONDS
-        assert not {"exp", "nbf", "sub"} & found.keys()
+        """Times are in seconds, the token has the id of the event, and it never expires."""
+        result = claims(sample(kind))
+        assert result["iss"] == ISSUER
+        assert result["aud"] == AUDIENCE
+        assert result["jti"] == str(EVENT_ID)
+        assert result["txn"] == "r-1"
+        assert result["iat"] == result["toe"] == SECONDS
+        assert not {"exp", "nbf", "sub"} & result.keys()
 
-    @pytest.mark.parametrize("kind", TOLD, ids=lambda kind: kind.name)
+    @pytest.mark.parametrize("kind", WITH_TOKEN, ids=lambda kind: kind.name)
     def test_interoperable(self, kind: type[Event]) -> None:
-        """What tells of sessions and passwords says when, who began it, and a reason."""
-        told = payload(sample(kind))
+        """An event about a session or password has a time, an initiator and a reason."""
+        body = payload(sample(kind))
         if EXPECTED[kind].startswith(RISC):
-            assert told == {}
+            assert body == {}
             return
-        assert told["event_timestamp"] == SECONDS
+        assert body["event_timestamp"] == SECONDS
         for name in standard(FILE)["interoperable"]["required_in_caep_events"]:
-            assert told[name]["en"]
+            assert body[name]["en"]
 
-    @pytest.mark.parametrize("kind", TOLD, ids=lambda kind: kind.name)
+    @pytest.mark.parametrize("kind", WITH_TOKEN, ids=lambda kind: kind.name)
     def test_pure(self, kind: type[Event]) -> None:
         """The same event gives the same claims, whatever became of those before."""
         event = sample(kind)
@@ -175,8 +175,8 @@ class TestEveryEvent:
 class TestChecker:
     """The checks of this file can fail."""
 
-    @pytest.mark.parametrize("kind", TOLD, ids=lambda kind: kind.name)
-    def test_damage_is_found(self, kind: type[Event]) -> None:
+    @pytest.mark.parametrize("kind", WITH_TOKEN, ids=lambda kind: kind.name)
+    def test_damage_is_refused(self, kind: type[Event]) -> None:
         """Claims without a required one, with a forbidden one, or a wrong type are refused."""
         damaged = list(_damaged(claims(sample(kind))))
         assert len(damaged) > 10
@@ -186,9 +186,9 @@ class TestChecker:
     def test_event_claims(self) -> None:
         """A changed credential must say which, and how it changed."""
         for name in ("credential_type", "change_type"):
-            found = claims(sample(PasswordChanged))
-            del found["events"][CAEP + "credential-change"][name]
-            assert violations(found, FILE, "claims")
+            result = claims(sample(PasswordChanged))
+            del result["events"][CAEP + "credential-change"][name]
+            assert violations(result, FILE, "claims")
 
 
 class TestSubject:
@@ -219,12 +219,12 @@ class TestSubject:
 
     def test_user_alone(self) -> None:
         """On request an event about a session names the user alone."""
-        found = claims(sample(UserLogout), subject="user")["sub_id"]
-        assert found == {"format": "iss_sub", "iss": ISSUER, "sub": "7"}
+        result = claims(sample(UserLogout), subject="user")["sub_id"]
+        assert result == {"format": "iss_sub", "iss": ISSUER, "sub": "7"}
 
     @pytest.mark.parametrize("subject_id", [None, ""])
-    def test_nobody(self, subject_id: str | None) -> None:
-        """A token must be about somebody."""
+    def test_no_subject(self, subject_id: str | None) -> None:
+        """A token must have a subject."""
         with pytest.raises(ValueError, match="user_logout does not say whom it is about"):
             claims(sample(UserLogout, subject_id=subject_id))
 
@@ -235,19 +235,19 @@ class TestContent:
         assert payload(sample(UserLogin))["amr"] == ["pwd"]
 
     def test_other_login(self) -> None:
-        """Of a method that RFC 8176 may not know nothing is claimed."""
+        """A method that is not in RFC 8176 gives no claim."""
         assert "amr" not in payload(sample(UserLogin, method="magic link"))
 
     def test_password_changed(self) -> None:
         """A changed password is an updated credential."""
-        told = payload(sample(PasswordChanged))
-        assert (told["credential_type"], told["change_type"]) == ("password", "update")
+        body = payload(sample(PasswordChanged))
+        assert (body["credential_type"], body["change_type"]) == ("password", "update")
 
     @pytest.mark.parametrize("actor", get_args(Actor))
     def test_initiator(self, actor: str) -> None:
-        """Who began it is told in the words of CAEP; of nobody known it was the policy."""
-        told = payload(sample(SessionRevoked, actor=actor))
-        assert told["initiating_entity"] == ("policy" if actor == "unauthenticated" else actor)
+        """The initiator has a value of CAEP; without a known actor it is the policy."""
+        body = payload(sample(SessionRevoked, actor=actor))
+        assert body["initiating_entity"] == ("policy" if actor == "unauthenticated" else actor)
 
     def test_reuse_is_policy(self) -> None:
         """A session that ends for a reused token is ended by policy."""
@@ -255,8 +255,8 @@ class TestContent:
 
     def test_now(self) -> None:
         """The time of issue can be given; that of the event stays."""
-        found = claims(sample(UserLogout), now=OCCURRED + timedelta(minutes=5))
-        assert (found["iat"], found["toe"]) == (SECONDS + 300, SECONDS)
+        result = claims(sample(UserLogout), now=OCCURRED + timedelta(minutes=5))
+        assert (result["iat"], result["toe"]) == (SECONDS + 300, SECONDS)
 
     def test_no_request(self) -> None:
         """Without a request there is no transaction."""
@@ -264,8 +264,8 @@ class TestContent:
 
     def test_audiences(self) -> None:
         """There may be several receivers."""
-        found = claims(sample(UserLogin), audience=("https://a.example", "https://b.example"))
-        assert found["aud"] == ["https://a.example", "https://b.example"]
+        result = claims(sample(UserLogin), audience=("https://a.example", "https://b.example"))
+        assert result["aud"] == ["https://a.example", "https://b.example"]
 
     @pytest.mark.parametrize("empty", [{"issuer": ""}, {"audience": ""}, {"audience": []}])
     @pytest.mark.parametrize("kind", [UserLogin, UserLoginFailed])
@@ -282,14 +282,14 @@ class TestContent:
 
     def test_no_secret(self) -> None:
         """Neither the stored hash nor the e-mail address of the live user comes out."""
-        for kind in TOLD:
+        for kind in WITH_TOKEN:
             assert CANARY not in repr(claims(sample(kind)))
 
 
 class TestSigning:
     @pytest.mark.parametrize("algorithm", ASYMMETRIC)
     def test_received(self, algorithm: Algorithm) -> None:
-        """A receiver with the public key reads what was told, under a header that says what it is."""
+        """A receiver with the public key reads the claims, under a header with the type of the token."""
         event = sample(UserLogout)
         text = token(event, key(algorithm))
         assert received(text, algorithm) == claims(event)
@@ -300,8 +300,8 @@ class TestSigning:
     def test_options(self) -> None:
         """The options of the claims are those of the token."""
         now = OCCURRED + timedelta(minutes=5)
-        found = received(token(sample(UserLogout), key(), now=now, subject="user"))
-        assert (found["iat"], found["sub_id"]["format"]) == (SECONDS + 300, "iss_sub")
+        result = received(token(sample(UserLogout), key(), now=now, subject="user"))
+        assert (result["iat"], result["sub_id"]["format"]) == (SECONDS + 300, "iss_sub")
 
     def test_interoperable(self) -> None:
         """An RS256 key that we accept is large enough for the interoperability profile."""
@@ -335,9 +335,9 @@ class TestSigning:
         with pytest.raises(ConfigurationError, match="private key"):
             security_event_token(sample(UserLogout), public, issuer=ISSUER, audience=AUDIENCE)
 
-    @pytest.mark.parametrize("kind", TOLD, ids=lambda kind: kind.name)
+    @pytest.mark.parametrize("kind", WITH_TOKEN, ids=lambda kind: kind.name)
     def test_no_access(self, kind: type[Event]) -> None:
-        """With the very key, issuer and audience of the access tokens it is still none of them."""
+        """A token with the key, issuer and audience of access tokens is refused as an access token."""
         config = AuthConfig(secret=[key()], issuer=ISSUER, audience=AUDIENCE)
         tokens = AccessTokens(config, FakeClock(OCCURRED))
         for even_if_expired in (False, True):
@@ -345,7 +345,7 @@ class TestSigning:
                 tokens.read(token(sample(kind), key()), even_if_expired=even_if_expired)
 
     def test_type_alone(self) -> None:
-        """It is the type that keeps it out: not even the claims of an access token let it in."""
+        """The type alone makes it refused, even with the claims of an access token."""
         config = AuthConfig(secret=[key()], issuer=ISSUER, audience=AUDIENCE)
         tokens = AccessTokens(config, FakeClock(OCCURRED))
         extended = claims(sample(UserLogin)) | {"sub": "7", "sid": "s-1", "exp": SECONDS + 60}
@@ -382,7 +382,7 @@ class TestMistakes:
     )
     @pytest.mark.parametrize("kind", [UserLogout, UserLoginFailed])
     def test_refused(self, kind: type[Event], options: dict[str, Any], message: str) -> None:
-        """What no receiver could make sense of is refused, whether or not there would be a token."""
+        """Options that no receiver understands are refused, whether or not there would be a token."""
         terms = {"issuer": ISSUER, "audience": AUDIENCE, **options}
         with pytest.raises(ValueError, match=message):
             set_claims(sample(kind), **terms)
@@ -406,43 +406,43 @@ class TestHostile:
     @settings(max_examples=300, deadline=None)
     @given(event=hostile_events())
     def test_conforms(self, event: Event) -> None:
-        """Whatever anybody sends, the claims keep the rules, or there is nobody to tell of."""
+        """Any input gives claims that keep the rules, or no token without a subject."""
         try:
-            found = set_claims(event, issuer=ISSUER, audience=AUDIENCE)
+            result = set_claims(event, issuer=ISSUER, audience=AUDIENCE)
         except ValueError:
             assert not event.subject_id
             assert type(event) in EXPECTED
             return
-        assert (found is not None) == (type(event) in EXPECTED)
-        if found is not None:
-            assert violations(as_sent(found), FILE, "claims") == []
-            assert not any(FORBIDDEN.search(text) for text in texts(found))
+        assert (result is not None) == (type(event) in EXPECTED)
+        if result is not None:
+            assert violations(as_sent(result), FILE, "claims") == []
+            assert not any(FORBIDDEN.search(text) for text in texts(result))
 
     @settings(max_examples=30, deadline=None)
     @given(event=hostile_events())
     def test_signed(self, event: Event) -> None:
-        """What was signed is what is received, character for character."""
+        """The received claims are the signed ones, character for character."""
         if event.subject_id and type(event) in EXPECTED:
             assert received(token(event, key("ES256")), "ES256") == claims(event)
 
     def test_live_user_is_left_alone(self) -> None:
-        """An event that was rebuilt after its account was deleted is told like any other."""
+        """An event that was rebuilt after its account was deleted has a token like any other."""
         event = sample(UserLogout)
         assert isinstance(event.user, User)
         assert claims(UserLogout.from_dict(event.to_dict())) == claims(event)
 
 
-def _damaged(found: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def _damaged(result: dict[str, Any]) -> Iterator[dict[str, Any]]:
     for name in standard(FILE)["$defs"]["claims"]["required"]:
-        yield {other: value for other, value in found.items() if other != name}
-    ((uri, told),) = found["events"].items()
-    yield {**found, "sub": "7"}
-    yield {**found, "exp": SECONDS + 60}
-    yield {**found, "iat": OCCURRED.isoformat()}
-    yield {**found, "toe": SECONDS + 0.5}
-    yield {**found, "sub_id": {"format": "iss_sub", "sub": "7"}}
-    yield {**found, "sub_id": {"format": "email", "iss": ISSUER, "sub": "7"}}
-    yield {**found, "events": {}}
-    yield {**found, "events": {uri: told, RISC + "account-purged": {}}}
-    yield {**found, "events": {uri: {**told, "colour": "blue"}}}
-    yield {**found, "events": {uri: []}}
+        yield {other: value for other, value in result.items() if other != name}
+    ((uri, body),) = result["events"].items()
+    yield {**result, "sub": "7"}
+    yield {**result, "exp": SECONDS + 60}
+    yield {**result, "iat": OCCURRED.isoformat()}
+    yield {**result, "toe": SECONDS + 0.5}
+    yield {**result, "sub_id": {"format": "iss_sub", "sub": "7"}}
+    yield {**result, "sub_id": {"format": "email", "iss": ISSUER, "sub": "7"}}
+    yield {**result, "events": {}}
+    yield {**result, "events": {uri: body, RISC + "account-purged": {}}}
+    yield {**result, "events": {uri: {**body, "colour": "blue"}}}
+    yield {**result, "events": {uri: []}}
