@@ -12,7 +12,6 @@ from collections.abc import KeysView, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from datetime import datetime
 from inspect import get_annotations
-from types import MappingProxyType
 from typing import Any, ClassVar, Generic, Literal, Protocol, Self, TypeAlias
 from uuid import UUID, uuid4
 from weakref import WeakSet
@@ -181,7 +180,7 @@ class NamedEvent(Event):
     @classmethod
     def of(cls, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> NamedEvent:
         """Return the event *name* with a payload."""
-        event = cls(args=tuple(args), kwargs=MappingProxyType(dict(kwargs)))
+        event = cls(args=tuple(args), kwargs=dict(kwargs))
         object.__setattr__(event, "name", name)
         return event
 
