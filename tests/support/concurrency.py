@@ -14,7 +14,7 @@ from tortoise_auth.database import transactions as database_module
 from tortoise_auth.passwords import PasswordHasher
 
 
-async def hang_up_at(owner: Any, step: str, call: Coroutine[Any, Any, object]) -> None:
+async def cancel_after(owner: Any, step: str, call: Coroutine[Any, Any, object]) -> None:
     """Cancel a call while it waits for a step of *owner* that has done its work already."""
     take, taken, go_on = getattr(owner, step), asyncio.Event(), asyncio.Event()
 
