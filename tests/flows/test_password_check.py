@@ -542,7 +542,7 @@ class TestAttemptsInFlight:
     async def test_many_users_behind_one_address(
         self, db: TortoiseContext, clock: FakeClock
     ) -> None:
-        """All users behind one address setter log in at once with the right password get in."""
+        """All users behind one address who log in at once with the right password get in."""
         auth = service(clock, source=BUDGET)
         names = [f"user{number}@example.com" for number in range(BURST)]
         for name in names:
@@ -771,7 +771,7 @@ class TestVictim:
     async def test_success_of_the_owner_resets_the_failures(
         self, ada: User, clock: FakeClock
     ) -> None:
-        """An owner setter logs in now and then is never locked out, however long the guessing lasts."""
+        """An owner who logs in now and then is never locked out, however long the guessing lasts."""
         auth = service(clock, max_failures=BUDGET)
         await auth.login(EMAIL, PASSWORD, context=HERE)
         for _ in range(10):
