@@ -15,7 +15,7 @@ from passlib.hash import pbkdf2_sha256
 from tortoise.context import TortoiseContext
 from tortoise.transactions import in_transaction
 
-from tests.support.accounts import EMAIL, NEW_PASSWORD, PASSWORD, SECRET, assert_goes_on, log_in
+from tests.support.accounts import EMAIL, NEW_PASSWORD, PASSWORD, SECRET, assert_live, log_in
 from tests.support.app import NamedUser, User
 from tests.support.concurrency import Steps, cancel_after, meanwhile
 from tests.support.database import connection_of, database
@@ -734,7 +734,7 @@ class TestVictim:
         assert [each.id for each in await auth.sessions(ada)] == [first.session.id]
         assert await auth.login("bob@example.com", PASSWORD)
         await auth.set_password(ada, NEW_PASSWORD, keep=first.session)
-        await assert_goes_on(auth, first)
+        await assert_live(auth, first)
         assert await auth.login(EMAIL, NEW_PASSWORD)
 
     @pytest.mark.parametrize(
@@ -1299,7 +1299,7 @@ class TestStoreIsDown:
         assert costs == []
         assert events.names == []
         assert [each.id for each in await strict.sessions(ada)] == [session.session.id]
-        await assert_goes_on(strict, session)
+        await assert_live(strict, session)
 
     @pytest.mark.parametrize("method", ["reserve", "failed", "succeeded", "released"])
     @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from tests.support.accounts import (
     NEW_PASSWORD,
     PASSWORD,
     SECRET,
-    assert_goes_on,
+    assert_live,
     assert_over,
     log_in,
     signed,
@@ -123,7 +123,7 @@ class TestLifeCycle:
         fourth, fifth = [await auth.login(identifier, PASSWORD) for _ in range(2)]
         await auth.change_password(user, PASSWORD, NEW_PASSWORD, keep=fifth.session)
         await assert_over(auth, fourth)
-        await assert_goes_on(auth, fifth)
+        await assert_live(auth, fifth)
         assert await user.check_password(NEW_PASSWORD)
         assert await auth.revoke_session(fifth.session.id, user=user) == Revocation(1, str(user.pk))
 
@@ -136,7 +136,7 @@ class TestLifeCycle:
         await assert_over(auth, seventh)
         await auth.activate(user)
         await assert_over(auth, seventh)
-        await assert_goes_on(auth, await auth.login(identifier, NEW_PASSWORD))
+        await assert_live(auth, await auth.login(identifier, NEW_PASSWORD))
 
         clock.advance(timedelta(days=31))
         assert await auth.purge_expired() == 7
@@ -533,7 +533,7 @@ class TestLoginOvertaken:
     ) -> None:
         """A logout from every session does not refuse a login that commits after it."""
         meanwhile(monkeypatch, hasher, "verify", lambda: auth.logout_all(ada))
-        await assert_goes_on(auth, await log_in(auth))
+        await assert_live(auth, await log_in(auth))
 
 
 LEGACY = [
@@ -572,8 +572,8 @@ class TestRehash:
             "user_login",
             "user_login",
         ]
-        await assert_goes_on(auth, first)
-        await assert_goes_on(auth, second)
+        await assert_live(auth, first)
+        await assert_live(auth, second)
 
     async def test_of_another_cost(self, auth: AuthService[User], ada: User) -> None:
         """A hash of an outdated cost is replaced by one of the current cost."""
@@ -616,8 +616,8 @@ class TestRehash:
             inner.append(await log_in(auth))
 
         meanwhile(monkeypatch, hasher, "hash", log_in_too)
-        await assert_goes_on(auth, await log_in(auth))
-        await assert_goes_on(auth, inner[0])
+        await assert_live(auth, await log_in(auth))
+        await assert_live(auth, inner[0])
         assert events.names.count("password_rehashed") == 1
         assert await (await User.get(pk=ada.pk)).check_password(PASSWORD)
 
@@ -723,7 +723,7 @@ class TestAuthenticate:
         with pytest.raises(TokenInvalidError):
             await auth.refresh(result.access_token)
         assert events.names == []
-        await assert_goes_on(auth, result)
+        await assert_live(auth, result)
 
 
 class TestSetPassword:
@@ -743,8 +743,8 @@ class TestSetPassword:
 
         for result in ended:
             await assert_over(auth, result)
-        await assert_goes_on(auth, kept)
-        await assert_goes_on(auth, other)
+        await assert_live(auth, kept)
+        await assert_live(auth, other)
         with pytest.raises(AuthenticationError):
             await log_in(auth)
         assert await auth.login(EMAIL, NEW_PASSWORD)
@@ -819,7 +819,7 @@ class TestSetPassword:
             assert costs == []
         assert await rows(User) == before
         assert events.names == []
-        await assert_goes_on(auth, result)
+        await assert_live(auth, result)
 
     async def test_own_policy(self, db: TortoiseContext, ada: User) -> None:
         """A service may have a policy of its own."""
@@ -850,7 +850,7 @@ class TestChangePassword:
         await auth.change_password(ada, PASSWORD, NEW_PASSWORD, keep=kept.session)
         assert events.names == ["password_changed"]
         await assert_over(auth, ended)
-        await assert_goes_on(auth, kept)
+        await assert_live(auth, kept)
         assert await auth.login(EMAIL, NEW_PASSWORD)
 
     @pytest.mark.parametrize("current", ["wrong", "", None, 7, "x" * 2000, PASSWORD + "\0"])
@@ -871,7 +871,7 @@ class TestChangePassword:
         assert costs == [full_cost(hasher)]
         assert await rows(User) == before
         assert events.names == ["password_change_failed"]
-        await assert_goes_on(auth, result)
+        await assert_live(auth, result)
 
     async def test_wrong_current_password_comes_before_the_policy(
         self, auth: AuthService[User], ada: User
@@ -889,7 +889,7 @@ class TestChangePassword:
             await auth.change_password(ada, PASSWORD, "short")
         assert await rows(User) == before
         assert events.names == []
-        await assert_goes_on(auth, result)
+        await assert_live(auth, result)
 
     @pytest.mark.parametrize("change", ["closed", "deleted"])
     async def test_no_such_account(
@@ -969,7 +969,7 @@ class TestAccountOfAnotherModel:
         with pytest.raises(TypeError, match=r"^This AuthService serves User, not "):
             await call(auth, given)
         assert events.names == []
-        await assert_goes_on(auth, result)
+        await assert_live(auth, result)
 
 
 class TestUnsavedAccount:
@@ -1031,7 +1031,7 @@ class TestActor:
                 with pytest.raises(ValueError, match="is none of user, admin, system"):
                     await call(actor)
         assert events.names == []
-        await assert_goes_on(auth, result)
+        await assert_live(auth, result)
 
     async def everything(
         self, auth: AuthService[User], ada: User, events: Captured, **options: Any
@@ -1066,8 +1066,8 @@ class TestDeactivate:
         assert ada.is_active
         for result in results:
             await assert_over(auth, result)
-        await assert_goes_on(auth, other)
-        await assert_goes_on(auth, await log_in(auth))
+        await assert_live(auth, other)
+        await assert_live(auth, await log_in(auth))
         event = events.one(UserDeactivated)
         assert (event.user, event.sessions_ended) == (ada, 2)
 
@@ -1150,7 +1150,7 @@ class TestRollback:
             with pytest.raises(TokenError):
                 await auth.refresh(result.refresh_token)
         else:
-            await assert_goes_on(auth, old)
+            await assert_live(auth, old)
 
 
 class TestTwoServices:
@@ -1182,8 +1182,8 @@ class TestTwoServices:
                 assert await service.logout(token) == Revocation(0, None)
             assert await service.revoke_session(foreign.session.id) == Revocation(0, None)
         assert events.names == []
-        await assert_goes_on(users, one)
-        await assert_goes_on(named, two)
+        await assert_live(users, one)
+        await assert_live(named, two)
 
     async def test_lists_are_their_own(
         self, pair: tuple[AuthService[User], AuthService[NamedUser]]
@@ -1222,7 +1222,7 @@ class TestTwoServices:
         assert left == [each for each in before if each.get("id") != one.session.id]
         with pytest.raises(TokenError):
             await users.authenticate(one.access_token)
-        await assert_goes_on(named, two)
+        await assert_live(named, two)
 
     async def test_key_that_fits_no_column_of_the_other(
         self, db: TortoiseContext, auth: AuthService[User], clock: FakeClock
@@ -1234,7 +1234,7 @@ class TestTwoServices:
         with pytest.raises(TokenRevokedError):
             await auth.authenticate(result.access_token)
         assert await auth.logout(result.access_token) == Revocation(0, None)
-        await assert_goes_on(strings, result)
+        await assert_live(strings, result)
 
 
 FAILURES = [
@@ -1263,7 +1263,7 @@ class TestDatabaseFailure:
         assert failure.value.code == "service_unavailable"
         assert "canary" not in str(failure.value)
         assert (failure.value.__cause__, failure.value.__context__) == (None, None)
-        await assert_goes_on(auth, await log_in(auth))
+        await assert_live(auth, await log_in(auth))
 
     @pytest.mark.parametrize(
         "method",

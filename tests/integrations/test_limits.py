@@ -20,7 +20,7 @@ from limits.aio.storage import MemoryStorage, RedisStorage, Storage
 from limits.storage import storage_from_string
 from tortoise.context import TortoiseContext
 
-from tests.support.accounts import EMAIL, PASSWORD, SECRET, assert_goes_on, log_in
+from tests.support.accounts import EMAIL, PASSWORD, SECRET, assert_live, log_in
 from tests.support.app import User
 from tests.support.hashing import argon2_costs
 from tests.support.services import REDIS_URL, needs_redis
@@ -425,7 +425,7 @@ class TestService:
         assert "account_locked" in events.names
         with pytest.raises(AuthenticationError):
             await auth.login(EMAIL, PASSWORD, context=here)
-        await assert_goes_on(auth, session)
+        await assert_live(auth, session)
         await auth.set_password(ada, "another donkey charger")
         assert await auth.login(EMAIL, "another donkey charger")
         assert await auth.purge_expired() == 0

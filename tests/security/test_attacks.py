@@ -10,7 +10,7 @@ import argon2.low_level
 import pytest
 from tortoise.context import TortoiseContext
 
-from tests.support.accounts import EMAIL, PASSWORD, SECRET, assert_goes_on, log_in
+from tests.support.accounts import EMAIL, PASSWORD, SECRET, assert_live, log_in
 from tests.support.app import User
 from tests.support.rows import row, rows
 from tortoise_auth import AuthConfig, AuthenticationError, AuthService, PasswordHasher
@@ -65,7 +65,7 @@ class TestStorm:
         assert computing.all == CROWD
         assert computing.most <= hasher.threads
         assert len({result.session.id for result in results}) == CROWD
-        await assert_goes_on(auth, results[-1])
+        await assert_live(auth, results[-1])
 
     async def test_of_cancelled_callers(
         self,
@@ -149,4 +149,4 @@ class TestSignUp:
         with pytest.raises(ValueError, match="pk"):
             await User.create_user(email="eve@example.com", password=PASSWORD, pk=ada.pk)
         assert await row(User, ada.pk) == before
-        await assert_goes_on(auth, result)
+        await assert_live(auth, result)

@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from tortoise.context import TortoiseContext
 
-from tests.support.accounts import EMAIL, NEW_PASSWORD, PASSWORD, SECRET, assert_goes_on, log_in
+from tests.support.accounts import EMAIL, NEW_PASSWORD, PASSWORD, SECRET, assert_live, log_in
 from tests.support.app import NamedUser, User
 from tests.support.database import database
 from tests.support.hashing import Cost, argon2_costs, full_cost
@@ -656,4 +656,4 @@ class TestTokens:
         assert damaged >= CASES
         assert await Session.filter(revoked_at__isnull=False).count() == 0
         for session in sessions:
-            await assert_goes_on(auth, session)
+            await assert_live(auth, session)

@@ -19,7 +19,7 @@ from tests.support.accounts import (
     EMAIL,
     NEW_PASSWORD,
     PASSWORD,
-    assert_goes_on,
+    assert_live,
     assert_over,
     log_in,
 )
@@ -215,7 +215,7 @@ class TestChange:
         assert (failed.reason, failed.subject_id, failed.user) == ("bad_password", str(ada.pk), ada)
         assert events.names == ["password_change_failed"]
         assert sum(await AttemptCount.all().values_list("count", flat=True)) == 1  # type: ignore[arg-type]
-        await assert_goes_on(auth, result)
+        await assert_live(auth, result)
         assert await log_in(auth)
 
     async def test_same_password_again(self, auth: AuthService[User], ada: User) -> None:
@@ -299,7 +299,7 @@ class TestExhaustion:
                 await door(auth, ada, NEW_PASSWORD)
         assert (refusal.value.__cause__, refusal.value.__context__) == (None, None)
         assert await rows(User) == before
-        await assert_goes_on(auth, result)
+        await assert_live(auth, result)
 
 
 SECRET_NAMES = {

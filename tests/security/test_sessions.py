@@ -24,7 +24,7 @@ from tests.support.accounts import (
     NEW_PASSWORD,
     PASSWORD,
     SECRET,
-    assert_goes_on,
+    assert_live,
     assert_over,
     log_in,
     signed,
@@ -94,7 +94,7 @@ class TestRandomness:
             with pytest.raises(TokenInvalidError):
                 await auth.refresh(text)
             assert (await auth.logout(text)).sessions == 0
-        await assert_goes_on(auth, result)
+        await assert_live(auth, result)
 
 
 class TestReassignedKey:
@@ -118,7 +118,7 @@ class TestReassignedKey:
         await assert_over(auth, result)
         own = await auth.login(EMAIL, PASSWORD)
         assert [each.id for each in await auth.sessions(successor)] == [own.session.id]
-        await assert_goes_on(auth, own)
+        await assert_live(auth, own)
 
     async def test_neighbours_are_left_alone(
         self, auth: AuthService[User], ada: User, clock: FakeClock
@@ -127,7 +127,7 @@ class TestReassignedKey:
         clock.now = utc_now()
         result = await log_in(auth)
         await User.create_user(email="bob@example.com", password=PASSWORD, id=ada.pk + 1)
-        await assert_goes_on(auth, result)
+        await assert_live(auth, result)
 
     async def test_generated_keys_are_not_reassigned(self, db: TortoiseContext) -> None:
         """R57: the key of a deleted account is not handed out again."""
@@ -302,7 +302,7 @@ class TestLostReply:
             with pytest.raises(ServiceUnavailableError):
                 await auth.refresh(result.refresh_token)
         if grace:
-            await assert_goes_on(auth, await auth.refresh(result.refresh_token))
+            await assert_live(auth, await auth.refresh(result.refresh_token))
         else:
             with pytest.raises(TokenReusedError):
                 await auth.refresh(result.refresh_token)
@@ -417,7 +417,7 @@ class TestTwoLoops:
             log_in(auth), asyncio.to_thread(lambda: asyncio.run(elsewhere()))
         )
         assert there == "Twin"
-        await assert_goes_on(auth, here)
+        await assert_live(auth, here)
 
 
 class TestRows:
@@ -478,4 +478,4 @@ class TestEventsOfASession:
                 await auth.refresh(RefreshToken.new().text)
         assert events.names == ["refresh_token_reused"]
         await assert_over(auth, second)
-        await assert_goes_on(auth, other)
+        await assert_live(auth, other)

@@ -25,7 +25,7 @@ from tests.support.accounts import (
     NEW_PASSWORD,
     PASSWORD,
     SECRET,
-    assert_goes_on,
+    assert_live,
     assert_over,
     log_in,
     signed,
@@ -99,7 +99,7 @@ class TestRefresh:
         assert (await row(Session, first.session.id))["generation"] == 1
         event = events.one(SessionRefreshed)
         assert (event.user, event.session_id, event.generation) == (ada, str(first.session.id), 1)
-        await assert_goes_on(auth, second)
+        await assert_live(auth, second)
 
     async def test_older_access_token_lives_on(self, auth: AuthService[User], ada: User) -> None:
         """A request that is in flight while the client refreshes is not refused."""
@@ -175,7 +175,7 @@ class TestRefresh:
         assert events.names == ["refresh_token_reused"]
         event = events.one(RefreshTokenReused)
         assert (event.user, event.session_id) == (ada, str(first.session.id))
-        await assert_goes_on(auth, other)
+        await assert_live(auth, other)
 
     @pytest.mark.parametrize(
         "ender", ["logout", "set_password", "deactivate", "close_by_hand", "raise_by_hand"]
@@ -208,7 +208,7 @@ class TestRefresh:
         with pytest.raises(TokenInvalidError):
             await auth.refresh(RefreshToken.new().text)
         assert events.names == []
-        await assert_goes_on(auth, result)
+        await assert_live(auth, result)
 
     async def test_damaged_token(
         self, auth: AuthService[User], ada: User, events: Captured
@@ -226,7 +226,7 @@ class TestRefresh:
             with pytest.raises(TokenInvalidError):
                 await auth.refresh(damaged)
         assert events.names == []
-        await assert_goes_on(auth, result)
+        await assert_live(auth, result)
 
     async def test_sees_the_end_at_once(
         self, auth: AuthService[User], ada: User, events: Captured
@@ -331,7 +331,7 @@ class TestReuseGrace:
         assert third.refresh_token != second.refresh_token
         assert await auth.authenticate(second.access_token) == ada
         assert events.names == ["session_refreshed", "session_refreshed"]
-        await assert_goes_on(auth, third)
+        await assert_live(auth, third)
 
     async def test_after(
         self, auth: AuthService[User], ada: User, clock: FakeClock, events: Captured
@@ -365,7 +365,7 @@ class TestReuseGrace:
         with _raising(emitter), pytest.raises(EventError):
             await auth.refresh(first.refresh_token)
         await emitter.aclose(10)
-        await assert_goes_on(auth, await auth.refresh(first.refresh_token))
+        await assert_live(auth, await auth.refresh(first.refresh_token))
 
     async def test_not_after_the_end(self, auth: AuthService[User], ada: User) -> None:
         """The window revives no session that was ended."""
@@ -390,7 +390,7 @@ class TestLogout:
         assert await auth.logout(token) == Revocation(0, str(ada.pk))
         await assert_over(auth, result)
         assert events.names == ["user_logout"]
-        await assert_goes_on(auth, other)
+        await assert_live(auth, other)
 
     async def test_spent_refresh_token(
         self, auth: AuthService[User], ada: User, events: Captured
@@ -402,7 +402,7 @@ class TestLogout:
         assert await auth.logout(first.refresh_token) == Revocation(1, str(ada.pk))
         await assert_over(auth, second)
         assert events.names == ["user_logout"]
-        await assert_goes_on(auth, other)
+        await assert_live(auth, other)
 
     async def test_expired_access_token(
         self, auth: AuthService[User], ada: User, clock: FakeClock, events: Captured
@@ -447,7 +447,7 @@ class TestLogout:
             TypeError, match=r"^revoke_session\(\) takes result.session, not the Auth"
         ):
             await auth.revoke_session(result)  # type: ignore[arg-type]
-        await assert_goes_on(auth, result)
+        await assert_live(auth, result)
 
     async def test_forged_token(
         self, auth: AuthService[User], ada: User, clock: FakeClock, events: Captured
@@ -459,7 +459,7 @@ class TestLogout:
         forged = signed(forger, clock, str(ada.pk), str(result.session.id))
         assert await auth.logout(forged) == Revocation(0, None)
         assert events.names == []
-        await assert_goes_on(auth, result)
+        await assert_live(auth, result)
 
     async def test_event(
         self, auth: AuthService[User], ada: User, events: Captured, clock: FakeClock
@@ -512,7 +512,7 @@ class TestLogoutAll:
         assert await auth.logout_all(ada) == Revocation(3, str(ada.pk))
         for result in results:
             await assert_over(auth, result)
-        await assert_goes_on(auth, other)
+        await assert_live(auth, other)
         event = events.one(UserLogout)
         assert event.user == ada
         assert (event.session_id, event.sessions_ended, event.everywhere) == (None, 3, True)
@@ -570,7 +570,7 @@ class TestLogoutAll:
         }
         assert (await auth.logout_all(ada, keep=names[keep])).sessions == 1
         await assert_over(auth, ended)
-        await assert_goes_on(auth, kept)
+        await assert_live(auth, kept)
 
     async def test_keep_what_is_no_session(self, auth: AuthService[User], ada: User) -> None:
         """An invalid keep= is a ValueError and ends nothing."""
@@ -581,7 +581,7 @@ class TestLogoutAll:
                 await auth.logout_all(ada, keep=keep)
             with pytest.raises(ValueError, match="keep="):
                 await auth.set_password(ada, NEW_PASSWORD, keep=keep)
-        await assert_goes_on(auth, result)
+        await assert_live(auth, result)
         await log_in(auth)
 
     async def test_keep_of_another_user(
@@ -591,7 +591,7 @@ class TestLogoutAll:
         mine, other = await log_in(auth), await auth.login("bob@example.com", PASSWORD)
         assert (await auth.logout_all(ada, keep=other.session)).sessions == 1
         await assert_over(auth, mine)
-        await assert_goes_on(auth, other)
+        await assert_live(auth, other)
 
     async def test_nothing_to_end(
         self, auth: AuthService[User], ada: User, clock: FakeClock, events: Captured
@@ -641,7 +641,7 @@ class TestRevokeSession:
         assert await auth.revoke_session(name, user=ada) == Revocation(1, str(ada.pk))
         assert await auth.revoke_session(name, user=ada) == Revocation(0, str(ada.pk))
         await assert_over(auth, result)
-        await assert_goes_on(auth, other)
+        await assert_live(auth, other)
         event = events.one(SessionRevoked)
         assert (event.user, event.session_id) == (ada, str(result.session.id))
 
@@ -653,7 +653,7 @@ class TestRevokeSession:
         events.clear()
         assert await auth.revoke_session(result.session.id, user=bob) == Revocation(0, None)
         assert events.names == []
-        await assert_goes_on(auth, result)
+        await assert_live(auth, result)
 
     async def test_by_the_session_itself(self, auth: AuthService[User], ada: User) -> None:
         """The session itself may be passed instead of its id."""
