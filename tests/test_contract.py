@@ -14,7 +14,7 @@ import pydantic_core
 import pytest
 from tortoise.context import TortoiseContext
 
-from tests.support.accounts import EMAIL, PASSWORD, SECRET, assert_goes_on, log_in
+from tests.support.accounts import EMAIL, PASSWORD, SECRET, assert_live, log_in
 from tests.support.app import NamedUser, StrUser, User
 from tests.support.keys import pem
 from tortoise_auth import (
@@ -77,7 +77,7 @@ class TestLogout:
             await auth.logout(mistakes[mistake])
         assert message in str(raised.value)
         assert result.access_token not in str(raised.value)
-        await assert_goes_on(auth, result)
+        await assert_live(auth, result)
 
     async def test_garbage(self, auth: AuthService[User], ada: User) -> None:
         """Text that is no token of ours ends nothing."""

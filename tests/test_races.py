@@ -22,7 +22,7 @@ from tests.support.accounts import (
     NEW_PASSWORD,
     PASSWORD,
     SECRET,
-    assert_goes_on,
+    assert_live,
     assert_over,
     counting_from_zero,
     log_in,
@@ -270,7 +270,7 @@ class TestRefreshAndEnd:
         first = calls.pop(order)
         outcomes = await overlap(monkeypatch, fresh, first, *calls.values())
         (refreshed,) = [result for result in outcomes if result is not None]
-        await assert_goes_on(auth, refreshed)
+        await assert_live(auth, refreshed)
         assert await fresh.live_sessions() == 1
         await fresh.assert_events_equal_changes(events)
 
@@ -300,7 +300,7 @@ class TestManyRefreshes:
         await fresh.assert_events_equal_changes(events)
         assert await fresh.live_sessions() == 1
         await assert_over(auth, won)
-        await assert_goes_on(auth, other)
+        await assert_live(auth, other)
 
     async def test_all_of_two_within_the_grace(
         self,
@@ -322,7 +322,7 @@ class TestManyRefreshes:
         )
         for result in (first, second):
             assert await auth.authenticate(result.access_token) == ada
-        await assert_goes_on(auth, second)
+        await assert_live(auth, second)
         assert "refresh_token_reused" not in events.names
         await fresh.assert_events_equal_changes(events)
 
@@ -633,7 +633,7 @@ class TestRehash:
         """Of two logins one replaces the hash, and both succeed."""
         results = await overlap(monkeypatch, fresh, lambda: log_in(auth), lambda: log_in(auth))
         for result in results:
-            await assert_goes_on(auth, result)
+            await assert_live(auth, result)
         assert events.names.count("password_rehashed") == 1
         assert await (await User.get(pk=ada.pk)).check_password(PASSWORD)
         await fresh.assert_events_equal_changes(events)

@@ -1,4 +1,4 @@
-"""Ada, her passwords, and what becomes of her sessions."""
+"""Ada, her passwords, and the state of her sessions."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ GARBAGE: list[Any] = [
     "\ud800.\ud800.\ud800",
     "." * 1_000_000,
 ]
-"""What is no token at all."""
+"""Values that are no token."""
 
 
 async def counting_from_zero(user: User) -> User:
@@ -56,14 +56,14 @@ async def assert_over(auth: AuthService[Any], result: AuthResult[Any]) -> None:
         await auth.refresh(result.refresh_token)
 
 
-async def assert_goes_on(auth: AuthService[Any], result: AuthResult[Any]) -> None:
+async def assert_live(auth: AuthService[Any], result: AuthResult[Any]) -> None:
     """Both tokens of the session work."""
     assert (await auth.authenticate(result.access_token)).pk == result.user.pk
     assert (await auth.refresh(result.refresh_token)).session.id == result.session.id
 
 
 def signed(auth: AuthService[Any], clock: FakeClock, subject: str, session_id: str) -> str:
-    """Return a token that only the holder of the key could make."""
+    """Return a token that only the owner of the key could make."""
     token, _ = AccessTokens(auth.config, clock).issue(
         subject=subject,
         session_id=session_id,
