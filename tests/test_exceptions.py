@@ -123,7 +123,8 @@ class TestTree:
             assert not issubclass(
                 kind, ValueError | TypeError | OSError | RuntimeError | LookupError
             )
-        for kind in set(CODES) - {AuthenticationError}:
+        assert issubclass(ThrottledError, AuthenticationError)
+        for kind in set(CODES) - {AuthenticationError, ThrottledError}:
             assert not issubclass(kind, AuthenticationError)
 
     def test_public_names(self) -> None:
@@ -193,7 +194,8 @@ class TestMessages:
     def test_throttled(self, seconds: float, said: str) -> None:
         """Who waits for as long as the text says has waited long enough."""
         error = ThrottledError(seconds)
-        assert str(error) == f"Too many attempts; try again in {said} seconds"
+        unit = "second" if said == "1" else "seconds"
+        assert str(error) == f"Too many attempts; try again in {said} {unit}"
         assert error.retry_after == seconds
 
     def test_failures(self) -> None:

@@ -5,7 +5,7 @@
     TortoiseAuthError
     ├── ConfigurationError        wrong settings, models not registered, tables missing
     ├── AuthenticationError       login refused; one text and code for every reason
-    ├── ThrottledError            too many attempts; carries ``retry_after``
+    │   └── ThrottledError        too many attempts; carries ``retry_after``
     ├── PasswordPolicyError       a new password was refused; carries ``failures``
     ├── InvalidIdentifierError    an e-mail address or user name that cannot be one
     ├── IdentifierTakenError      an account with this identifier exists

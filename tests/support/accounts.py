@@ -10,6 +10,7 @@ import pytest
 from tests.support.app import User
 from tortoise_auth import AuthResult, AuthService
 from tortoise_auth.exceptions import TokenRevokedError
+from tortoise_auth.models import user_table
 from tortoise_auth.sessions.access_tokens import AccessTokens
 from tortoise_auth.testing import FakeClock
 
@@ -64,7 +65,7 @@ async def assert_live(auth: AuthService[Any], result: AuthResult[Any]) -> None:
 
 def signed(auth: AuthService[Any], clock: FakeClock, subject: str, session_id: str) -> str:
     """Return a token that only the owner of the key could make."""
-    token, _ = AccessTokens(auth.config, clock).issue(
+    token, _ = AccessTokens(auth.config, clock, user_table(auth.user_model)).issue(
         subject=subject,
         session_id=session_id,
         session_ends=clock() + timedelta(days=1),

@@ -23,6 +23,7 @@ from tortoise_auth.clock import utc_now
 from tortoise_auth.context import RequestContext
 from tortoise_auth.events.classification import Classification
 from tortoise_auth.events.serialization import plain, restored
+from tortoise_auth.frozen import FrozenDict
 
 UserT = TypeVar("UserT", bound=Model, default=Model)
 """The host's user model: annotate a handler with ``UserLogin[User]`` to have ``event.user`` typed."""
@@ -180,7 +181,7 @@ class NamedEvent(Event):
     @classmethod
     def of(cls, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> NamedEvent:
         """Return the event *name* with a payload."""
-        event = cls(args=tuple(args), kwargs=dict(kwargs))
+        event = cls(args=tuple(args), kwargs=FrozenDict(kwargs))
         object.__setattr__(event, "name", name)
         return event
 

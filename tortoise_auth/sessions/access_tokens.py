@@ -18,6 +18,7 @@ from tortoise_auth.clock import Clock
 from tortoise_auth.config import AuthConfig
 from tortoise_auth.context import sanitize_text
 from tortoise_auth.exceptions import TokenExpiredError, TokenInvalidError
+from tortoise_auth.frozen import FrozenDict
 from tortoise_auth.lazy import LazyModule
 from tortoise_auth.sessions.encoding import from_base64url
 
@@ -238,7 +239,9 @@ class AccessTokens:
             expires_at=_moment(claims["exp"]),
             authenticated_at=_moment(claims["auth_time"]) if "auth_time" in claims else None,
             methods=tuple(methods),
-            extra={name: value for name, value in claims.items() if name not in _REGISTERED_CLAIMS},
+            extra=FrozenDict(
+                {name: value for name, value in claims.items() if name not in _REGISTERED_CLAIMS}
+            ),
         )
 
 
