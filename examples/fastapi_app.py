@@ -91,11 +91,11 @@ async def remember_request(request: Request) -> None:
 app = FastAPI(lifespan=lifespan, dependencies=[Depends(remember_request)])
 
 STATUS: dict[type[exceptions.TortoiseAuthError], int] = {
+    exceptions.ThrottledError: 429,  # before AuthenticationError, of which it is one
     exceptions.AuthenticationError: 401,
     exceptions.TokenError: 401,
     exceptions.InvalidIdentifierError: 422,
     exceptions.PasswordPolicyError: 422,
-    exceptions.ThrottledError: 429,
     exceptions.ServiceUnavailableError: 503,
 }
 

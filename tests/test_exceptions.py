@@ -1,4 +1,4 @@
-"""Errors: one tree, stable codes, and every one survives the way to another process."""
+"""Errors: one tree, stable codes, and copies that survive pickling."""
 
 from __future__ import annotations
 
@@ -89,11 +89,11 @@ class TestTree:
         drawn: dict[str, str | None] = {}
         branch: list[str] = []
         for line in (exceptions.__doc__ or "").splitlines():
-            found = re.match(r"( {4}(?:│   |    )*(?:├── |└── )?)(\w+Error)\b", line)
-            if found:
-                depth = len(found[1]) // 4 - 1
-                branch[depth:] = [found[2]]
-                drawn[found[2]] = branch[depth - 1] if depth else None
+            match = re.match(r"( {4}(?:│   |    )*(?:├── |└── )?)(\w+Error)\b", line)
+            if match:
+                depth = len(match[1]) // 4 - 1
+                branch[depth:] = [match[2]]
+                drawn[match[2]] = branch[depth - 1] if depth else None
         assert drawn == {
             kind.__name__: kind.__base__.__name__ if kind is not TortoiseAuthError else None
             for kind in CODES
@@ -101,7 +101,7 @@ class TestTree:
         }
 
     def test_complete(self) -> None:
-        """There is no error besides."""
+        """The tree holds every error of the package."""
         here = {
             value
             for value in vars(exceptions).values()
@@ -110,12 +110,12 @@ class TestTree:
         assert here == set(CODES)
 
     def test_codes(self) -> None:
-        """The codes are those that clients know, and each is another."""
+        """The codes are the documented ones, and all differ."""
         assert {kind: kind.code for kind in CODES} == CODES
         assert len(set(CODES.values())) == len(CODES)
 
     def test_roots(self) -> None:
-        """One `except` catches all of them, and none is caught by chance as something else."""
+        """One `except` catches all of them, and none is an unrelated built-in error."""
         assert all(issubclass(kind, TortoiseAuthError) for kind in CODES)
         assert issubclass(InvalidIdentifierError, ValueError)
         assert issubclass(SubscriptionError, TypeError)
@@ -123,7 +123,8 @@ class TestTree:
             assert not issubclass(
                 kind, ValueError | TypeError | OSError | RuntimeError | LookupError
             )
-        for kind in set(CODES) - {AuthenticationError}:
+        assert issubclass(ThrottledError, AuthenticationError)
+        for kind in set(CODES) - {AuthenticationError, ThrottledError}:
             assert not issubclass(kind, AuthenticationError)
 
     def test_public_names(self) -> None:
@@ -153,7 +154,7 @@ class TestCopies:
 
     @pytest.mark.parametrize("way", COPIES)
     def test_event_error(self, way: str) -> None:
-        """An `EventError` keeps what failed, and why."""
+        """A copy of an `EventError` keeps what failed, and why."""
         error = COPIES[way](EventError("user_login", "greet", KeyError("key")))
         assert isinstance(error, EventError)
         assert (error.event_name, error.handler_name) == ("user_login", "greet")
@@ -162,7 +163,7 @@ class TestCopies:
 
     @pytest.mark.parametrize("way", COPIES)
     def test_facts(self, way: str) -> None:
-        """Seconds and failures come along."""
+        """A copy keeps the seconds and the failures."""
         throttled, refused = (
             COPIES[way](ThrottledError(2.25)),
             COPIES[way](PasswordPolicyError(FAILURES)),
@@ -175,7 +176,7 @@ class TestCopies:
 
 class TestMessages:
     def test_texts(self) -> None:
-        """What is said without a text of one's own is fixed, and tells no reason."""
+        """The default text of an error is fixed, and reveals no reason."""
         assert [str(error) for error in (AuthenticationError(), IdentifierTakenError())] == [
             "Invalid credentials",
             "An account with this identifier exists already",
@@ -191,13 +192,14 @@ class TestMessages:
         ("seconds", "said"), [(30, "30"), (1, "1"), (0.4, "1"), (59.5, "60"), (60.0, "60")]
     )
     def test_throttled(self, seconds: float, said: str) -> None:
-        """Who waits for as long as the text says has waited long enough."""
+        """The seconds in the text are at least those to wait."""
         error = ThrottledError(seconds)
-        assert str(error) == f"Too many attempts; try again in {said} seconds"
+        unit = "second" if said == "1" else "seconds"
+        assert str(error) == f"Too many attempts; try again in {said} {unit}"
         assert error.retry_after == seconds
 
     def test_failures(self) -> None:
-        """The text of a refused password is that of its failures, which nobody can change."""
+        """The text of a rejected password is that of its failures, which are immutable."""
         given = list(FAILURES)
         error = PasswordPolicyError(given)
         given.clear()
@@ -212,7 +214,7 @@ class TestMessages:
         )
 
     def test_describe(self) -> None:
-        """An error whose own text fails is described all the same."""
+        """An error whose `str` fails is described, too."""
 
         class MuteError(Exception):
             def __str__(self) -> str:

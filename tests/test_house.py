@@ -1,4 +1,4 @@
-"""The shape of the house: no room so large that it is two, and a front without works behind it."""
+"""The shape of the package: bounded modules and functions, and a service that only delegates."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ def functions(source: str) -> Iterator[tuple[str, int]]:
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_nothing_is_too_long(path: Path) -> None:
-    """A module of more than 500 lines, or a function of more than 50, is two things."""
+    """A module has at most 500 lines, and a function at most 50."""
     source = path.read_text()
     assert source.count("\n") <= LONGEST_MODULE
     assert [each for each in functions(source) if each[1] > LONGEST_FUNCTION] == []
 
 
 def test_long_functions_are_seen() -> None:
-    """The check above can fail, and docstrings do not count."""
+    """The check above detects a long function, and ignores docstrings."""
     source = 'def f():\n    """One.\n\n    Two.\n    """\n' + "    pass\n" * 51
     assert list(functions(source)) == [("f", 51)]
 
 
 def test_the_service_is_a_front() -> None:
-    """`AuthService` holds docstrings, and one call into a flow for each method."""
+    """`AuthService` holds docstrings, and one call of a flow for each method."""
     source = (PACKAGE / "service.py").read_text()
     assert source.count("\n") < LONGEST_SERVICE
     longest = {name: lines for name, lines in functions(source) if name != "__init__"}

@@ -1,4 +1,4 @@
-"""What an import loads, what it leaves for first use, and that the face of the package hides it."""
+"""What an import loads, what it defers to first use, and that the package does not show it."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ class TestImport:
         ],
     )
     def test_heavy_libraries(self, statement: str) -> None:
-        """No import of ours loads a library that is needed later or never."""
+        """No import of the package loads a library that is needed later or never."""
         loaded, _ = run(MEASURE.format(statement=statement, heavy=HEAVY))
         assert loaded == []
 
@@ -126,7 +126,7 @@ class TestImport:
         assert {"passlib", "argon2", "zxcvbn"} <= set(anywhere)
 
     def test_plugin(self, tmp_path: Path) -> None:
-        """A run of pytest that uses no fixture of ours loads the plugin and nothing else."""
+        """A run of pytest that uses none of our fixtures loads only the plugin."""
         (tmp_path / "test_host.py").write_text(HOST)
         done = subprocess.run(
             [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_host.py"],
@@ -141,7 +141,7 @@ class TestImport:
 
 class TestFace:
     def test_names(self) -> None:
-        """Every name of ``__all__`` is what its module defines, and stays the same object."""
+        """Every name of ``__all__`` is the object that its module defines."""
         homes = tortoise_auth._HOMES
         assert {*homes, "__version__"} == set(tortoise_auth.__all__)
         for name, home in homes.items():
@@ -150,7 +150,7 @@ class TestFace:
         assert tortoise_auth.emitter is events.emitter
 
     def test_type_checkers_see_the_same(self) -> None:
-        """What is imported for type checkers is what is imported on first use."""
+        """The names for type checkers are those that are imported on first use."""
         tree = ast.parse(Path(tortoise_auth.__file__).read_text())
         imported = {
             alias.name: str(node.module).removeprefix("tortoise_auth.")
@@ -167,7 +167,7 @@ class TestFace:
 
     @pytest.mark.parametrize("name", ["AbstractUsr", "on_login", "__wrapped__", "_private", "nope"])
     def test_unknown(self, name: str) -> None:
-        """What does not exist is an ``AttributeError`` that names it."""
+        """An unknown name is an ``AttributeError`` that names it."""
         with pytest.raises(AttributeError, match=f"'tortoise_auth' has no attribute '{name}'"):
             getattr(tortoise_auth, name)
 
@@ -179,13 +179,13 @@ class TestFace:
         assert all(name in text for name in ("class AbstractUser", "class AuthService", "emitter"))
 
     def test_star(self) -> None:
-        """A star import brings every name."""
+        """A star import imports every name."""
         namespace: dict[str, object] = {}
         exec("from tortoise_auth import *", namespace)
         assert set(tortoise_auth.__all__) <= namespace.keys()
 
     def test_pickled(self) -> None:
-        """Classes and errors survive the way to another process."""
+        """Classes and errors survive pickling."""
         for name in ("AbstractUser", "AuthService", "AuthenticationError", "RequestContext"):
             kind = getattr(tortoise_auth, name)
             assert pickle.loads(pickle.dumps(kind)) is kind
@@ -215,7 +215,7 @@ class TestLazyModule:
         assert run(script) == [False, True]
 
     def test_names(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """A name is looked up each time, so that it can be replaced in the module."""
+        """A name is read at each use, so that it can be replaced in the module."""
         module = ModuleType("loaded_late")
         monkeypatch.setitem(sys.modules, "loaded_late", module)
         lazy: Any = LazyModule("loaded_late")
@@ -227,7 +227,7 @@ class TestLazyModule:
             _ = lazy.weight
 
     def test_questions_load_nothing(self) -> None:
-        """Tools that ask any object for names of their own do not load the module."""
+        """Reading special names, as tools do, does not load the module."""
         lazy = LazyModule("there.is.no.such.module")
         assert not hasattr(lazy, "__wrapped__")
         assert not hasattr(lazy, "_pytestfixturefunction")

@@ -1,4 +1,4 @@
-"""The map in ``tests/README.md``: it leads from every module to its tests, and to no file that is gone."""
+"""The map in ``tests/README.md``: it names the tests of every module, and only files that exist."""
 
 from __future__ import annotations
 
@@ -35,20 +35,20 @@ def test_every_module_has_its_tests() -> None:
 
 
 def test_every_test_file_is_on_the_map() -> None:
-    """Each test file is named, but for those of security, which are found by their ids."""
+    """Each test file is named, except those of security, which are named by their ids."""
     files = {path.relative_to(TESTS).as_posix() for path in TESTS.rglob("test_*.py")}
     missing = {path for path in files - FILES if not path.startswith("security/")}
     assert missing <= {"test_map.py"}
 
 
 def test_leads_somewhere() -> None:
-    """Every file that the map names is there."""
+    """Every file that the map names exists."""
     assert {path for path in MODULES if not (PACKAGE / path).exists()} == set()
     assert {path for path in FILES if not (TESTS / path).exists()} == set()
 
 
 def test_nothing_is_imported_from_a_test() -> None:
-    """What several files need is in ``tests/support``: no test module is imported, nor a conftest."""
+    """No test module or conftest is imported: shared code is in ``tests/support``."""
     forbidden = re.compile(
         r"^\s*(?:from|import) tests\.(?:\w+\.)*(?:test_\w+|conftest)\b", re.MULTILINE
     )

@@ -22,7 +22,7 @@ from tests.support.accounts import (
     NEW_PASSWORD,
     PASSWORD,
     SECRET,
-    assert_goes_on,
+    assert_live,
     assert_over,
     counting_from_zero,
     log_in,
@@ -66,7 +66,7 @@ pytestmark = needs_postgres
 OTHER_PASSWORD = "another donkey charger"
 CALLERS = 20
 LIMIT = 20
-"""Seconds after which a race that does not come about is a failure."""
+"""Seconds after which a race that has not ended fails."""
 
 Call: TypeAlias = Callable[[], Awaitable[object]]
 
@@ -90,16 +90,16 @@ async def session(auth: AuthService[User], ada: User) -> AuthResult[User]:
 
 
 class Database:
-    """A connection of its own to the database of the test, which sees only what is committed."""
+    """A separate connection to the database of the test, which reads only what is committed."""
 
     def __init__(self, connection: asyncpg.Connection) -> None:
         self._connection = connection
 
     async def value(self, sql: str, *arguments: object) -> Any:
-        """Return the only value that a query gives."""
+        """Return the single value of a query."""
         return await self._connection.fetchval(sql, *arguments)
 
-    async def until_somebody_waits_for(self, process: int) -> None:
+    async def until_a_connection_waits_for(self, process: int) -> None:
         """Return when another connection waits for a lock that *process* holds."""
         waits = "SELECT count(*) FROM pg_stat_activity WHERE $1 = ANY(pg_blocking_pids(pid))"
         async with asyncio.timeout(LIMIT):
@@ -107,7 +107,7 @@ class Database:
                 pass
 
     async def assert_events_equal_changes(self, events: Captured) -> None:
-        """Everything in the tables was told, and nothing else."""
+        """Check that the events match the changes in the tables."""
         ended = len(events.of(SessionRevoked)) + len(events.of(RefreshTokenReused))
         ended += sum(event.sessions_ended for event in events.of(UserLogout))
         ended += sum(event.sessions_ended for event in events.of(PasswordChanged))
@@ -122,7 +122,7 @@ class Database:
         assert await self.value("SELECT max(session_version) FROM app_user") == raised
 
     async def live_sessions(self) -> int:
-        """Return how many sessions are not over."""
+        """Return how many sessions are live."""
         sql = """
             SELECT count(*) FROM tortoise_auth_session s JOIN app_user u ON u.id::text = s.user_id
             WHERE s.revoked_at IS NULL AND u.is_active AND u.session_version = s.session_version
@@ -153,7 +153,7 @@ async def outcome(call: Call) -> object:
 async def overlap(
     monkeypatch: pytest.MonkeyPatch, fresh: Database, first: Call, second: Call
 ) -> tuple[Any, Any]:
-    """Let *second* read what was there before *first*, and commit after it.
+    """Let *second* read before *first* writes, and commit after it.
 
     *first* writes and stops in front of its COMMIT. *second* starts, reads the old state, and comes
     to wait for a row that *first* has locked. Then *first* commits.
@@ -163,7 +163,7 @@ async def overlap(
     go = asyncio.Event()
     commit = TransactionWrapper.commit
 
-    async def commit_when_told(self: TransactionWrapper) -> None:
+    async def commit_when_released(self: TransactionWrapper) -> None:
         if holds_its_commit.get() and not holder.done():
             holder.set_result(self._connection.get_server_pid())
             await go.wait()
@@ -173,13 +173,13 @@ async def overlap(
         holds_its_commit.set(True)
         return await outcome(first)
 
-    monkeypatch.setattr(TransactionWrapper, "commit", commit_when_told)
+    monkeypatch.setattr(TransactionWrapper, "commit", commit_when_released)
     try:
         async with asyncio.timeout(LIMIT):
             one = loop.create_task(run_first())
             process = await holder
             two = loop.create_task(outcome(second))
-            await fresh.until_somebody_waits_for(process)
+            await fresh.until_a_connection_waits_for(process)
             go.set()
             return await one, await two
     finally:
@@ -214,7 +214,7 @@ class TestRefreshAndEnd:
         events: Captured,
         ender: str,
     ) -> None:
-        """The tokens of a refresh that came first are dead when the call that ends returns."""
+        """The tokens of an earlier refresh are revoked when the call that ends the session returns."""
         refreshed, ended = await overlap(
             monkeypatch,
             fresh,
@@ -238,7 +238,7 @@ class TestRefreshAndEnd:
         events: Captured,
         ender: str,
     ) -> None:
-        """A refresh that had seen the session alive gets no tokens, and no alarm sounds."""
+        """A refresh that read a live session gets no tokens, and no event of reuse is emitted."""
         ended, refused = await overlap(
             monkeypatch,
             fresh,
@@ -270,7 +270,7 @@ class TestRefreshAndEnd:
         first = calls.pop(order)
         outcomes = await overlap(monkeypatch, fresh, first, *calls.values())
         (refreshed,) = [result for result in outcomes if result is not None]
-        await assert_goes_on(auth, refreshed)
+        await assert_live(auth, refreshed)
         assert await fresh.live_sessions() == 1
         await fresh.assert_events_equal_changes(events)
 
@@ -284,7 +284,7 @@ class TestManyRefreshes:
         session: AuthResult[User],
         events: Captured,
     ) -> None:
-        """Of twenty who all saw the token unspent one gets tokens; the alarm sounds once."""
+        """Of twenty refreshes that read an unspent token one gets tokens, and one event of reuse is emitted."""
         other = await log_in(auth)
         meet(monkeypatch, Sessions, "find_by_refresh_token", CALLERS)
         async with asyncio.timeout(LIMIT):
@@ -300,7 +300,7 @@ class TestManyRefreshes:
         await fresh.assert_events_equal_changes(events)
         assert await fresh.live_sessions() == 1
         await assert_over(auth, won)
-        await assert_goes_on(auth, other)
+        await assert_live(auth, other)
 
     async def test_all_of_two_within_the_grace(
         self,
@@ -310,7 +310,7 @@ class TestManyRefreshes:
         clock: FakeClock,
         events: Captured,
     ) -> None:
-        """Where the host allows it, both of two get tokens, and nobody is alarmed."""
+        """Within the grace both of two refreshes get tokens, and no event of reuse is emitted."""
         config = AuthConfig(secret=SECRET, refresh_reuse_grace=timedelta(seconds=10))
         auth = AuthService(User, config, clock=clock)
         session = await log_in(auth)
@@ -322,11 +322,11 @@ class TestManyRefreshes:
         )
         for result in (first, second):
             assert await auth.authenticate(result.access_token) == ada
-        await assert_goes_on(auth, second)
+        await assert_live(auth, second)
         assert "refresh_token_reused" not in events.names
         await fresh.assert_events_equal_changes(events)
 
-    async def test_replays_sound_one_alarm(
+    async def test_replays_emit_one_event(
         self,
         monkeypatch: pytest.MonkeyPatch,
         fresh: Database,
@@ -334,7 +334,7 @@ class TestManyRefreshes:
         session: AuthResult[User],
         events: Captured,
     ) -> None:
-        """However many replay a spent token at the same time, the session ends once."""
+        """However many callers replay a spent token at once, the session ends once."""
         newest = await auth.refresh(session.refresh_token)
         meet(monkeypatch, Sessions, "find_by_refresh_token", CALLERS)
         async with asyncio.timeout(LIMIT):
@@ -350,7 +350,7 @@ class TestManyRefreshes:
 class TestOneEnd:
     @pytest.mark.parametrize("second", ENDERS)
     @pytest.mark.parametrize("first", [*ENDERS, "reuse"])
-    async def test_is_told_once(
+    async def test_emits_one_event(
         self,
         monkeypatch: pytest.MonkeyPatch,
         fresh: Database,
@@ -361,7 +361,7 @@ class TestOneEnd:
         first: str,
         second: str,
     ) -> None:
-        """Of two calls that both saw a session alive one ends it, and the other does not say so."""
+        """Of two calls that read a live session one ends it and emits the event, and the other does not."""
         newest = await auth.refresh(session.refresh_token)
         calls: dict[str, Call] = {
             name: ender_of(auth, ada, newest, name) for name in {first, second} - {"reuse"}
@@ -390,7 +390,7 @@ class TestLoginAndEnd:
         events: Captured,
         ender: str,
     ) -> None:
-        """A session that was opened meanwhile ends with the others."""
+        """A session that is opened meanwhile ends with the others."""
         other = await User.get(pk=ada.pk)
         result, ended = await overlap(
             monkeypatch, fresh, lambda: log_in(auth), ender_of(auth, other, session, ender)
@@ -412,7 +412,7 @@ class TestLoginAndEnd:
         events: Captured,
         ender: str,
     ) -> None:
-        """A password that was right when it was read opens nothing any more."""
+        """A password that was right when it was read opens no session."""
         ended, refused = await overlap(
             monkeypatch, fresh, ender_of(auth, ada, session, ender), lambda: log_in(auth)
         )
@@ -423,7 +423,7 @@ class TestLoginAndEnd:
 
 
 class TestLock:
-    """The last failure that is allowed, and what happens to the account at the same moment."""
+    """The last allowed failure, and calls for the account at the same moment."""
 
     WRONG = "a wrong donkey charger"
 
@@ -435,7 +435,7 @@ class TestLock:
 
     @pytest.fixture
     def last(self, auth: AuthService[User]) -> Call:
-        """Fail for the last time that is allowed."""
+        """Make the last allowed failure."""
         return lambda: auth.login(EMAIL, self.WRONG)
 
     async def login_and_failure(
@@ -471,7 +471,7 @@ class TestLock:
         return await overlap(monkeypatch, fresh, lambda: in_order(first_to_commit), end_of_other)
 
     async def assert_locked(self, ada: User, *, locked: bool) -> None:
-        """The database says so, too."""
+        """Check the lock in the row of the account."""
         assert ((await User.get(pk=ada.pk)).password_locked_at is not None) is locked
 
     async def test_login_commits_first(
@@ -484,7 +484,7 @@ class TestLock:
         last: Call,
         events: Captured,
     ) -> None:
-        """It breaks the row of failures: nothing is locked."""
+        """A login that commits first resets the failures, and nothing is locked."""
         calls = (lambda: log_in(auth), last)
         result, failed = await self.login_and_failure(
             monkeypatch, hasher, fresh, calls, first_to_commit=0
@@ -504,7 +504,7 @@ class TestLock:
         last: Call,
         events: Captured,
     ) -> None:
-        """A password that was right before opens nothing any more."""
+        """A password that was right before the lock opens no session."""
         calls = (lambda: log_in(auth), last)
         failed, refused = await self.login_and_failure(
             monkeypatch, hasher, fresh, calls, first_to_commit=1
@@ -523,7 +523,7 @@ class TestLock:
         last: Call,
         events: Captured,
     ) -> None:
-        """Of two that find so many failures one locks."""
+        """Of two attempts that reach the limit one locks the account."""
         await outcome(last)
         one, two = await overlap(monkeypatch, fresh, last, last)
         assert type(one) is type(two) is AuthenticationError
@@ -539,7 +539,7 @@ class TestLock:
         last: Call,
         events: Captured,
     ) -> None:
-        """A new password waits for the lock, and takes it back."""
+        """A new password waits for the lock, and unlocks the account."""
         await outcome(last)
         failed, _ = await overlap(
             monkeypatch, fresh, last, lambda: auth.set_password(ada, NEW_PASSWORD)
@@ -573,7 +573,7 @@ class TestLock:
         last: Call,
         events: Captured,
     ) -> None:
-        """One unlocks, the other finds nothing to do."""
+        """Of two unlocks one unlocks the account, and the other changes nothing."""
         for _ in range(2):
             await outcome(last)
         await overlap(monkeypatch, fresh, lambda: auth.unlock(ada), lambda: auth.unlock(ada))
@@ -584,7 +584,7 @@ class TestLock:
 class TestRehash:
     @pytest.fixture
     async def ada(self, ada: User) -> User:
-        """An account whose hash is of an older scheme."""
+        """An account whose hash has an older scheme."""
         ada.password = pbkdf2_sha256.using(rounds=10).hash(PASSWORD)
         await ada.save(update_fields=["password"])
         return ada
@@ -601,7 +601,7 @@ class TestRehash:
         check: str,
         order: str,
     ) -> None:
-        """Whoever commits first, the new password stays and the old one is gone."""
+        """Whichever call commits first, the new password stays and the old one is refused."""
         other = await User.get(pk=ada.pk)
         checks: dict[str, Call] = {
             "login": lambda: log_in(auth),
@@ -633,7 +633,7 @@ class TestRehash:
         """Of two logins one replaces the hash, and both succeed."""
         results = await overlap(monkeypatch, fresh, lambda: log_in(auth), lambda: log_in(auth))
         for result in results:
-            await assert_goes_on(auth, result)
+            await assert_live(auth, result)
         assert events.names.count("password_rehashed") == 1
         assert await (await User.get(pk=ada.pk)).check_password(PASSWORD)
         await fresh.assert_events_equal_changes(events)
@@ -649,7 +649,7 @@ class TestPasswords:
         session: AuthResult[User],
         events: Captured,
     ) -> None:
-        """Of two who both knew the current password one changes it, and the other is refused."""
+        """Of two changes with the right current password one succeeds, and the other is refused."""
         other = await User.get(pk=ada.pk)
         before = other.password
         one, two = await overlap(
@@ -673,7 +673,7 @@ class TestPasswords:
         ada: User,
         events: Captured,
     ) -> None:
-        """A reset is not undone by somebody who still knows the password from before it."""
+        """A reset is not undone by a change that checked the password before it."""
         other = await User.get(pk=ada.pk)
         one, two = await overlap(
             monkeypatch,
@@ -694,7 +694,7 @@ class TestPasswords:
         ada: User,
         events: Captured,
     ) -> None:
-        """Of two resets the later one holds, and each has ended the sessions of its time."""
+        """Of two resets the later one holds, and each ends the sessions before it."""
         other = await User.get(pk=ada.pk)
         await overlap(
             monkeypatch,
@@ -735,7 +735,7 @@ class TestAccounts:
         events: Captured,
         method: str,
     ) -> None:
-        """Of two who close or open an account one does it and tells it."""
+        """Of two calls that close or open an account one changes it and emits the event."""
         if method == "activate":
             await auth.deactivate(ada)
         events.clear()
@@ -753,7 +753,7 @@ class TestAccounts:
 
 
 def meet(monkeypatch: pytest.MonkeyPatch, owner: type, method: str, callers: int) -> None:
-    """Let the first *callers* of a method return only when all of them have their answer."""
+    """Let the first *callers* of a method return only when each has its result."""
     original = getattr(owner, method)
     barrier = asyncio.Barrier(callers)
     came = 0

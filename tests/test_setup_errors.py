@@ -1,4 +1,4 @@
-"""What a developer is told who has not set everything up: always how to do it."""
+"""Errors of an incomplete set-up: each says how to complete it."""
 
 from __future__ import annotations
 
@@ -54,11 +54,11 @@ class Incomplete:
     """A throttle that cannot give an attempt back."""
 
     async def reserve(self, attempt: Attempt) -> Reservation:
-        """Let everybody try."""
+        """Grant every attempt."""
         return Reservation(attempt=attempt)
 
     async def failed(self, reservation: Reservation) -> None:
-        """Nothing is counted."""
+        """Count nothing."""
 
     succeeded = failed
 
@@ -75,7 +75,7 @@ class Ambiguous(AbstractUser):
 
 
 class TestConstruction:
-    """Mistakes that are found before the first request."""
+    """Mistakes that are reported before the first request."""
 
     @pytest.mark.parametrize("model", [AbstractUser, Template])
     def test_abstract_model(self, model: type[AbstractUser]) -> None:
@@ -85,7 +85,7 @@ class TestConstruction:
 
     @pytest.mark.parametrize("model", [None, "User", Model, object, dict, User()])
     def test_no_user_model(self, model: Any) -> None:
-        """Anything but a subclass of AbstractUser is refused by name."""
+        """A value that is no subclass of AbstractUser is refused by name."""
         with pytest.raises(
             ConfigurationError, match="a class of yours that subclasses AbstractUser"
         ):
@@ -100,7 +100,7 @@ class TestConstruction:
             AuthService(model, CONFIG)
 
     def test_identifier_without_a_service(self) -> None:
-        """The model by itself says so, too."""
+        """The model reports an invalid identifier without a service, too."""
         with pytest.raises(
             ConfigurationError, match=r"identifier_field is 'username'.*unique=True"
         ):
@@ -153,7 +153,7 @@ class TestNoContext:
     async def test_names_the_way_out(
         self, sqlite: TortoiseContext, auth: AuthService[User], method: str
     ) -> None:
-        """Where the start-up code ran in another context, every method explains it."""
+        """If the start-up code ran in another context, the error of every method explains it."""
         await User.create_user(email=EMAIL, password=PASSWORD)
         result = await log_in(auth)
 
@@ -167,7 +167,7 @@ class TestNoContext:
 
 class TestParts:
     @pytest.mark.parametrize(
-        ("part", "told"),
+        ("part", "message"),
         [
             ({"throttle": "redis"}, "throttle= takes DatabaseThrottle"),
             ({"throttle": True}, "throttle= takes DatabaseThrottle"),
@@ -182,9 +182,9 @@ class TestParts:
             ({"policy": PasswordPolicy}, "policy= takes an instance of PasswordPolicy"),
         ],
     )
-    def test_of_another_type(self, part: Any, told: str) -> None:
-        """A service is refused where it is made, not at the first login."""
-        with pytest.raises(ConfigurationError, match=told):
+    def test_of_another_type(self, part: Any, message: str) -> None:
+        """A part of the wrong type is refused when the service is made, not at the first login."""
+        with pytest.raises(ConfigurationError, match=message):
             AuthService(User, AuthConfig(secret=SECRET), **part)
 
 
@@ -211,7 +211,7 @@ class TestMissingTables:
             await User.create_user(email=EMAIL, password=PASSWORD)
 
     async def test_column(self, db: TortoiseContext, auth: AuthService[User]) -> None:
-        """A table from before the last migration is named as the reason, too."""
+        """The error names a table that lacks the last migration, too."""
         await User.create_user(email=EMAIL, password=PASSWORD)
         result = await log_in(auth)
         await connection_of(db).execute_script("ALTER TABLE app_user DROP COLUMN display_name")
@@ -264,7 +264,7 @@ def run(script: str, *, expected: str) -> list[str]:
 
 @pytest.mark.slow
 class TestRegistration:
-    """Models that `Tortoise.init` was not told of. Each runs in a fresh process."""
+    """Models that `Tortoise.init` does not know. Each test runs in a fresh process."""
 
     def test_models_of_the_library(self) -> None:
         """Without tortoise_auth.models each method names that string and where it goes."""

@@ -36,7 +36,7 @@ def login(session_id: str = "s-1") -> UserLogin[User]:
 
 class TestCapture:
     async def test_order_and_payload(self, emitter: EventEmitter) -> None:
-        """Events are recorded in order, the very objects; names come with their payload."""
+        """The emitted objects are recorded in order; an event by name carries its payload."""
         first, second = login("s-1"), UserLogout(user=ADA)
         with capture(emitter) as events:
             await emitter.emit(first)
@@ -51,7 +51,7 @@ class TestCapture:
         assert len(events) == 3
 
     async def test_of(self, emitter: EventEmitter) -> None:
-        """`of` gives those of a class, subclasses among them."""
+        """`of` returns the events of a class and of its subclasses."""
         with capture(emitter) as events:
             for session_id in ("a", "b"):
                 await emitter.emit(login(session_id))
@@ -62,7 +62,7 @@ class TestCapture:
         assert len(events.of(Event)) == 4
 
     async def test_one(self, emitter: EventEmitter) -> None:
-        """`one` gives the only one, and says what there was if there was not one."""
+        """`one` returns the only event, and otherwise names the events that there were."""
         with capture(emitter) as events:
             with pytest.raises(AssertionError, match=r"^0 UserLogin among no events$"):
                 events.one(UserLogin)
@@ -76,7 +76,7 @@ class TestCapture:
                 events.one(UserLogin)
 
     async def test_assert_emitted(self, emitter: EventEmitter) -> None:
-        """`assert_emitted` wants exactly these, in this order."""
+        """`assert_emitted` accepts exactly these events, in this order."""
         with capture(emitter) as events:
             events.assert_emitted()
             await emitter.emit("a")
@@ -89,32 +89,32 @@ class TestCapture:
         events.assert_emitted()
 
     async def test_repr(self, emitter: EventEmitter) -> None:
-        """It shows the names, for the messages of failed assertions."""
+        """The `repr` shows the names, for the messages of failed assertions."""
         with capture(emitter) as events:
             assert repr(events) == "<Captured: nothing>"
             await emitter.emit("a")
             await emitter.emit("b")
             assert repr(events) == "<Captured: a, b>"
 
-    async def test_listeners_still_run(self, emitter: EventEmitter) -> None:
-        """Recording keeps nobody from hearing."""
-        heard: list[str] = []
-        emitter.on("evt", lambda: heard.append("listener"))
+    async def test_handlers_still_run(self, emitter: EventEmitter) -> None:
+        """Recording does not keep a handler from receiving the event."""
+        received: list[str] = []
+        emitter.on("evt", lambda: received.append("listener"))
         with capture(emitter) as events:
             await emitter.emit("evt")
-        assert heard == ["listener"]
+        assert received == ["listener"]
         assert events.names == ["evt"]
 
     async def test_mute(self, emitter: EventEmitter) -> None:
-        """Muted, only the recording hears; afterwards all do again."""
-        heard: list[str] = []
-        emitter.on("evt", lambda: heard.append("listener"))
-        emitter.on("*", lambda event: heard.append("all"))
+        """While muted, no handler receives an event; afterwards every handler does."""
+        received: list[str] = []
+        emitter.on("evt", lambda: received.append("listener"))
+        emitter.on("*", lambda event: received.append("all"))
         with capture(emitter, mute=True) as events:
             await emitter.emit("evt")
-            assert heard == []
+            assert received == []
         await emitter.emit("evt")
-        assert heard == ["listener", "all"]
+        assert received == ["listener", "all"]
         assert events.names == ["evt"]
 
     async def test_records_before_others_fail(self) -> None:
@@ -122,7 +122,7 @@ class TestCapture:
         emitter = EventEmitter(errors="raise")
 
         @emitter.on("evt", priority=-1000)
-        async def veto() -> None:
+        async def fail() -> None:
             raise ValueError("no")
 
         with capture(emitter) as events, pytest.raises(EventError):
@@ -130,7 +130,7 @@ class TestCapture:
         assert events.names == ["evt"]
 
     async def test_the_background(self, emitter: EventEmitter) -> None:
-        """What was emitted into the background is recorded when it is delivered."""
+        """An event emitted in the background is recorded when it is delivered."""
         with capture(emitter) as events:
             emitter.emit_nowait("evt")
             assert events.names == []
@@ -138,7 +138,7 @@ class TestCapture:
             assert events.names == ["evt"]
 
     async def test_inside_one_another(self, emitter: EventEmitter) -> None:
-        """Captures can be nested; each records while it is open."""
+        """Captures can be nested, and each records while it is open."""
         with capture(emitter) as outer:
             await emitter.emit("a")
             with capture(emitter) as inner:
@@ -148,7 +148,7 @@ class TestCapture:
         assert inner.names == ["b"]
 
     async def test_leaves_no_trace(self, emitter: EventEmitter) -> None:
-        """Afterwards the emitter is as before, also when the block fails."""
+        """Afterwards the emitter is as before, even if the block fails."""
         emitter.on("evt", print, name="kept")
         before = emitter.describe()
         with pytest.raises(ZeroDivisionError), capture(emitter, mute=True):
@@ -157,15 +157,15 @@ class TestCapture:
 
 
 class TestIsolated:
-    async def test_restores_listeners(self, emitter: EventEmitter) -> None:
-        """Whatever was added, removed, consumed or cleared, the listeners are as before."""
-        heard: list[str] = []
+    async def test_restores_handlers(self, emitter: EventEmitter) -> None:
+        """Whatever was added, removed, consumed or cleared, the handlers are as before."""
+        received: list[str] = []
 
         async def kept() -> None:
-            heard.append("kept")
+            received.append("kept")
 
         async def once() -> None:
-            heard.append("once")
+            received.append("once")
 
         emitter.on("evt", kept)
         emitter.once("evt", once)
@@ -173,19 +173,19 @@ class TestIsolated:
         for _ in range(2):
             with isolated(emitter) as same:
                 assert same is emitter
-                emitter.on("evt", lambda: heard.append("temporary"))
+                emitter.on("evt", lambda: received.append("temporary"))
                 await emitter.emit("evt")
                 emitter.clear()
                 await emitter.emit("evt")
-            assert heard == ["kept", "once", "temporary"]
+            assert received == ["kept", "once", "temporary"]
             assert emitter.describe() == before
-            heard.clear()
+            received.clear()
         await emitter.emit("evt")
         await emitter.emit("evt")
-        assert heard == ["kept", "once", "kept"]
+        assert received == ["kept", "once", "kept"]
 
     def test_also_after_a_failure(self, emitter: EventEmitter) -> None:
-        """The listeners are restored when the block raises."""
+        """The handlers are restored when the block raises."""
         with pytest.raises(ZeroDivisionError), isolated(emitter):
             emitter.on("evt", print)
             raise ZeroDivisionError
@@ -194,7 +194,7 @@ class TestIsolated:
 
 class TestFakes:
     def test_the_clock_stands_still(self) -> None:
-        """The clock shows the same aware time until it is told to go on, or back."""
+        """The clock shows the same aware time until it is advanced or set back."""
         clock = FakeClock()
         assert clock() == clock() == datetime(2026, 1, 1, 12, tzinfo=UTC)
         clock.advance(timedelta(minutes=15))
@@ -203,7 +203,7 @@ class TestFakes:
         assert clock() == FakeClock()()
 
     async def test_the_hasher_is_cheap_and_real(self) -> None:
-        """The cheap hasher makes Argon2id hashes that verify, of the lowest cost."""
+        """The cheap hasher makes Argon2id hashes of the lowest cost that verify."""
         hasher = cheap_hasher()
         try:
             hashed = await hasher.hash(PASSWORD)
@@ -216,7 +216,7 @@ class TestFakes:
 
 class TestPlugin:
     def test_events(self, auth_events: Captured) -> None:
-        """The fixture records what the library's own emitter is given."""
+        """The fixture records what the default emitter emits."""
         shared.emit_sync("order_paid", 7)
         auth_events.assert_emitted("order_paid")
 
@@ -227,12 +227,12 @@ class TestPlugin:
         assert auth_clock() - before == timedelta(days=1)
 
     def test_entry_point(self) -> None:
-        """An installed package brings the fixtures along."""
+        """An installed package registers the plugin."""
         (point,) = entry_points(group="pytest11", name="tortoise_auth")
         assert point.value == "tortoise_auth.pytest_plugin"
 
     def test_in_another_project(self, tmp_path: Path) -> None:
-        """A project that knows nothing but the installed package can use the fixtures."""
+        """A project can use the fixtures with nothing but the installed package."""
         (tmp_path / "test_host.py").write_text(HOST)
         result = subprocess.run(
             [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_host.py"],
@@ -253,26 +253,26 @@ from datetime import timedelta
 
 from tortoise_auth.events import emitter, on
 
-heard = []
+received = []
 
 
 @on("order_paid")
 async def listener(order_id):
-    heard.append(order_id)
+    received.append(order_id)
 
 
 def test_events(auth_events):
-    emitter.on("order_paid", lambda: heard.append("temporary"))
+    emitter.on("order_paid", lambda: received.append("temporary"))
     emitter.emit_sync("order_paid", 7)
     auth_events.assert_emitted("order_paid")
-    assert heard == [7, "temporary"]
+    assert received == [7, "temporary"]
 
 
 def test_restored(auth_events, auth_clock):
     auth_events.assert_emitted()
-    heard.clear()
+    received.clear()
     emitter.emit_sync("order_paid", 8)
-    assert heard == [8]
+    assert received == [8]
     before = auth_clock()
     auth_clock.advance(timedelta(hours=1))
     assert auth_clock() - before == timedelta(hours=1)

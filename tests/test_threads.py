@@ -1,4 +1,4 @@
-"""Threads: bounded, stuck ones counted, gone when idle, and no obstacle to the end of the program."""
+"""Threads: bounded, counted when stuck, ended when idle, and no obstacle to the end of the program."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ class Blocked:
         self.began = threading.Semaphore(0)
 
     def begin(self) -> Future[bool]:
-        """Begin one, and wait until it runs."""
+        """Begin a call, and wait until it runs."""
         call = self._threads.submit(self._work)
         assert self.began.acquire(timeout=PATIENCE)
         return call
 
     def release(self) -> None:
-        """Let them end."""
+        """Let the calls end."""
         self._release.set()
 
     def _work(self) -> bool:
@@ -43,7 +43,7 @@ class Blocked:
 
 class TestBound:
     def test_no_more_than_its_size(self) -> None:
-        """What comes while all threads are busy waits for one."""
+        """A call that arrives while all threads are busy waits for one."""
         threads = Threads(2, "t")
         blocked = Blocked(threads)
         calls = [blocked.begin(), blocked.begin()]
@@ -54,7 +54,7 @@ class TestBound:
         assert all(call.result(PATIENCE) for call in calls)
 
     def test_one_thread_is_enough_for_calls_one_after_the_other(self) -> None:
-        """An idle thread is used again."""
+        """An idle thread is reused."""
         threads = Threads(5, "t")
         idents = set()
         for _ in range(20):
@@ -64,7 +64,7 @@ class TestBound:
         assert len(idents) == 1
 
     def test_failures_of_any_class(self) -> None:
-        """What a call raises is raised where it is awaited, and the thread goes on."""
+        """An error of a call is raised where it is awaited, and the thread goes on."""
 
         def fail() -> None:
             raise SystemExit(3)
@@ -77,7 +77,7 @@ class TestBound:
 
 class TestStuck:
     def test_all_threads_stuck(self) -> None:
-        """When every thread has a call that was given up, the next fails at once, until one ends."""
+        """While every thread runs an abandoned call, the next call fails at once."""
         threads = Threads(2, "t")
         blocked = Blocked(threads)
         calls = [blocked.begin(), blocked.begin()]
@@ -96,7 +96,7 @@ class TestStuck:
         assert threads.submit(lambda: 3).result(PATIENCE) == 3
 
     def test_what_has_not_begun_does_not_begin(self) -> None:
-        """A call that is given up while it waits is never made."""
+        """A call that is cancelled while it waits never runs."""
         threads, ran = Threads(1, "t"), list[int]()
         blocked = Blocked(threads)
         blocked.begin()
@@ -109,7 +109,7 @@ class TestStuck:
 
 class TestEnd:
     def test_idle_threads_end(self) -> None:
-        """A thread without work ends after its time, and comes back with the next call."""
+        """An idle thread ends after its time, and the next call starts another."""
         threads = Threads(1, "t", idle=0.001)
         assert threads.submit(lambda: 1).result(PATIENCE) == 1
         ends = time.monotonic() + PATIENCE
@@ -119,7 +119,7 @@ class TestEnd:
         assert threads.submit(lambda: 2).result(PATIENCE) == 2
 
     def test_does_not_wait_for_what_hangs(self) -> None:
-        """A call that was given up does not keep the process; one under way may end first."""
+        """An abandoned call does not delay the end of the process; one in flight may end first."""
         done = subprocess.run(
             [
                 sys.executable,

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from functools import cached_property
 from typing import ClassVar
 
-from tortoise_auth.clock import Clock
+from tortoise_auth.clock import Clock, utc_now
 from tortoise_auth.exceptions import ConfigurationError
-from tortoise_auth.keys import MAKE_ONE, SigningKey
+from tortoise_auth.keys import MAKE_ONE, Hidden, SigningKey, revealed
 
 
 def checked_clock(clock: Clock) -> Clock:
-    """Return *clock* if it returns aware datetimes.
+    """Return *clock* in UTC, if it returns aware datetimes.
+
+    Sums in another zone are sums of its wall clock: a token of 15 minutes would live for 75 in the
+    night when summer time ends.
 
     Raises:
         ConfigurationError: It returns something else, or cannot be called.
@@ -25,7 +28,7 @@ def checked_clock(clock: Clock) -> Clock:
             "clock= takes a function that returns an aware datetime, as "
             "`lambda: datetime.now(UTC)` does"
         )
-    return clock
+    return clock if clock is utc_now else lambda: clock().astimezone(UTC)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +66,7 @@ class AuthConfig:
     refresh_reuse_grace: timedelta = timedelta(0)
 
     def __post_init__(self) -> None:
+        Hidden.hide(self, "secret")
         self._check_keys()
         for name in ("issuer", "audience"):
             value = getattr(self, name)
@@ -90,9 +94,10 @@ class AuthConfig:
     @cached_property
     def keys(self) -> tuple[SigningKey, ...]:
         """The signing keys, newest first."""
-        if isinstance(self.secret, Sequence) and not isinstance(self.secret, str | bytes):
-            return tuple(self.secret)
-        return (SigningKey(self.secret),)
+        secret = revealed(self.secret)
+        if isinstance(secret, Sequence) and not isinstance(secret, str | bytes):
+            return tuple(secret)
+        return (SigningKey(secret),)
 
     _bounds: ClassVar[Sequence[tuple[str, timedelta, timedelta]]] = (
         ("access_token_lifetime", timedelta(seconds=1), timedelta(days=1)),

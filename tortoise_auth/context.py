@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 from contextvars import ContextVar
 from dataclasses import dataclass
 
@@ -14,10 +15,16 @@ class RequestContext:
         ``await auth.login(email, password, context=RequestContext(ip=request.client.host))``
 
     Attributes:
-        ip: The client's address. Warning: take it from the connection or from a proxy you run;
-            any client may send an ``X-Forwarded-For`` header.
+        ip: The client's address, or ``None`` if there is none, as in a test or behind a socket.
+            An IPv4 address that is written as IPv6 (mapped, compatible, or of NAT64) becomes IPv4.
+            Warning: take it from the connection or from a proxy you run; any client may send an
+            ``X-Forwarded-For`` header.
         user_agent: The client's own description of itself.
         request_id: Correlates events with the application's logs.
+
+    Raises:
+        ValueError: ``ip`` is no address: each spelling would be a source of its own to the throttle.
+        TypeError: It is no text.
     """
 
     ip: str | None = None
@@ -25,11 +32,46 @@ class RequestContext:
     request_id: str | None = None
 
     def __post_init__(self) -> None:
-        for name, limit in (("ip", 64), ("user_agent", 255), ("request_id", 128)):
+        if self.ip is not None:
+            object.__setattr__(self, "ip", normalize_ip(self.ip))
+        for name, limit in (("user_agent", 255), ("request_id", 128)):
             value = getattr(self, name)
             if value is not None:
                 object.__setattr__(self, name, sanitize_text(str(value), limit))
 
+
+def normalize_ip(ip: object) -> str:
+    """Return the one spelling of an address.
+
+    Raises:
+        ValueError: It is none; the message says what to pass.
+        TypeError: It is no text.
+    """
+    if isinstance(ip, ipaddress.IPv4Address | ipaddress.IPv6Address):
+        ip = str(ip)
+    if not isinstance(ip, str):
+        raise TypeError(
+            f"RequestContext(ip=...) takes an address as text, not {type(ip).__name__}: "
+            "request.client.host, not request.client"
+        )
+    try:
+        address = ipaddress.ip_address(ip.strip())
+    except ValueError:
+        raise ValueError(
+            "RequestContext(ip=...) takes one address, without a port and without other addresses "
+            'behind it: "203.0.113.7", "2001:db8::7", or None if there is none'
+        ) from None
+    if isinstance(address, ipaddress.IPv6Address):
+        low = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
+        compatible = int(address) >> 32 == 0 and int(address) > 1
+        if address.ipv4_mapped is not None or address in _NAT64 or compatible:
+            return str(low)
+        return str(ipaddress.IPv6Address(int(address)))  # without a zone, which is ours
+    return str(address)
+
+
+_NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
+"""Where RFC 6052 puts the addresses of IPv4 clients."""
 
 request_context: ContextVar[RequestContext] = ContextVar("tortoise_auth_request_context")
 """Set this once per request, in a middleware, and no call needs ``context=``."""

@@ -5,7 +5,7 @@
     TortoiseAuthError
     ├── ConfigurationError        wrong settings, models not registered, tables missing
     ├── AuthenticationError       login refused; one text and code for every reason
-    ├── ThrottledError            too many attempts; carries ``retry_after``
+    │   └── ThrottledError        too many attempts; carries ``retry_after``
     ├── PasswordPolicyError       a new password was refused; carries ``failures``
     ├── InvalidIdentifierError    an e-mail address or user name that cannot be one
     ├── IdentifierTakenError      an account with this identifier exists
@@ -59,7 +59,7 @@ class AuthenticationError(TortoiseAuthError):
         super().__init__(message)
 
 
-class ThrottledError(TortoiseAuthError):
+class ThrottledError(AuthenticationError):
     """Too many attempts; try again later.
 
     Attributes:
@@ -70,7 +70,10 @@ class ThrottledError(TortoiseAuthError):
 
     def __init__(self, retry_after: float) -> None:
         self.retry_after = max(0.0, retry_after)
-        super().__init__(f"Too many attempts; try again in {math.ceil(self.retry_after)} seconds")
+        seconds = math.ceil(self.retry_after)
+        Exception.__init__(
+            self, f"Too many attempts; try again in {seconds} second{'' if seconds == 1 else 's'}"
+        )
 
     def __reduce__(self) -> tuple[type[ThrottledError], tuple[float]]:
         return type(self), (self.retry_after,)

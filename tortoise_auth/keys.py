@@ -6,10 +6,10 @@ import base64
 import hashlib
 import hmac
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar, cast
 
 from tortoise_auth.exceptions import ConfigurationError
 from tortoise_auth.lazy import LazyModule
@@ -26,6 +26,8 @@ else:
     ec = LazyModule("cryptography.hazmat.primitives.asymmetric.ec")
     ed25519 = LazyModule("cryptography.hazmat.primitives.asymmetric.ed25519")
     rsa = LazyModule("cryptography.hazmat.primitives.asymmetric.rsa")
+
+SecretT = TypeVar("SecretT")
 
 Algorithm: TypeAlias = Literal["HS256", "HS384", "HS512", "EdDSA", "ES256", "RS256"]
 
@@ -58,6 +60,39 @@ _REPEATED = 12
 MAKE_ONE = 'Make one with: python -c "import secrets; print(secrets.token_urlsafe(48))"'
 
 
+class Hidden:
+    """Holds a secret of a settings object, so that no dump, `vars` or pickle of that shows it."""
+
+    __slots__ = ("reveal",)
+
+    def __init__(self, value: object) -> None:
+        self.reveal: Callable[[], object] = lambda: value
+
+    @classmethod
+    def hide(cls, owner: object, name: str) -> None:
+        """Replace an attribute of a frozen object by a `Hidden` that holds it."""
+        value = getattr(owner, name)
+        if not isinstance(value, cls):
+            object.__setattr__(owner, name, cls(value))
+
+    def __repr__(self) -> str:
+        return "<hidden>"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Hidden) and self.reveal() == other.reveal()
+
+    def __hash__(self) -> int:
+        return hash(Hidden)
+
+    def __deepcopy__(self, memo: object) -> Hidden:
+        return self
+
+    def __reduce__(self) -> str:
+        raise TypeError(
+            "A secret is not pickled: make the AuthConfig in each process, from its settings"
+        )
+
+
 @dataclass(frozen=True)
 class SigningKey:
     """A key for access tokens, bound to one algorithm.
@@ -84,13 +119,15 @@ class SigningKey:
     algorithm: Algorithm = "HS256"
 
     def __post_init__(self) -> None:
+        Hidden.hide(self, "key")
         if not isinstance(self.algorithm, str) or self.algorithm not in _FAMILIES:
             raise ConfigurationError(
                 f"Unknown signing algorithm {self.algorithm!r}. Use one of {', '.join(_FAMILIES)}."
             )
-        if not isinstance(self.key, str | bytes):
+        key = revealed(self.key)
+        if not isinstance(key, str | bytes):
             raise ConfigurationError(
-                f"The secret must be str or bytes, not {type(self.key).__name__}. Is the "
+                f"The secret must be str or bytes, not {type(key).__name__}. Is the "
                 f"environment variable set? {MAKE_ONE}"
             )
         if self.family == "HMAC":
@@ -116,17 +153,23 @@ class SigningKey:
         """Whether this is a secret or private key."""
         return self.family == "HMAC" or b"PRIVATE KEY" in self._bytes
 
-    @cached_property
+    @property
     def verifying(self) -> Any:  # noqa: ANN401 - one of cryptography's key classes, or bytes
         """The key to verify with, in the form PyJWT takes."""
-        if self.family == "HMAC":
-            return self._bytes
+        return self._bytes if self.family == "HMAC" else self._loaded_public_key
+
+    @property
+    def signing(self) -> Any:  # noqa: ANN401
+        """The key to sign with, in the form PyJWT takes."""
+        return self._bytes if self.family == "HMAC" else self._loaded_private_key.reveal()
+
+    @cached_property
+    def _loaded_public_key(self) -> Any:  # noqa: ANN401
         return self._private_key().public_key() if self.can_sign else self._public_key()
 
     @cached_property
-    def signing(self) -> Any:  # noqa: ANN401
-        """The key to sign with, in the form PyJWT takes."""
-        return self._bytes if self.family == "HMAC" else self._private_key()
+    def _loaded_private_key(self) -> Hidden:
+        return Hidden(self._private_key())
 
     def derive(self, purpose: str) -> bytes:
         """Return 256 bits for another purpose than signing. They do not reveal this key."""
@@ -134,7 +177,8 @@ class SigningKey:
 
     @property
     def _bytes(self) -> bytes:
-        return self.key.encode("utf-8", "surrogatepass") if isinstance(self.key, str) else self.key
+        key = revealed(self.key)
+        return key.encode("utf-8", "surrogatepass") if isinstance(key, str) else key
 
     def _private_key(self) -> Any:  # noqa: ANN401
         return serialization.load_pem_private_key(self._bytes, password=None)
@@ -172,6 +216,11 @@ class SigningKey:
             )
         digest = hashlib.sha256(b"tortoise_auth kid " + material).digest()
         return base64.urlsafe_b64encode(digest[:9]).decode("ascii")
+
+
+def revealed(value: SecretT) -> SecretT:
+    """Return what a `Hidden` holds; anything else as it is."""
+    return cast("SecretT", value.reveal()) if isinstance(value, Hidden) else value
 
 
 def _check_secret(secret: bytes, algorithm: str) -> None:

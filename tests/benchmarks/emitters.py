@@ -36,11 +36,11 @@ from typing import Any, TypeAlias
 from tortoise_auth.events import EventEmitter
 
 Run: TypeAlias = Callable[[int], Awaitable[None]]
-"""Emits so many times."""
+"""Emits a number of times."""
 Key: TypeAlias = tuple[str, int]
 """A system, and how many handlers it calls."""
 Make: TypeAlias = Callable[[int, AsyncExitStack], Awaitable[Run]]
-"""Sets a system up with so many handlers."""
+"""Sets a system up with a number of handlers."""
 
 COUNTS = (1, 3, 10)
 SAMPLE = 0.01
@@ -168,7 +168,7 @@ async def django(count: int, stack: AsyncExitStack) -> Run:
 
 
 class Counter:
-    """Handlers that count, for systems that do not say when they are done."""
+    """Handlers that count, for systems that do not report when they are done."""
 
     def __init__(self, count: int) -> None:
         self.count = count
@@ -271,8 +271,8 @@ def load_seed(wheel: Path | None) -> Any:
     folder = Path(tempfile.gettempdir()) / "tortoise_auth_benchmark"
     folder.mkdir(exist_ok=True)
     if wheel is None:
-        found = list(folder.glob("tortoise_auth-0.6.0-*.whl"))
-        wheel = found[0] if found else download_seed(folder)
+        wheels = list(folder.glob("tortoise_auth-0.6.0-*.whl"))
+        wheel = wheels[0] if wheels else download_seed(folder)
     source = folder / "seed_events.py"
     with zipfile.ZipFile(wheel) as archive:
         source.write_bytes(archive.read("tortoise_auth/events.py"))
@@ -313,35 +313,35 @@ async def measure(systems: dict[str, Make], rounds: int) -> dict[Key, list[float
             for count in COUNTS
         }
         times = {key: await calibrated(run) for key, run in runs.items()}
-        found: dict[Key, list[float]] = {key: [] for key in runs}
+        samples: dict[Key, list[float]] = {key: [] for key in runs}
         gc.disable()
         for _ in range(rounds):
             gc.collect()
             for key in random.sample(list(runs), len(runs)):
-                found[key].append(1e9 * await seconds(runs[key], times[key]) / times[key])
+                samples[key].append(1e9 * await seconds(runs[key], times[key]) / times[key])
         gc.enable()
-        return found
+        return samples
 
 
-def ratio(found: dict[Key, list[float]], name: str, by: str, count: int) -> float:
-    pairs = zip(found[name, count], found[by, count], strict=True)
+def ratio(samples: dict[Key, list[float]], name: str, by: str, count: int) -> float:
+    pairs = zip(samples[name, count], samples[by, count], strict=True)
     return statistics.median(mine / other for mine, other in pairs)
 
 
-def table(found: dict[Key, list[float]]) -> list[str]:
+def table(samples: dict[Key, list[float]]) -> list[str]:
     """Return the ratios to the bare loop, cheapest first."""
-    names = sorted({name for name, _ in found}, key=lambda name: ratio(found, name, FLOOR, 3))
+    names = sorted({name for name, _ in samples}, key=lambda name: ratio(samples, name, FLOOR, 3))
     lines = [f"  {'ratio to the bare loop':<28}" + "".join(f"{f'n={n}':>9}" for n in COUNTS)]
     for name in names:
-        ratios = "".join(f"{ratio(found, name, FLOOR, count):>9.2f}" for count in COUNTS)
-        lines.append(f"  {name:<28}{ratios}   {min(found[name, 1]):>9.0f} ns at n=1")
+        ratios = "".join(f"{ratio(samples, name, FLOOR, count):>9.2f}" for count in COUNTS)
+        lines.append(f"  {name:<28}{ratios}   {min(samples[name, 1]):>9.0f} ns at n=1")
     return lines
 
 
 def comparison(
-    found: dict[Key, list[float]], name: str, by: str, limit: float, what: str
+    samples: dict[Key, list[float]], name: str, by: str, limit: float, what: str
 ) -> Target:
-    ratios = [ratio(found, name, by, count) for count in COUNTS]
+    ratios = [ratio(samples, name, by, count) for count in COUNTS]
     return Target(
         what,
         " / ".join(f"{each:.2f}" for each in ratios) + f"  (at most {limit:g})",
@@ -350,7 +350,7 @@ def comparison(
 
 
 def unknown_names() -> Target:
-    """Emit names that nobody listens to, and count the blocks of memory that stay."""
+    """Emit names without a handler, and count the blocks of memory that stay."""
     emitter = EventEmitter()
 
     async def emit(prefix: str, times: int) -> None:
@@ -367,7 +367,7 @@ def unknown_names() -> Target:
 
 
 def registrations() -> Target:
-    """Compare what 2 000 and 10 000 handlers cost to register on one event."""
+    """Compare the cost of registering 2 000 and 10 000 handlers for one event."""
 
     def register(count: int) -> float:
         emitter = EventEmitter()
@@ -398,10 +398,10 @@ def main() -> int:
     systems: dict[str, Make] = {FLOOR: bare_loop, OURS: ours, SEED: seed(load_seed(chosen.seed))}
     print(f"Python {sys.version.split()[0]}, {chosen.rounds} rounds, no-op async handlers\n")
     for name, (distribution, module, make) in PEERS.items():
-        if (found := installed(distribution, module)) is None:
+        if (version := installed(distribution, module)) is None:
             print(f"  {name}: not installed (pip install {distribution}), SKIPPED")
         else:
-            systems[f"{name} {found}"] = make
+            systems[f"{name} {version}"] = make
     peers = [name for name in systems if name not in (FLOOR, OURS, SEED)]
     found_times = asyncio.run(
         measure(systems | {SUBSET: subset, EVERYTHING: everything}, chosen.rounds)

@@ -65,7 +65,7 @@ class Profile:
         )
 
     def raw(self) -> argon2.PasswordHasher:
-        """Return what does the same without the library."""
+        """Return the equivalent without the library."""
         return argon2.PasswordHasher(
             memory_cost=self.memory_cost, time_cost=self.time_cost, parallelism=self.parallelism
         )
@@ -79,7 +79,7 @@ PROFILES = {
 
 @dataclass(frozen=True)
 class Storm:
-    """What the event loop and the memory did while everybody logged in at once.
+    """The event loop and the memory while every account logged in at once.
 
     Attributes:
         lateness: Seconds that each tick came late, in ascending order.
@@ -142,7 +142,7 @@ def addresses(count: int) -> Iterator[str]:
 
 
 async def log_in_at_once(auth: AuthService[User], logins: int) -> float:
-    """Log everybody in; return how many a second."""
+    """Log every account in; return the logins per second."""
     began = time.perf_counter()
     await asyncio.gather(*(auth.login(email, PASSWORD) for email in addresses(logins)))
     return logins / (time.perf_counter() - began)
@@ -173,8 +173,8 @@ def resident_bytes(field: str) -> int | None:
     """Return resident memory of this process, now (``VmRSS``) or at most (``VmHWM``)."""
     # ru_maxrss would not do: on Linux a child starts with the maximum of its parent.
     status = Path("/proc/self/status")
-    found = re.search(rf"{field}:\s+(\d+) kB", status.read_text()) if status.exists() else None
-    return None if found is None else int(found[1]) * 1024
+    match = re.search(rf"{field}:\s+(\d+) kB", status.read_text()) if status.exists() else None
+    return None if match is None else int(match[1]) * 1024
 
 
 async def measure_throughput(profile: Profile, logins: int) -> list[tuple[float, float]]:
@@ -184,7 +184,7 @@ async def measure_throughput(profile: Profile, logins: int) -> list[tuple[float,
     async with host(profile, logins) as auth:
         began = time.perf_counter()
         while len(pairs) < LEAST_ROUNDS or time.perf_counter() - began < LEAST_SECONDS:
-            if len(pairs) % 2:  # whoever goes first in one round goes second in the next
+            if len(pairs) % 2:  # the order changes in each round
                 bare = verify_on_threads(profile, hashed, auth.passwords.threads, logins)
                 rate = await log_in_at_once(auth, logins)
             else:

@@ -161,12 +161,12 @@ async def fill(rows: int) -> None:
     )
 
 
-def relay_until_told(url: str, parent: Connection) -> None:
+def relay_until_stopped(url: str, parent: Connection) -> None:
     """Be a relay process, from one message of the parent to the next."""
-    asyncio.run(_relay_until_told(url, parent))
+    asyncio.run(_relay_until_stopped(url, parent))
 
 
-async def _relay_until_told(url: str, parent: Connection) -> None:
+async def _relay_until_stopped(url: str, parent: Connection) -> None:
     emitter = EventEmitter()
 
     @emitter.on("user_login", delivery="durable", name="nothing")
@@ -181,10 +181,12 @@ async def _relay_until_told(url: str, parent: Connection) -> None:
 
 
 async def rate_of(relays: int, rows: int, url: str) -> float:
-    """Return how many rows a second so many relay processes deliver together."""
+    """Return how many rows a second a number of relay processes deliver together."""
     await fill(rows)
     pipes = [processes.Pipe() for _ in range(relays)]
-    children = [processes.Process(target=relay_until_told, args=(url, each)) for _, each in pipes]
+    children = [
+        processes.Process(target=relay_until_stopped, args=(url, each)) for _, each in pipes
+    ]
     parents = [parent for parent, _ in pipes]
     for child in children:
         child.start()
@@ -238,7 +240,7 @@ async def measure_logins(logins: int) -> list[Row]:
             took[auth].append(1000 * (time.perf_counter() - began))
     assert await OutboxEntry.all().count() == logins + 20
     without, with_row = (each[20:] for each in took.values())  # the first ones fill caches
-    # Of each pair, because whatever else the machine does lasts for both.
+    # Of each pair, because other load of the machine lasts for both.
     added = [more - less for more, less in zip(with_row, without, strict=True)]
     return [
         Row("login, median", statistics.median(without), "ms"),
@@ -248,11 +250,11 @@ async def measure_logins(logins: int) -> list[Row]:
 
 
 async def report(rows: int, logins: int) -> list[Row]:
-    found: list[Row] = []
+    report: list[Row] = []
 
     def show(title: str, lines: list[Row]) -> None:
         print(f"\n{title}", *lines, sep="\n")
-        found.extend(lines)
+        report.extend(lines)
 
     async with sqlite():
         show(f"SQLite file, {logins} logins each", await measure_logins(logins))
@@ -263,7 +265,7 @@ async def report(rows: int, logins: int) -> list[Row]:
         show(title, await measure_relays(rows))
     else:
         print(f"\nno PostgreSQL listens at {POSTGRES_URL}: relays are not measured")
-    return found
+    return report
 
 
 def options() -> argparse.Namespace:

@@ -1,4 +1,4 @@
-"""What follows a commit: kept and dropped as the savepoints are, whoever opened them."""
+"""Commit effects: kept and dropped with their savepoints, whichever code opened them."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from tortoise_auth.database.dialects import mark_of, set_mark
 
 @pytest.fixture(params=DATABASES)
 async def context(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[TortoiseContext]:
-    """Each database with one single connection: one that is held while handlers run is a deadlock."""
+    """Each database with a single connection: holding it while handlers run is a deadlock."""
     async with database(request.param, tmp_path, maxsize=1) as opened:
         yield opened
         assert_no_connection_is_held(opened)
@@ -55,7 +55,7 @@ def root(context: TortoiseContext) -> BaseDBAsyncClient:
 
 
 class Handler:
-    """A commit effect that queries the database, and notes what it is asked to do."""
+    """A commit effect that queries the database, and records its calls."""
 
     awaited = True
 
@@ -64,7 +64,7 @@ class Handler:
         self.noted = noted
 
     def apply(self) -> None:
-        """Note it."""
+        """Record the call."""
         self.noted.append(f"{self.name} applied")
 
     async def deliver(self) -> None:
@@ -75,7 +75,7 @@ class Handler:
         self.noted.append(f"{self.name} delivered")
 
     def deliver_detached(self) -> None:
-        """Note it."""
+        """Record the call."""
         self.noted.append(f"{self.name} handed over")
 
 
@@ -84,11 +84,11 @@ async def events() -> list[str]:
 
 
 class TestSavepoints:
-    """Each callback shares the fate of the rows that were written beside it."""
+    """Each callback is kept or dropped with the rows that were written beside it."""
 
     @pytest.mark.parametrize("seed", range(12))
     async def test_any_nesting(self, root: BaseDBAsyncClient, seed: int) -> None:
-        """Whatever is nested, by Tortoise or by us, kept or rolled back: callbacks go with rows."""
+        """In any nesting of blocks of Tortoise and ours, callbacks are kept exactly with their rows."""
         choose = random.Random(seed)
         numbers = itertools.count()
         called: list[str] = []
@@ -139,7 +139,7 @@ class TestSavepoints:
         assert called == ["kept"]
 
     async def test_written_by_hand(self, root: BaseDBAsyncClient) -> None:
-        """A savepoint in plain SQL is one like any other."""
+        """A savepoint in plain SQL counts like any other."""
         called: list[str] = []
         async with in_transaction(root.connection_name) as outer:
             await outer.execute_query("SAVEPOINT mine")
@@ -149,7 +149,7 @@ class TestSavepoints:
         assert called == ["kept"]
 
     async def test_marks_leave_nothing(self, root: BaseDBAsyncClient) -> None:
-        """What an earlier transaction of the same connection left is no mark of this one."""
+        """An earlier transaction of the same connection leaves no mark for the next."""
         called: list[str] = []
         for _ in range(3):
             async with in_transaction(root.connection_name) as outer:
@@ -170,7 +170,7 @@ class TestSavepoints:
         assert sorted(called) == list(range(20))
 
     async def test_cancelled_registration(self, root: BaseDBAsyncClient) -> None:
-        """One that was cancelled half-way takes no other with it."""
+        """A registration that is cancelled half-way drops no other."""
         for step in itertools.count(1):
             called: list[str] = []
             async with in_transaction(root.connection_name) as outer:
@@ -185,7 +185,7 @@ class TestSavepoints:
 
     @needs_postgres
     async def test_failed_statement(self, postgres: TortoiseContext) -> None:
-        """PostgreSQL rolls back at COMMIT and says nothing; no callback is called."""
+        """If PostgreSQL silently rolls back at COMMIT, no callback is called."""
         called: list[str] = []
         async with in_transaction("postgres") as outer:
             await on_commit(outer, lambda: called.append("x"))
@@ -195,7 +195,7 @@ class TestSavepoints:
         assert (called, await events()) == ([], [])
 
     async def test_rolled_back_by_the_database(self, root: BaseDBAsyncClient) -> None:
-        """SQLite may end a transaction by itself, and commits nothing then without an error."""
+        """If SQLite ends a transaction by itself, and so commits nothing, no callback is called."""
         called: list[str] = []
         async with in_transaction(root.connection_name) as outer:
             await on_commit(outer, lambda: called.append("x"))
@@ -212,11 +212,11 @@ class TestSavepoints:
 
 
 class TestDelivery:
-    """What is awaited as part of the commit."""
+    """Effects that are awaited as part of the commit."""
 
     @pytest.mark.parametrize("own", [True, False])
     async def test_outside_the_transaction(self, root: BaseDBAsyncClient, own: bool) -> None:
-        """Handlers run in order, after every object was changed, with a database to work on."""
+        """Handlers run in order, after every object was changed, and can use the database."""
         noted: list[str] = []
         block: Any = transaction(root) if own else in_transaction(root.connection_name)
         async with block as outer:
@@ -227,7 +227,7 @@ class TestDelivery:
         assert await events() == ["a", "b"]
 
     async def test_by_hand(self, root: BaseDBAsyncClient) -> None:
-        """They belong to an explicit commit, whose block goes on and ends as ever."""
+        """They run at an explicit commit, whose block goes on and ends as usual."""
         noted: list[str] = []
         async with in_transaction(root.connection_name) as outer:
             await attach(outer, Handler("a", noted))
@@ -235,8 +235,8 @@ class TestDelivery:
             assert noted == ["a applied", "a delivered"]
         assert await events() == ["a"]
 
-    async def test_others_have_the_database_meanwhile(self, root: BaseDBAsyncClient) -> None:
-        """A slow handler keeps no connection and no lock."""
+    async def test_holds_no_connection_meanwhile(self, root: BaseDBAsyncClient) -> None:
+        """A slow handler holds no connection and no lock."""
         noted: list[str] = []
         waiting, go_on = asyncio.Event(), asyncio.Event()
 
@@ -259,7 +259,7 @@ class TestDelivery:
         assert await events() == ["another"]
 
     async def test_failure(self, root: BaseDBAsyncClient, caplog: pytest.LogCaptureFixture) -> None:
-        """It is logged; the commit stands, and what is behind it goes on."""
+        """A failure is logged, the commit stands, and later effects run."""
         noted: list[str] = []
 
         class Failing(Handler):
@@ -280,7 +280,7 @@ class TestDelivery:
     @pytest.mark.parametrize("late", [False, True], ids=["early", "late"])
     @pytest.mark.parametrize("own", [True, False])
     async def test_cancelled(self, root: BaseDBAsyncClient, own: bool, late: bool) -> None:
-        """Cancelled at any step: if and only if the row is there, everything else happened, once."""
+        """Cancelled at any step, the effects run once if the row is committed, and otherwise never."""
         committed = 0
         for step in itertools.count(1):
             noted: list[str] = []
@@ -312,7 +312,7 @@ class TestDelivery:
         assert committed > 1
 
     async def test_no_transaction(self, root: BaseDBAsyncClient) -> None:
-        """Without one it happens at once."""
+        """Without a transaction the effect runs at once."""
         noted: list[str] = []
         await attach(root, Handler("a", noted))
         assert noted == ["a applied", "a delivered"]
@@ -320,7 +320,7 @@ class TestDelivery:
     async def test_commit_fails(
         self, root: BaseDBAsyncClient, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Then nothing follows, and the transaction may be rolled back."""
+        """If the commit fails, no effect runs, and the transaction may be rolled back."""
         noted: list[str] = []
         kind = AsyncpgTransaction if isinstance(root, AsyncpgDBClient) else SqliteTransactionWrapper
 
@@ -340,7 +340,7 @@ class TestDelivery:
 
 
 class TestUnlessKept:
-    """What is written again if it is rolled back."""
+    """Rows that are written again after a rollback."""
 
     @staticmethod
     async def write(connection: BaseDBAsyncClient) -> None:
@@ -348,13 +348,13 @@ class TestUnlessKept:
         await AuditRow.create(event="kept", using_db=connection)
 
     async def write_to_keep(self, connection: BaseDBAsyncClient) -> None:
-        """Write it again if it is lost."""
+        """Write the row again if it was rolled back."""
         await self.write(connection)
         await unless_kept(connection, self.write)
 
     @pytest.mark.parametrize("ending", ["commit", "rollback"])
     async def test_ending(self, root: BaseDBAsyncClient, ending: str) -> None:
-        """Whatever becomes of the transaction it is there, once, before another one begins."""
+        """Committed or rolled back, the row exists once before another transaction begins."""
         seen: list[int] = []
 
         begun = asyncio.Event()
@@ -376,7 +376,7 @@ class TestUnlessKept:
 
     @pytest.mark.parametrize("ending", ["commit", "rollback"])
     async def test_savepoint(self, root: BaseDBAsyncClient, ending: str) -> None:
-        """It is written again at the end of the outermost transaction, and only what was lost."""
+        """At the end of the outermost transaction only the rows that were rolled back are written again."""
         with suppress(Undo):
             async with in_transaction() as transaction:
                 with suppress(Undo):
@@ -389,12 +389,12 @@ class TestUnlessKept:
         assert await AuditRow.all().count() == 2
 
     async def test_without_a_transaction(self, root: BaseDBAsyncClient) -> None:
-        """Nothing can be lost."""
+        """Without a transaction nothing is written again."""
         await self.write_to_keep(root)
         assert await AuditRow.all().count() == 1
 
     async def test_failure(self, root: BaseDBAsyncClient, caplog: pytest.LogCaptureFixture) -> None:
-        """It is logged, and keeps the others from nothing."""
+        """A failure is logged, and the other rows are written."""
 
         async def fail(_: BaseDBAsyncClient) -> None:
             raise OSError
@@ -413,7 +413,7 @@ class TestTurns:
     """Savepoints of several tasks in one transaction do not overlap."""
 
     async def test_gathered(self, root: BaseDBAsyncClient) -> None:
-        """Each waits for the one before, so that a rollback undoes its own rows alone."""
+        """Each savepoint waits for the one before, so that a rollback undoes only its own rows."""
 
         async def write(number: int) -> None:
             async with transaction(connection_for(AuditRow)) as own:
@@ -460,7 +460,7 @@ class TestTurns:
         assert await events() == ["child", "after"]
 
     async def test_cancelled_in_the_queue(self, root: BaseDBAsyncClient) -> None:
-        """Who is cancelled while waiting for a turn takes it from nobody."""
+        """A task that is cancelled while it waits for its turn keeps no other from its turn."""
 
         async def write(name: str) -> None:
             async with transaction(connection_for(AuditRow)) as own:
@@ -480,7 +480,7 @@ class TestTurns:
     async def test_begun_while_the_transaction_ends(
         self, root: BaseDBAsyncClient, turns: int, kept: bool
     ) -> None:
-        """A task that goes on while that ends is part of it, or has one of its own."""
+        """A task that begins while the transaction ends is part of it, or has its own."""
         tasks: list[asyncio.Task[bool]] = []
 
         async def write() -> bool:
@@ -504,10 +504,10 @@ class TestTurns:
 
 
 class TestPrivateNames:
-    """What this uses of Tortoise beyond its documentation, so that a new version fails here."""
+    """The undocumented parts of Tortoise that this uses, so that a new version fails here."""
 
     async def test_what_a_block_holds(self, root: BaseDBAsyncClient) -> None:
-        """A transaction has a lock for its statements, and gives back to its parent what it holds."""
+        """A transaction has a lock for its statements, and returns its connection to its parent."""
         async with in_transaction(root.connection_name) as outer:
             wrapper: Any = outer
             assert not wrapper._lock.locked()
@@ -523,7 +523,7 @@ class TestPrivateNames:
                 assert root._lock.locked()
 
     async def test_ends_call_methods_of_the_instance(self, root: BaseDBAsyncClient) -> None:
-        """A block ends by `commit` or `rollback` of its client, where others can be put."""
+        """A block ends by `commit` or `rollback` of its client, which can be replaced."""
         for error in (None, Undo()):
             called: list[str] = []
             with suppress(Undo):
@@ -543,7 +543,7 @@ class TestPrivateNames:
             assert called == ["rollback" if error else "commit"]
 
     async def test_marks(self, root: BaseDBAsyncClient) -> None:
-        """The number that was set last is rolled back with a savepoint, and passed up by a release."""
+        """The last number is rolled back with a savepoint, and kept by a release."""
         async with in_transaction(root.connection_name) as outer:
             before = await mark_of(outer)
             assert await set_mark(outer, 7) == before

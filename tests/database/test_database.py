@@ -65,14 +65,14 @@ from tortoise_auth.models import Session
 
 
 class Unregistered(Model):
-    """A model that no test tells Tortoise about."""
+    """A model that no test registers with Tortoise."""
 
     id = fields.IntField(primary_key=True)
 
 
 @pytest.fixture(params=SHARED_DATABASES)
 async def root(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[BaseDBAsyncClient]:
-    """Each database with one single connection, so that a lost one is missed at once."""
+    """Each database with a single connection, so that a leaked connection fails the test."""
     async with database(request.param, tmp_path, maxsize=1) as context:
         yield context.connections.get(request.param)
 
@@ -88,8 +88,8 @@ async def write(connection: BaseDBAsyncClient, *names: str) -> None:
 
 
 async def rows(connection: BaseDBAsyncClient) -> list[str]:
-    found = await AuditRow.all().using_db(connection).order_by("id")
-    return [row.event for row in found]
+    entries = await AuditRow.all().using_db(connection).order_by("id")
+    return [row.event for row in entries]
 
 
 async def expect_idle(root: BaseDBAsyncClient) -> None:
@@ -105,7 +105,7 @@ async def expect_idle(root: BaseDBAsyncClient) -> None:
 
 
 async def expect_nothing_left(root: BaseDBAsyncClient) -> None:
-    """Fail if anything is left of earlier transactions, or another one does not work."""
+    """Fail if earlier transactions have left anything behind, or another one does not work."""
     await expect_idle(root)
     before = await rows(root)
     async with asyncio.timeout(30), transaction(root) as connection:
@@ -150,14 +150,14 @@ class TestTransaction:
         await expect_nothing_left(root)
 
     async def test_current_connection(self, root: BaseDBAsyncClient) -> None:
-        """Inside the block the models use it without being told."""
+        """Inside the block the models use the transaction by default."""
         async with transaction(root):
             await AuditRow.create(event="a")
             assert await AuditRow.all().count() == 1
         assert await AuditRow.all().count() == 1
 
     async def test_rollback(self, root: BaseDBAsyncClient) -> None:
-        """An error in the block comes out as it is, and nothing that was written stays."""
+        """An error in the block propagates unchanged, and its changes are rolled back."""
         error = LookupError("x")
         block = transaction(root)
         with pytest.raises(LookupError) as raised:
@@ -213,7 +213,7 @@ class TestTransaction:
         await expect_nothing_left(root)
 
     async def test_in_a_transaction_of_the_caller(self, root: BaseDBAsyncClient) -> None:
-        """Inside Tortoise's own block ours is a savepoint of it."""
+        """Inside a block of Tortoise ours is a savepoint."""
         async with in_transaction(root.connection_name) as outer:
             await AuditRow.create(event="a")
             assert connection_for(AuditRow) is outer
@@ -234,16 +234,16 @@ class TestTransaction:
                 await write(connection, name, name)
 
         await asyncio.gather(*(add(str(number)) for number in range(10)))
-        found = await rows(root)
-        assert found[::2] == found[1::2]
-        assert set(found) == {str(number) for number in range(10)}
+        entries = await rows(root)
+        assert entries[::2] == entries[1::2]
+        assert set(entries) == {str(number) for number in range(10)}
         await expect_nothing_left(root)
 
 
 class TestCancellation:
     @pytest.mark.parametrize("stubbornly", [False, True], ids=["once", "again and again"])
     async def test_anywhere(self, root: BaseDBAsyncClient, stubbornly: bool) -> None:
-        """Cancelled at any step, all is written or nothing, and nothing is left behind."""
+        """Cancelled at any step, all changes or none are committed, and nothing is left behind."""
         states: list[bool] = []
 
         async def work() -> None:
@@ -291,7 +291,7 @@ class TestCancellation:
         assert steps > cut_short >= 10
 
     async def test_anywhere_in_the_first_one(self, root: BaseDBAsyncClient) -> None:
-        """Cancelled while the database is connected to, the next caller finds it in order."""
+        """Cancelled while it connects to the database, it leaves a working one to the next caller."""
 
         async def work() -> None:
             async with transaction(root) as connection:
@@ -310,7 +310,7 @@ class TestCancellation:
 
     @pytest.mark.parametrize("steps", range(1, 6))
     async def test_in_the_queue(self, root: BaseDBAsyncClient, steps: int) -> None:
-        """Who is cancelled while another has the only connection need not wait for it."""
+        """A caller that is cancelled while another holds the only connection does not wait for it."""
         entered, leave = asyncio.Event(), asyncio.Event()
 
         async def hold() -> None:
@@ -340,7 +340,7 @@ class TestCancellation:
     async def test_while_it_commits(
         self, root: BaseDBAsyncClient, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Cancelled during the commit, it is committed, and the caller is cancelled then."""
+        """Cancelled during the commit, the changes are committed, and then the caller is cancelled."""
         committing, go_on = asyncio.Event(), asyncio.Event()
         block = transaction(root)
 
@@ -401,7 +401,7 @@ class TestFailures:
     async def test_begin(
         self, root: BaseDBAsyncClient, monkeypatch: pytest.MonkeyPatch, error: Exception
     ) -> None:
-        """If BEGIN fails, the error comes out, and connection and lock are free."""
+        """If BEGIN fails, the error propagates, and connection and lock are free."""
         with failing(monkeypatch, root, "begin", error), pytest.raises(type(error)) as raised:
             async with transaction(root):
                 raise AssertionError("the block was entered")
@@ -411,7 +411,7 @@ class TestFailures:
     async def test_savepoint(
         self, root: BaseDBAsyncClient, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """If SAVEPOINT fails, the transaction around it is as it was."""
+        """If SAVEPOINT fails, the transaction around it is unchanged."""
         async with transaction(root) as outer:
             await write(outer, "a")
             with (
@@ -427,7 +427,7 @@ class TestFailures:
     async def test_commit_that_does_nothing(
         self, root: BaseDBAsyncClient, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """If COMMIT fails, its changes are rolled back and no later commit brings them in."""
+        """If COMMIT fails, its changes are rolled back, and no later commit includes them."""
         block = transaction(root)
         with failing(monkeypatch, root, "commit", OperationalError("x")):
             with pytest.raises(OperationalError):
@@ -438,7 +438,7 @@ class TestFailures:
         assert await rows(root) == []
 
     async def test_commit_that_the_database_refuses(self, root: BaseDBAsyncClient) -> None:
-        """So it is when the database refuses the COMMIT for a constraint that it checks then."""
+        """If a deferred constraint refuses the COMMIT, the changes are rolled back."""
         await root.execute_script(
             "CREATE TABLE parent (id INT PRIMARY KEY);"
             "CREATE TABLE child (id INT REFERENCES parent (id) DEFERRABLE INITIALLY DEFERRED)"
@@ -455,7 +455,7 @@ class TestFailures:
 
     @pytest.mark.parametrize("nested", [False, True])
     async def test_passed_over(self, root: BaseDBAsyncClient, nested: bool) -> None:
-        """PostgreSQL keeps nothing after a failed statement, and that is an error, not a commit."""
+        """A block that ignores a failed statement is an error on PostgreSQL, not a commit."""
 
         async def pass_over(connection: BaseDBAsyncClient) -> None:
             await write(connection, "a")
@@ -478,7 +478,7 @@ class TestFailures:
 
     @needs_postgres
     async def test_after_the_commit(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """What fails once it is committed is an error, and committed it is all the same."""
+        """A failure after the commit is an error, and the changes stay committed."""
         async with database("postgres", tmp_path, maxsize=1) as context:
             root = context.connections.get("postgres")
             block = transaction(root)
@@ -497,7 +497,7 @@ class TestFailures:
             assert await rows(root) == ["a"]
 
     async def test_rollback(self, root: BaseDBAsyncClient, monkeypatch: pytest.MonkeyPatch) -> None:
-        """If ROLLBACK fails too, the connection is back, and the transaction is not current."""
+        """If ROLLBACK fails, too, the connection is released, and the transaction is not current."""
         started: list[asyncio.Task[BaseDBAsyncClient]] = []
         over = asyncio.Event()
 
@@ -520,7 +520,7 @@ class TestFailures:
 
     @needs_postgres
     async def test_connection_lost(self, tmp_path: Path) -> None:
-        """A connection that the server ends is replaced, and the caller is told."""
+        """A connection that the server ends is replaced, and the caller gets an error."""
         async with database("postgres", tmp_path, maxsize=1) as context:
             root = context.connections.get("postgres")
             with pytest.raises((asyncpg.PostgresError, asyncpg.InterfaceError, OSError)):
@@ -585,11 +585,11 @@ class TestConnectionFor:
         assert current_connection(AuditRow) is sqlite_root
 
     async def test_outside(self, root: BaseDBAsyncClient) -> None:
-        """Outside a transaction it is the database."""
+        """Outside a transaction the connection is the database."""
         assert connection_for(User) is connection_for(Session) is root
 
     async def test_task_that_outlives_a_transaction(self, root: BaseDBAsyncClient) -> None:
-        """A task that was started in a transaction which is over gets the living database."""
+        """A task of a transaction that is over gets the database."""
         over = asyncio.Event()
 
         async def later() -> BaseDBAsyncClient:
@@ -618,7 +618,7 @@ class TestConnectionFor:
         await expect_nothing_left(root)
 
     async def test_task_inside(self, root: BaseDBAsyncClient) -> None:
-        """While it is open, a task that was started in it belongs to it."""
+        """A task that is started in an open transaction belongs to it."""
         async with transaction(root) as connection:
 
             async def inside() -> None:
@@ -631,14 +631,14 @@ class TestConnectionFor:
 
 class TestWhenCommitted:
     async def test_outside(self, root: BaseDBAsyncClient) -> None:
-        """Where no transaction is, it happens at once."""
+        """Outside a transaction the act runs at once."""
         acted: list[str] = []
         await on_commit(root, lambda: acted.append("now"))
         assert acted == ["now"]
 
     @pytest.mark.parametrize("own", [True, False])
     async def test_outermost(self, root: BaseDBAsyncClient, own: bool) -> None:
-        """It happens after the outermost commit, in order, and the changes are there then."""
+        """Acts run after the outermost commit, in order, when the changes are committed."""
         acted: list[str] = []
         outer_block: Any = transaction(root) if own else in_transaction(root.connection_name)
         async with outer_block as outer:
@@ -652,7 +652,7 @@ class TestWhenCommitted:
         await expect_nothing_left(root)
 
     async def test_any_number_of_acts(self, root: BaseDBAsyncClient) -> None:
-        """A transaction may tell of thousands of things."""
+        """A transaction may register thousands of acts."""
         acted: list[int] = []
         async with transaction(root) as connection:
             for number in range(5000):
@@ -663,7 +663,7 @@ class TestWhenCommitted:
     async def test_failing_act(
         self, root: BaseDBAsyncClient, caplog: pytest.LogCaptureFixture
     ) -> None:
-        """Whoever commits is not told of it, and the acts behind it happen."""
+        """The error of an act does not reach the caller, and later acts run."""
         acted: list[str] = []
 
         def fail() -> None:
@@ -678,7 +678,7 @@ class TestWhenCommitted:
         assert await rows(root) == ["a"]
 
     async def test_rollback(self, root: BaseDBAsyncClient) -> None:
-        """After a rollback it does not happen, nor with the next transaction."""
+        """After a rollback the act does not run, nor with the next transaction."""
         acted: list[str] = []
         with pytest.raises(LookupError):
             async with transaction(root) as outer, transaction(outer) as inner:
@@ -690,7 +690,7 @@ class TestWhenCommitted:
     async def test_failed_commit(
         self, root: BaseDBAsyncClient, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """After a commit that failed it does not happen either."""
+        """After a failed commit the act does not run either."""
         acted: list[str] = []
         with failing(monkeypatch, root, "commit", OperationalError("x")):
             with pytest.raises(OperationalError):
@@ -705,7 +705,7 @@ request_id: contextvars.ContextVar[str] = contextvars.ContextVar("request_id")
 
 class TestContexts:
     async def test_outside_transactions(self, root: BaseDBAsyncClient) -> None:
-        """A context for later work keeps what the request set, and no transaction."""
+        """A context for later work keeps the variables of the request, and no transaction."""
         request_id.set("r1")
         async with transaction(root) as outer, transaction(outer):
             context = context_outside_transactions()
@@ -717,7 +717,7 @@ class TestContexts:
         await expect_nothing_left(root)
 
     def test_without_a_database(self) -> None:
-        """Without a database it is a plain copy."""
+        """Without a database the context is a plain copy."""
 
         def copied() -> str:
             request_id.set("r2")
@@ -726,7 +726,7 @@ class TestContexts:
         assert contextvars.Context().run(copied) == "r2"
 
     async def test_names(self, root: BaseDBAsyncClient) -> None:
-        """The root is the same from any depth, and a transaction is one while it is open."""
+        """The root is the same at any depth, and a transaction is current while it is open."""
         async with transaction(root) as outer, transaction(outer) as inner:
             assert root_of(inner) is root_of(outer) is root_of(root) is root
             assert [is_transaction(each) for each in (root, outer, inner)] == [False, True, True]
@@ -736,7 +736,7 @@ class TestContexts:
 @needs_postgres
 class TestNotify:
     async def test_wakes_after_the_commit(self, postgres: TortoiseContext) -> None:
-        """A listener is woken by what was committed, and not by what was rolled back."""
+        """A listener is woken by a commit, and not by a rollback."""
         root = postgres.connections.get("postgres")
         woken: asyncio.Queue[str] = asyncio.Queue()
         async with (
@@ -760,7 +760,7 @@ class TestNotify:
         monkeypatch: pytest.MonkeyPatch,
         caplog: pytest.LogCaptureFixture,
     ) -> None:
-        """Whoever listens goes on, polling, and the log says why it is slower; without the address."""
+        """A listener without a connection polls, and the log gives the reason without the address."""
         root = connection_for(AuditRow)
 
         async def refuse(**options: object) -> None:
@@ -773,13 +773,13 @@ class TestNotify:
         assert caplog.messages == ["Cannot listen to channel (OSError)"]
 
     async def test_sqlite(self, sqlite_root: BaseDBAsyncClient) -> None:
-        """On SQLite both do nothing."""
+        """On SQLite `notify` and `listen` do nothing."""
         async with Listener(sqlite_root, "tests", lambda: pytest.fail("woken")):
             await notify(sqlite_root, "tests")
 
 
 class Store:
-    """Methods as a service has them, with a database that fails as one likes."""
+    """Methods like those of a service, with a database that fails on demand."""
 
     @translates_database_errors
     async def login(self, error: BaseException) -> None:
@@ -788,7 +788,7 @@ class Store:
 
     @translates_database_errors
     async def count(self, model: type[Model]) -> int:
-        """Ask the database."""
+        """Query the database."""
         return await model.all().count()
 
     @translates_database_errors
@@ -856,19 +856,19 @@ class TestTranslatesDatabaseErrors:
         ids=repr,
     )
     async def test_other_errors(self, error: BaseException) -> None:
-        """What is no failure of a database passes unchanged."""
+        """Other errors propagate unchanged."""
         with pytest.raises(type(error)) as raised:
             await Store().login(error)
         assert raised.value is error
 
     async def test_no_error(self) -> None:
-        """A method that works does what it did, under its own name."""
+        """A method that succeeds returns its result, and keeps its name."""
         assert await Store().add(1, 2, more=3) == 6
         assert Store.add.__name__ == "add"
         assert Store.add.__doc__ == "Need no database."
 
     async def test_missing_table(self, root: BaseDBAsyncClient) -> None:
-        """A table that is not there is a mistake of set-up, with what to do about it."""
+        """A missing table is a configuration error that says what to do."""
         await root.execute_script("DROP TABLE app_audit_row")
         with pytest.raises(ConfigurationError, match="Run your migrations") as raised:
             await Store().count(AuditRow)
@@ -876,7 +876,7 @@ class TestTranslatesDatabaseErrors:
         assert "SELECT" not in str(raised.value)
 
     async def test_missing_column(self, root: BaseDBAsyncClient) -> None:
-        """So is a column that is not there, for reading and for writing."""
+        """A missing column is a configuration error, too, for reading and for writing."""
         await root.execute_script("ALTER TABLE app_audit_row RENAME COLUMN subject TO topic")
 
         class Rows:
@@ -895,7 +895,7 @@ class TestTranslatesDatabaseErrors:
                 await Rows().read()
 
     async def test_closed_database(self, root: BaseDBAsyncClient) -> None:
-        """A connection that was closed behind our back is a failure of the database."""
+        """A connection that was closed elsewhere is a failure of the database."""
         if isinstance(root, SqliteClient):
             assert root._connection is not None
             await root._connection.close()
@@ -910,10 +910,10 @@ class TestTranslatesDatabaseErrors:
 
 
 class TestPrivateNames:
-    """What the library uses of Tortoise beyond its documentation, so that a new version tells."""
+    """The undocumented parts of Tortoise that the library uses, so that a new version fails here."""
 
     def test_on_classes(self) -> None:
-        """The private names are there."""
+        """The private names exist."""
         assert callable(BaseDBAsyncClient._in_transaction)
         assert TransactionalDBClient._finalized is False
         assert callable(Model._choose_db)
@@ -927,7 +927,7 @@ class TestPrivateNames:
         assert AsyncpgDBClient.__module__ == "tortoise.backends.asyncpg.client"
 
     async def test_meta(self, sqlite_root: BaseDBAsyncClient) -> None:
-        """The description of a model has what the hand-made join and the checks read."""
+        """The description of a model has the attributes that the joined read and the checks use."""
         meta = User._meta
         assert meta.default_connection == sqlite_root.connection_name
         assert Unregistered._meta.default_connection is None
@@ -940,7 +940,7 @@ class TestPrivateNames:
         assert type(meta.manager).__name__ == "Manager"
 
     async def test_transactions(self, root: BaseDBAsyncClient) -> None:
-        """A transaction knows its parent and whether it is over; savepoints too."""
+        """A transaction or savepoint has its parent, and whether it is over."""
         async with in_transaction(root.connection_name) as outer:
             assert isinstance(outer, TransactionalDBClient)
             assert (outer._parent, outer._finalized) == (root, False)
@@ -966,7 +966,7 @@ class TestPrivateNames:
         assert called == ["commit"]
 
     async def test_block(self, root: BaseDBAsyncClient) -> None:
-        """A block has its client, and its lock on SQLite, and takes no token for a token."""
+        """A block has its client, on SQLite its lock, and accepts None as its token."""
         block = root._in_transaction()
         client = getattr(block, "client", None) or getattr(block, "connection", None)
         assert isinstance(client, TransactionalDBClient)
@@ -979,7 +979,7 @@ class TestPrivateNames:
         assert connection_for(AuditRow) is root
 
     async def test_models_from_rows(self, sqlite_root: BaseDBAsyncClient) -> None:
-        """A model is made from a row by the names of its columns, and tells if any is missing."""
+        """A model is built from a row by column names, and a missing column is an error."""
         row = {"id": 5, "event": "a", "subject": "b", "at": "2026-01-01 12:00:00+00:00"}
         whole = AuditRow._init_from_db(**row)
         assert (whole.pk, whole.event, whole._partial, whole._saved_in_db) == (5, "a", False, True)
@@ -989,7 +989,7 @@ class TestPrivateNames:
 
     @needs_postgres
     async def test_listener(self, postgres: TortoiseContext) -> None:
-        """The client for PostgreSQL has what a connection of one's own needs."""
+        """The client for PostgreSQL has the parameters of a separate connection."""
         client: Any = postgres.connections.get("postgres")
         assert type(client) is AsyncpgDBClient
         for name in ("host", "port", "user", "password", "database", "extra"):

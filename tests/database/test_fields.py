@@ -60,14 +60,14 @@ class Contact(Model):
 
 @pytest.fixture(params=DATABASES)
 async def db(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[TortoiseContext]:
-    """Every database there is, with the tables of this module besides."""
+    """Every database, with the tables of this module."""
     async with database(request.param, tmp_path, modules=[*MODULES, __name__]) as context:
         yield context
 
 
 @pytest.fixture
 def _settings_restored(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Undo what Tortoise and these tests set for the whole process."""
+    """Undo the settings of Tortoise and these tests for the whole process."""
     with pytest.MonkeyPatch.context() as patch:
         for name in ("USE_TZ", "TIMEZONE", "TZ"):
             patch.setenv(name, os.environ.get(name, ""))
@@ -85,7 +85,7 @@ class TestMomentsUnderAnySettings:
     async def test_expiry(
         self, tmp_path: Path, kind: str, use_tz: bool, zone: str, process_zone: str
     ) -> None:
-        """Of an expired and a valid row SQL and Python find the valid one, whatever is set."""
+        """SQL and Python select the valid row and not the expired one, in every setting."""
         os.environ["TZ"] = process_zone
         time.tzset()
         modules = [*MODULES, __name__]
@@ -113,7 +113,7 @@ class TestMomentsUnderAnySettings:
 class TestMoments:
     @pytest.mark.parametrize("zone", [*ZONES, "Asia/Kathmandu"])
     async def test_round_trip(self, zone: str) -> None:
-        """A moment comes back the same and in UTC, to the microsecond, from any zone."""
+        """A moment of any zone is read back in UTC, to the microsecond."""
         for moment in (NOON, NOON.replace(microsecond=1), NOON.replace(microsecond=999_999)):
             row = await Moment.create(at=moment.astimezone(ZoneInfo(zone)))
             for at in (row.at, (await Moment.get(id=row.id)).at):
@@ -141,7 +141,7 @@ class TestMoments:
             assert await Moment.filter(at=moment).count() == 1
 
     async def test_none(self) -> None:
-        """No moment is none, where the column allows it."""
+        """A missing moment is None, where the column allows it."""
         row = await Moment.create(at=None)
         assert (await Moment.get(id=row.id)).at is None
         assert await Moment.filter(at__isnull=True).count() == 1
@@ -169,7 +169,7 @@ class TestMoments:
 
     @pytest.mark.usefixtures("_settings_restored")
     async def test_text_without_an_offset(self, db: TortoiseContext) -> None:
-        """What SQLite itself calls the current time is read as UTC, wherever the process runs."""
+        """The current time of SQLite is read as UTC, whatever the zone of the process."""
         os.environ["TZ"] = "America/New_York"
         time.tzset()
         connection = next(iter(db.connections.all()))
@@ -183,7 +183,7 @@ class TestMoments:
         assert abs(datetime.now(UTC) - row.at) < timedelta(minutes=1)
 
     async def test_auto_now_add(self) -> None:
-        """The time of creation is filled in once, and one that was given is kept."""
+        """The time of creation is set once, and a given one is kept."""
         before = datetime.now(UTC)
         row = await Moment.create()
         assert before <= row.created <= datetime.now(UTC)
@@ -269,7 +269,7 @@ class TestNormalizeEmail:
 
     @pytest.mark.parametrize("garbage", GARBAGE)
     def test_garbage(self, garbage: str) -> None:
-        """What is no address is refused, and the error does not repeat it."""
+        """Text that is no address is refused, and the error does not repeat it."""
         with pytest.raises(InvalidIdentifierError) as refused:
             normalize_email(garbage)
         assert str(refused.value).startswith("That is not a")
@@ -277,7 +277,7 @@ class TestNormalizeEmail:
         assert refused.value.__cause__ is None
 
     def test_too_long(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """What is much too long is refused before it is parsed."""
+        """Text that is much too long is refused before it is parsed."""
 
         def looked_at(*args: object, **kwargs: object) -> None:
             raise AssertionError("it was parsed")
@@ -288,7 +288,7 @@ class TestNormalizeEmail:
 
     @pytest.mark.parametrize("value", [None, 1, True, b"ada@example.com", ["ada@example.com"]])
     def test_no_text(self, value: Any) -> None:
-        """What is no text is refused in the same way."""
+        """A value that is no text is refused in the same way."""
         with pytest.raises(InvalidIdentifierError):
             normalize_email(value)
 
@@ -298,7 +298,7 @@ class TestNormalizeEmail:
     )
     @settings(max_examples=500, deadline=None)
     def test_stable(self, local: str, domain: str) -> None:
-        """What was normalised stays as it is, is composed, and fits into the column."""
+        """A normalised address is stable and composed, and fits its column."""
         try:
             once = normalize_email(f"{local}@{domain}")
         except InvalidIdentifierError:
@@ -318,7 +318,7 @@ class TestNormalizeEmail:
 
 
 async def stored() -> list[str]:
-    """Return what is in the column, as no field has touched it."""
+    """Return the value of the column as the database stores it."""
     connection = connection_for(User)
     rows = await connection.execute_query_dict("SELECT email FROM app_user ORDER BY email")
     return [row["email"] for row in rows]
@@ -347,7 +347,7 @@ class TestEmailField:
         assert await stored() == ["alan@example.com", "emmy@example.com", "kurt@example.com"]
 
     async def test_looked_up(self) -> None:
-        """Every spelling finds the one that is stored, whichever way one asks."""
+        """Every spelling matches the stored one, in every kind of query."""
         user = await User.create(email="ada@example.com")
         other = await User.create(email="bob@example.com")
         for spelling in SPELLINGS:
@@ -365,8 +365,8 @@ class TestEmailField:
             with pytest.raises(IntegrityError):
                 await User.create(email=spelling)
 
-    async def test_garbage_is_not_found(self) -> None:
-        """A look-up of what is no address finds nothing, and is no error on any database."""
+    async def test_garbage_matches_nothing(self) -> None:
+        """A look-up of text that is no address matches nothing, and is no error on any database."""
         await User.create(email="ada@example.com")
         for garbage in (*GARBAGE, 1, True, b"ada@example.com"):
             assert await User.get_or_none(email=garbage) is None
@@ -375,7 +375,7 @@ class TestEmailField:
             assert not await User.exists(email=garbage)
 
     async def test_garbage_is_not_written(self) -> None:
-        """What is no address is refused when written, without being repeated."""
+        """Text that is no address is refused when written, and not repeated."""
         row = User.filter(pk=(await User.create(email="ada@example.com")).pk)
         for garbage in (*GARBAGE, 1, True, b"ada@example.com"):
             writes: list[Any] = [User.create(email=garbage)]
@@ -417,13 +417,13 @@ class TestEmailField:
         assert await User.filter(email__startswith="a").count() == 1
 
     async def test_no_address(self) -> None:
-        """No address is none, where the column allows it."""
+        """A missing address is None, where the column allows it."""
         contact = await Contact.create(email=None)
         assert (await Contact.get(id=contact.id)).email is None
         assert await Contact.filter(email__isnull=True).count() == 1
 
     async def test_shorter_column(self) -> None:
-        """An address that is too long for the column is refused when written and not found."""
+        """An address that is too long for the column is refused when written, and matches nothing."""
         address = f"{'a' * 60}@{'b' * 40}.example.com"
         assert normalize_email(address) == address
         with pytest.raises(ValidationError):

@@ -98,7 +98,7 @@ class Registration:
 
     @property
     def is_shipped(self) -> bool:
-        """Our tables come from our migrations, and not from the host's."""
+        """Whether our tables come from our migrations, and not from those of the host."""
         return self.label != "models"
 
 
@@ -115,7 +115,7 @@ REGISTRATIONS = [
 
 
 class Host:
-    """A scratch project, with a copy of the library in the place of ``site-packages``."""
+    """A scratch project, with a copy of the library instead of ``site-packages``."""
 
     def __init__(self, folder: Path, registration: Registration) -> None:
         self.folder = folder / "host"
@@ -266,7 +266,7 @@ NewDatabase: TypeAlias = Callable[[Path], AbstractContextManager["SqliteFile | P
 
 @dataclass(frozen=True)
 class Story:
-    """A host that made its migrations and applied all there are.
+    """A host that made its migrations and applied all of them.
 
     Attributes:
         host: The project.
@@ -291,7 +291,7 @@ class Story:
     ],
 )
 def new_database(request: pytest.FixtureRequest) -> NewDatabase:
-    """What opens an empty database of one kind."""
+    """Opens an empty database of one kind."""
     open_empty: NewDatabase = request.param
     return open_empty
 
@@ -322,11 +322,11 @@ class TestHost:
         assert ("name='Session'" in made) is not story.host.registration.is_shipped
 
     def test_second_makemigrations(self, story: Story) -> None:
-        """After that nothing is left to migrate, in the host's app nor in ours."""
+        """After the first run nothing is left to migrate, neither in the host's app nor in ours."""
         assert story.host.tortoise(story.database.url, "makemigrations") == SILENT
 
     def test_login(self, story: Story) -> None:
-        """What was migrated is what a login needs."""
+        """A login works on the migrated tables."""
         assert story.host.run(story.database.url, LOG_IN) == "ada@example.com\n"
 
     def test_same_schema(self, story: Story) -> None:
@@ -360,7 +360,7 @@ class TestShipped:
 
     @pytest.fixture
     def shipped(self) -> list[Migration]:
-        """Our migrations, as an app with another label sees them."""
+        """Our migrations, as an app with another label."""
         names = sorted(name for _, name, _ in pkgutil.iter_modules(migrations.__path__))
         modules = [importlib.import_module(f"{migrations.__name__}.{name}") for name in names]
         return [
@@ -377,7 +377,7 @@ class TestShipped:
         assert said == SILENT, "\n".join(missing)
 
     def test_numbers(self, shipped: list[Migration]) -> None:
-        """They are numbered without a gap, and each comes right after the one before."""
+        """Migrations are numbered without a gap, and each depends on the one before."""
         numbers = [int(migration.name.partition("_")[0]) for migration in shipped]
         assert numbers == list(range(1, len(shipped) + 1))
         assert shipped[0].dependencies == []
@@ -385,7 +385,7 @@ class TestShipped:
             assert later.dependencies == [("accounts", earlier.name)]
 
     def test_only_what_works_everywhere(self, shipped: list[Migration]) -> None:
-        """No relation, no constraint, no label, no operation that some database or host lacks."""
+        """Migrations use no relation, constraint, label or operation that some database or host lacks."""
         operations = [operation for each in shipped for operation in each.operations]
         assert [each for each in operations if not isinstance(each, self.ALLOWED)] == []
         for operation in operations:
@@ -393,7 +393,7 @@ class TestShipped:
                 assert not {"app", "constraints"} & (operation.options or {}).keys()
                 assert not [f for _, f in operation.fields if isinstance(f, RelationalField)]
 
-    def test_dependencies_follow_the_label(self) -> None:
+    def test_dependencies_use_the_label(self) -> None:
         """A dependency is written for our label and read for the host's."""
 
         class Later(OwnMigration):

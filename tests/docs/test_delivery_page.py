@@ -1,4 +1,4 @@
-"""The page on delivery: what it says is proven where it says so, and its snippets and commands work."""
+"""The page on delivery: its claims name existing tests, and its snippets and commands work."""
 
 from __future__ import annotations
 
@@ -26,23 +26,23 @@ COMMAND = Path(sys.executable).with_name("tortoise-auth")
 
 
 class CustomerSystem:
-    """What a host tells of logins: it takes each key once."""
+    """A system that receives the logins of a host, and accepts each key once."""
 
     def __init__(self) -> None:
         self.notes: dict[str, str] = {}
-        self.told = asyncio.Event()
+        self.noted = asyncio.Event()
 
     async def note(self, text: str, *, idempotency_key: str) -> None:
-        """Take a note, unless it has been taken."""
+        """Store a note, unless its key is known."""
         self.notes.setdefault(idempotency_key, text)
-        self.told.set()
+        self.noted.set()
 
 
 @pytest.fixture
 async def namespace(
     sqlite: TortoiseContext, emitter: EventEmitter
 ) -> AsyncIterator[dict[str, Any]]:
-    """What a reader of the page has at hand."""
+    """The names that the snippets of the page use."""
     yield {
         "AuditRow": AuditRow,
         "User": User,
@@ -58,7 +58,7 @@ async def namespace(
 
 class TestProofs:
     def test_exist(self) -> None:
-        """Every test that the page names is there: file, class and function."""
+        """Every test that the page names exists: file, class and function."""
         named = set(re.findall(r"`([\w/]+\.py)::(\w+(?:::\w+)?)`", PAGE.read_text()))
         assert len(named) > 20
         missing = {
@@ -67,7 +67,7 @@ class TestProofs:
         assert not missing
 
     def test_every_line_has_one(self) -> None:
-        """Every line of the table of what happens when names a test."""
+        """Every row of the table of failures names a test."""
         section = PAGE.read_text().split("## What happens when")[1].split("\n## ")[0]
         lines = [line for line in section.splitlines() if line.startswith("| ")]
         assert len(lines) > 20
@@ -92,12 +92,12 @@ class TestSnippets:
             await run(source, namespace, PAGE.name)
         await namespace["auth"].login("ada@example.com", "a wholly different phrase")
         async with asyncio.timeout(30), namespace["lifespan"](None):
-            await namespace["crm"].told.wait()
+            await namespace["crm"].noted.wait()
         assert list(namespace["crm"].notes.values()) == ["ada@example.com was here"]
         assert not caplog.records
 
     def test_commands(self) -> None:
-        """Every command on the page exists, and has the options that it is given there."""
+        """Every command on the page exists, with the options of the page."""
         commands = re.findall(r"^(?:\$ |ExecStart=\S*/)tortoise-auth (.*)$", PAGE.read_text(), re.M)
         assert len(commands) > 5
         for command in commands:
@@ -109,7 +109,7 @@ class TestSnippets:
 
 class TestSize:
     def test_is_short(self) -> None:
-        """It has fewer than 250 lines."""
+        """The page has fewer than 250 lines."""
         assert len(PAGE.read_text().splitlines()) < 250
 
 
@@ -125,12 +125,12 @@ def _tests(path: Path) -> set[str]:
     """Return the tests in a file, as ``Class::test`` or ``test``."""
     if not path.exists():
         return set()
-    found: set[str] = set()
+    names: set[str] = set()
     for each in ast.parse(path.read_text()).body:
         if isinstance(each, ast.ClassDef):
-            found |= {f"{each.name}::{name}" for name in _functions(each.body)}
-        found |= _functions([each])
-    return {name for name in found if name.rpartition("::")[2].startswith("test_")}
+            names |= {f"{each.name}::{name}" for name in _functions(each.body)}
+        names |= _functions([each])
+    return {name for name in names if name.rpartition("::")[2].startswith("test_")}
 
 
 def _functions(body: list[ast.stmt]) -> set[str]:

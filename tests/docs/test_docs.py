@@ -28,7 +28,7 @@ PAGES = [ROOT / "README.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob(
 async def namespace(
     sqlite: TortoiseContext, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[dict[str, Any]]:
-    """What a reader of the pages has at hand: a user, a service, and the library's own emitter."""
+    """The names that the snippets use: a user, a service, and the default emitter."""
     monkeypatch.setattr(AbstractUser, "emitter", library_emitter)
     monkeypatch.setenv("AUTH_SECRET", SECRET)
     mails: list[tuple[str, ...]] = []
@@ -64,7 +64,7 @@ async def namespace(
 class TestReadme:
     async def test_example_runs(self, namespace: dict[str, Any]) -> None:
         """The example of the README runs as it stands, after the model, which the tests have."""
-        await namespace["user"].delete()  # it makes her an account
+        await namespace["user"].delete()  # the example creates the account
         (source,) = snippets(ROOT / "README.md")
         model, rest = source.split("\n\n", 1)
         assert model.startswith("class User(AbstractUser):")
@@ -72,7 +72,7 @@ class TestReadme:
         assert await AuditRow.filter(event="login").count() == 1
 
     def test_is_short(self) -> None:
-        """It has fewer than 120 lines."""
+        """The README has fewer than 120 lines."""
         assert len((ROOT / "README.md").read_text().splitlines()) < 120
 
 
@@ -102,7 +102,7 @@ class TestEventsPage:
 class TestLinks:
     @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
     def test_lead_somewhere(self, page: Path) -> None:
-        """Every relative link names a file that is there."""
+        """Every relative link names a file that exists."""
         for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
             if "://" not in target:
                 assert (page.parent / target).exists(), target
@@ -115,7 +115,7 @@ class TestVersion:
         assert "## [Unreleased]" in changelog or f"## [{tortoise_auth.__version__}]" in changelog
 
     def test_root_exports_what_it_says(self) -> None:
-        """``__all__`` is sorted and names what there is."""
+        """``__all__`` is sorted, and each of its names exists."""
         assert sorted(tortoise_auth.__all__) == tortoise_auth.__all__
         assert all(hasattr(tortoise_auth, name) for name in tortoise_auth.__all__)
         assert isinstance(tortoise_auth.emitter, EventEmitter)

@@ -59,7 +59,7 @@ class TestScripts:
         ],
     )
     def test_runs(self, script: Path, tmp_path: Path) -> None:
-        """It runs to its end without a warning, says something, and leaves no file behind."""
+        """The script runs to its end without a warning, prints something, and leaves no file behind."""
         finished = run(script, cwd=tmp_path)
         assert (finished.returncode, finished.stderr) == (0, "")
         assert len(finished.stdout.splitlines()) > 5
@@ -115,7 +115,7 @@ class Site:
         return self.post("/log-in", email=email, password=password)
 
     def mail(self) -> list[str]:
-        """Return the text of all mail, once what is under way has been sent."""
+        """Return the text of all mail, once mail in flight has been sent."""
         assert self.client.portal is not None
         self.client.portal.call(tortoise_auth.emitter.aclose)
         return [text for _, text in self.module.outgoing_mail]
@@ -153,7 +153,7 @@ def site(module: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
 
 
 class TestSignUp:
-    def test_does_not_tell_who_is_known(self, site: Site) -> None:
+    def test_does_not_reveal_accounts(self, site: Site) -> None:
         """A second sign-up gets the very same answer and changes nothing; only the mail differs."""
         first, second = site.sign_up(), site.sign_up(NEW_PASSWORD, " Ada@EXAMPLE.com")
         assert (first.status_code, first.json()) == (202, "We have sent you an e-mail.")
@@ -167,7 +167,7 @@ class TestSignUp:
         ]
 
     def test_refused_password(self, site: Site) -> None:
-        """The answer says which rules a password breaks, and there is no account."""
+        """The answer names the rules that a password breaks, and no account is created."""
         answer = site.sign_up("password")
         assert answer.status_code == 422
         assert answer.json()["code"] == "password_refused"
@@ -181,13 +181,13 @@ class TestSignUp:
         assert answer.json()["detail"] == "email: Field required"
 
     def test_no_address(self, site: Site) -> None:
-        """What is no e-mail address is refused."""
+        """A value that is no e-mail address is refused."""
         answer = site.sign_up(email="ada")
         assert (answer.status_code, answer.json()["code"]) == (422, "invalid_identifier")
 
     @pytest.mark.parametrize("name", ["x" * 101, "canary\0", "canary\ud800"], ids=range(3))
     def test_name_that_no_column_can_hold(self, site: Site, name: str) -> None:
-        """It is the visitor's mistake and not the server's, and there is no account."""
+        """Such a name is an error of the client, not of the server, and no account is created."""
         body = {"email": "ada@example.com", "password": PASSWORD, "display_name": name}
         answer = site.client.post(
             "/sign-up", content=json.dumps(body), headers={"Content-Type": "application/json"}
@@ -210,7 +210,7 @@ class TestLogIn:
         assert wrong.headers["WWW-Authenticate"] == "Bearer"
 
     def test_opens_a_session(self, site: Site) -> None:
-        """The tokens are not for caches, and the access token tells who is asking."""
+        """The tokens are not cached, and the access token identifies the user."""
         site.sign_up()
         answer = site.log_in()
         assert answer.headers["Cache-Control"] == "no-store"
@@ -220,7 +220,7 @@ class TestLogIn:
 
     @pytest.mark.parametrize("token", ["", "garbage"])
     def test_without_a_token(self, site: Site, token: str) -> None:
-        """Whoever has no token, or not one of ours, is asked for one."""
+        """A request without a valid token is asked for one."""
         answer = site.get("/me", token)
         assert answer.status_code == 401
         assert answer.headers["WWW-Authenticate"] == "Bearer"
@@ -235,7 +235,7 @@ class TestSession:
         return tokens
 
     def test_refresh(self, site: Site, ada: dict[str, str]) -> None:
-        """A refresh gives new tokens that work, and are not for caches."""
+        """A refresh returns new tokens that work, and are not cached."""
         answer = site.post("/refresh", refresh_token=ada["refresh_token"])
         assert answer.status_code == 200
         assert answer.headers["Cache-Control"] == "no-store"
@@ -252,14 +252,14 @@ class TestSession:
         assert site.get("/me", other["access_token"]).status_code == 200
 
     def test_list(self, site: Site, ada: dict[str, str]) -> None:
-        """Every live session is listed, with where it came from."""
+        """Every live session is listed, with its address."""
         site.log_in()
         listed = site.get("/sessions", ada["access_token"]).json()
         assert [each["ip"] for each in listed] == [ADDRESS, ADDRESS]
         assert len({each["id"] for each in listed}) == 2
 
     def test_change_password(self, site: Site, ada: dict[str, str]) -> None:
-        """The session that changed the password goes on, the others end, the owner is told."""
+        """The session that changed the password stays live, the others end, and the owner gets a mail."""
         other, token = site.log_in().json(), ada["access_token"]
         assert site.post("/password", token, current=PASSWORD, new=NEW_PASSWORD).status_code == 200
         assert site.get("/me", token).status_code == 200
@@ -286,7 +286,7 @@ class TestSession:
         assert site.get("/me", other["access_token"]).status_code == 200
 
     def test_log_out_everywhere(self, site: Site, ada: dict[str, str]) -> None:
-        """Every session ends."""
+        """A log-out everywhere ends every session."""
         other = site.log_in().json()
         assert site.post("/log-out-everywhere", other["access_token"]).json() == 2
         for tokens in (ada, other):
@@ -296,7 +296,7 @@ class TestSession:
 
 class TestHooks:
     def test_audit(self, site: Site) -> None:
-        """Everything that happened is in the database, in order, with who, where from and why."""
+        """Every event is in the database, in order, with user, address and reason."""
         site.sign_up()
         site.log_in(NEW_PASSWORD)
         site.log_in(email=f"{PASSWORD}@example.com")
@@ -320,7 +320,7 @@ class TestHooks:
         ]
 
     def test_shutdown_sends_waiting_mail(self, site: Site) -> None:
-        """Mail that was under way when the application stopped has been sent."""
+        """Mail that was in flight when the application stopped has been sent."""
         site.sign_up()
         site.client.__exit__()
         assert site.module.outgoing_mail == [("ada@example.com", "Welcome, Ada!")]
@@ -333,28 +333,28 @@ class TestFailures:
     def test_status(
         self, site: Site, monkeypatch: pytest.MonkeyPatch, error: TortoiseAuthError, status: int
     ) -> None:
-        """A failure that says nothing about the credentials is not answered with 401."""
+        """A failure that is not about the credentials is not answered with 401."""
         _fail(monkeypatch, site, error)
         answer = site.log_in()
         assert (answer.status_code, answer.json()["code"]) == (status, error.code)
         assert "WWW-Authenticate" not in answer.headers
 
-    @pytest.mark.parametrize(("seconds", "told"), [(30, "30"), (30.2, "31"), (0.2, "1")])
+    @pytest.mark.parametrize(("seconds", "header"), [(30, "30"), (30.2, "31"), (0.2, "1")])
     def test_retry_after(
-        self, site: Site, monkeypatch: pytest.MonkeyPatch, seconds: float, told: str
+        self, site: Site, monkeypatch: pytest.MonkeyPatch, seconds: float, header: str
     ) -> None:
-        """Whoever comes back when he is told to is not too early."""
+        """A client that waits for the seconds of the header is not too early."""
         _fail(monkeypatch, site, ThrottledError(seconds))
-        assert site.log_in().headers["Retry-After"] == told
+        assert site.log_in().headers["Retry-After"] == header
 
     def test_mistake_of_ours(self, site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-        """A configuration error reaches the server's log and not the visitor."""
+        """A configuration error reaches the log of the server, not the client."""
         _fail(monkeypatch, site, ConfigurationError("a table is missing"))
         with pytest.raises(ConfigurationError, match="a table is missing"):
             site.log_in()
 
     def test_no_secret(self, tmp_path: Path) -> None:
-        """Without a secret the application does not start, and says what to do."""
+        """Without a secret the application does not start, and its error says what to do."""
         finished = run("-c", "import examples.fastapi_app", cwd=tmp_path)
         assert finished.returncode == 1
         assert finished.stderr.startswith("Set AUTH_SECRET")

@@ -1,4 +1,4 @@
-"""The page about formats: its snippets run, ship what it says, and its table is true."""
+"""The page about formats: its snippets run and ship records, and its table is correct."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ CONTEXT = RequestContext(ip="203.0.113.7", user_agent="Firefox", request_id="r-1
 
 
 class Sink:
-    """What the page sends things to."""
+    """The receiver of what the page sends."""
 
     def __init__(self) -> None:
         self.records: list[dict[str, Any]] = []
@@ -41,11 +41,11 @@ class Sink:
         self.down = False
 
     async def send(self, record: dict[str, Any]) -> None:
-        """Take a record."""
+        """Receive a record."""
         self.records.append(as_sent(record))
 
     async def post(self, path: str, *, content: str, headers: dict[str, str]) -> httpx2.Response:
-        """Take a token, unless it is down."""
+        """Receive a token, unless the receiver is down."""
         if not self.down:
             self.posts.append((path, content, headers))
         request = httpx2.Request("POST", f"https://shop.example.com{path}")
@@ -56,7 +56,7 @@ class Sink:
 async def page(
     sqlite: TortoiseContext, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[dict[str, Any]]:
-    """The page as its reader has it, after every snippet."""
+    """The names of the page, after every snippet."""
     monkeypatch.setattr(AbstractUser, "emitter", library_emitter)
     monkeypatch.setenv("SET_PRIVATE_KEY", pem("RS256").decode())
     with isolated(library_emitter):
@@ -70,7 +70,7 @@ async def page(
 
 
 async def live(auth: AuthService[User]) -> list[str]:
-    """Do everything that can be done with an account; return the names of the events, in order."""
+    """Make every call for an account; return the names of the events, in order."""
     user = await User.create_user(email="ada@example.com", password=PASSWORD)
     for typed, password in ((CANARY, PASSWORD), ("ada@example.com", "wrong")):
         with pytest.raises(AuthenticationError):
@@ -98,7 +98,7 @@ async def live(auth: AuthService[User]) -> list[str]:
 
 class TestSnippets:
     async def test_everything_is_shipped(self, page: dict[str, Any]) -> None:
-        """What really happens reaches all three, durably, and keeps the rules of each standard."""
+        """Every event is delivered durably in all three formats, by the rules of each standard."""
         auth = AuthService(User, AuthConfig(secret=SECRET))
         names = await live(auth)
         assert not page["siem"].records
@@ -112,28 +112,28 @@ class TestSnippets:
             assert violations(document, "ecs-9.4.json", "document") == []
 
     async def test_tokens(self, page: dict[str, Any]) -> None:
-        """The receiver gets a token for all that has one, as RFC 8935 has it, and can check it."""
+        """The receiver gets a token for each event that has one, by RFC 8935, and can verify it."""
         auth = AuthService(User, AuthConfig(secret=SECRET))
         names = await live(auth)
         await auth.relay().drain()
-        told = [name for name in names if _has_token(name)]
+        with_token = [name for name in names if _has_token(name)]
         posts = page["receiver"].posts
-        assert len(posts) == len(told) == 11
+        assert len(posts) == len(with_token) == 11
         for path, body, headers in posts:
             assert path == "/events"
             assert headers["Content-Type"] == "application/secevent+jwt"
-            found = jwt.decode(
+            claims = jwt.decode(
                 body,
                 pem("RS256", public=True),
                 algorithms=["RS256"],
                 issuer="https://id.example.com/",
                 audience="https://shop.example.com/",
             )
-            assert violations(found, "set-rfc8417.json", "claims") == []
+            assert violations(claims, "set-rfc8417.json", "claims") == []
 
     async def test_refused_token_is_sent_again(self, page: dict[str, Any]) -> None:
         """A receiver that is down loses nothing."""
-        clock = FakeClock(utc_now())  # sign-ups go by the system's
+        clock = FakeClock(utc_now())  # sign-ups use the clock of the system
         auth = AuthService(User, AuthConfig(secret=SECRET), clock=clock)
         await User.create_user(email="ada@example.com", password=PASSWORD)
         await auth.login("ada@example.com", PASSWORD)
@@ -146,7 +146,7 @@ class TestSnippets:
         assert len(page["receiver"].posts) == 1
 
     async def test_no_secret(self, page: dict[str, Any]) -> None:
-        """A password that was typed as an identifier reaches nobody, nor does any e-mail address but
+        """A password that was typed as an identifier leaves in no record, nor does any e-mail address but
         one that was typed."""
         auth = AuthService(User, AuthConfig(secret=SECRET))
         await live(auth)
@@ -160,7 +160,7 @@ class TestSnippets:
 class TestTable:
     @pytest.mark.parametrize("kind", LIBRARY, ids=lambda kind: kind.name)
     def test_row(self, kind: type[Event]) -> None:
-        """The table has a row for every event, and it says what the functions do."""
+        """The table has a row for every event, which agrees with the functions."""
         assert _row(f"`{kind.name}`", sample(kind)) in _lines()
 
     def test_password_change(self) -> None:
@@ -170,10 +170,10 @@ class TestTable:
 
 
 class TestWhatWasTyped:
-    """What the page says of identifiers and addresses."""
+    """The statements of the page on identifiers and addresses."""
 
     def test_of_an_account(self) -> None:
-        """It is named in OCSF and ECS, be it an address, and in a CloudEvent in any case."""
+        """The identifier of an account is in OCSF and ECS, even as an address, and in each CloudEvent."""
         known = UserLoginFailed(identifier="ada@example.com", reason="bad_password", user_id="7")
         unknown = UserLoginFailed(identifier="hunter2", reason="not_found")
         for convert in (ocsf, ecs):
@@ -182,7 +182,7 @@ class TestWhatWasTyped:
         assert cloudevent(unknown, "https://a.example")["data"]["identifier"] == "hunter2"
 
     def test_control_characters(self) -> None:
-        """They are replaced in OCSF and ECS, and not in the data of a CloudEvent."""
+        """Control characters are replaced in OCSF and ECS, and not in the data of a CloudEvent."""
         failed = UserLoginFailed(identifier="a\x1b[2J", reason="bad_password", user_id="7")
         for convert in (ocsf, ecs):
             assert "a\ufffd[2J" in repr(convert(failed))

@@ -1,4 +1,4 @@
-"""The example of durable delivery: what was promised before the crash arrives after it."""
+"""The example of durable delivery: events that were stored before a crash are delivered after it."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 
 
-def test_tells_its_story(tmp_path: Path) -> None:
-    """A login whose process was killed, one that was retried and a dead letter: each arrives, once."""
+def test_delivers_each_once(tmp_path: Path) -> None:
+    """A login of a killed process, a retried delivery and a dead letter are each delivered once."""
     inherited = {name: value for name, value in os.environ.items() if name != "SHOP_DATABASE"}
     finished = subprocess.run(
         [sys.executable, "-W", "error", ROOT / "examples" / "outbox_relay.py"],

@@ -21,7 +21,7 @@ from tests.support.accounts import (
     NEW_PASSWORD,
     PASSWORD,
     SECRET,
-    assert_goes_on,
+    assert_live,
     assert_over,
     log_in,
     signed,
@@ -123,7 +123,7 @@ class TestLifeCycle:
         fourth, fifth = [await auth.login(identifier, PASSWORD) for _ in range(2)]
         await auth.change_password(user, PASSWORD, NEW_PASSWORD, keep=fifth.session)
         await assert_over(auth, fourth)
-        await assert_goes_on(auth, fifth)
+        await assert_live(auth, fifth)
         assert await user.check_password(NEW_PASSWORD)
         assert await auth.revoke_session(fifth.session.id, user=user) == Revocation(1, str(user.pk))
 
@@ -136,7 +136,7 @@ class TestLifeCycle:
         await assert_over(auth, seventh)
         await auth.activate(user)
         await assert_over(auth, seventh)
-        await assert_goes_on(auth, await auth.login(identifier, NEW_PASSWORD))
+        await assert_live(auth, await auth.login(identifier, NEW_PASSWORD))
 
         clock.advance(timedelta(days=31))
         assert await auth.purge_expired() == 7
@@ -167,17 +167,17 @@ class TestLogin:
         events: Captured,
         clock: FakeClock,
     ) -> None:
-        """A handler by name receives the user, the event knows the rest."""
-        told: list[object] = []
+        """A handler receives the user by name, and the event carries the rest."""
+        received: list[object] = []
 
         @emitter.on("user_login")
         async def note(user: User) -> None:
-            told.append(user)
+            received.append(user)
 
         context = RequestContext(ip="203.0.113.7")
         result = await auth.login(EMAIL, PASSWORD, context=context)
 
-        assert told == [ada]
+        assert received == [ada]
         event = events.one(UserLogin)
         assert event.session_id == str(result.session.id)
         assert event.subject_id == str(ada.pk)
@@ -201,7 +201,7 @@ class TestLogin:
     async def test_repr_of_the_result_hides_the_tokens(
         self, auth: AuthService[User], ada: User
     ) -> None:
-        """A result that lands in a log gives nobody access."""
+        """The `repr` of a result holds no token."""
         result = await log_in(auth)
         assert result.access_token not in repr(result)
         assert result.refresh_token not in repr(result)
@@ -214,7 +214,7 @@ class TestLogin:
         hasher: PasswordHasher,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        """A column that somebody else wrote while the hash was computed keeps its value."""
+        """A column that another process wrote while the hash was computed keeps its value."""
         before = await row(User, ada.pk)
         meanwhile(
             monkeypatch,
@@ -228,17 +228,17 @@ class TestLogin:
         assert await row(User, ada.pk) == before | changed
         assert result.user.last_login == clock()
 
-    async def test_context_is_stored_and_told(
+    async def test_context_is_stored_and_emitted(
         self, auth: AuthService[User], ada: User, events: Captured
     ) -> None:
-        """The session knows where it was opened."""
+        """The session and its event carry the context of the login."""
         context = RequestContext(ip="203.0.113.7", user_agent="Firefox")
         result = await auth.login(EMAIL, PASSWORD, context=context)
         stored = await Session.get(id=result.session.id)
         assert (stored.ip, stored.user_agent) == ("203.0.113.7", "Firefox")
 
     async def test_extra_claims(self, auth: AuthService[User], ada: User) -> None:
-        """Claims of the host are in the token, and a refresh does not carry them on."""
+        """Claims of the host are in the token, and a refresh drops them."""
         claims = {"role": "editor", "limits": {"pages": 3}}
         result = await auth.login(EMAIL, PASSWORD, claims=claims)
         assert auth.decode(result.access_token).extra == claims
@@ -256,7 +256,7 @@ class TestLogin:
     async def test_refused_claims(
         self, auth: AuthService[User], ada: User, claims: dict[str, object], events: Captured
     ) -> None:
-        """A claim that is ours, or cannot be written, is a ValueError before anything happens."""
+        """A reserved claim, or one that JSON cannot hold, is a ValueError before anything happens."""
         result = await log_in(auth)
         before = await rows(User)
         events.clear()
@@ -281,7 +281,7 @@ class TestIdentifier:
     async def test_email_in_any_unicode_form(
         self, db: TortoiseContext, auth: AuthService[User]
     ) -> None:
-        """A composed address is found by its decomposed spelling, an international domain too."""
+        """A composed address matches its decomposed spelling, in an international domain, too."""
         user = await User.create_user(email="ren\u00e9e@b\u00fccher.example", password=PASSWORD)
         for typed in (
             "rene\u0301e@bu\u0308cher.example",
@@ -290,10 +290,10 @@ class TestIdentifier:
         ):
             assert (await auth.login(typed, PASSWORD)).user == user
 
-    async def test_similar_addresses_are_different_people(
+    async def test_similar_addresses_are_different_users(
         self, db: TortoiseContext, auth: AuthService[User]
     ) -> None:
-        """Addresses that only a careless comparison confuses never meet."""
+        """Addresses that only a careless comparison equates are different accounts."""
         await User.create_user(email="mike@example.com", password=PASSWORD)
         await User.create_user(email="strasse@example.com", password=PASSWORD)
         for typed in ("m\u0131ke@example.com", "m\u0456ke@example.com", "stra\u00dfe@example.com"):
@@ -301,7 +301,7 @@ class TestIdentifier:
                 await auth.login(typed, PASSWORD)
 
     async def test_user_name(self, db: TortoiseContext) -> None:
-        """A user name is found in any compatible form, and its case matters."""
+        """A user name matches in any compatible form, and its case matters."""
         auth = AuthService(NamedUser, AuthConfig(secret=SECRET))
         user = await NamedUser.create_user(email=EMAIL, username="Ada", password=PASSWORD)
         for typed in ("Ada", " Ada\n", "\uff21\uff44\uff41"):
@@ -313,10 +313,10 @@ class TestIdentifier:
     @pytest.mark.parametrize(
         "typed", ["a" * 10_000_000, "a" * 400 + "@example.com", "\0", "", " ", "not an address"]
     )
-    async def test_what_cannot_be_one_asks_no_database(
+    async def test_invalid_identifier_reads_no_account(
         self, db: TortoiseContext, typed: str
     ) -> None:
-        """Text that cannot be an identifier costs a hash and no statement but those that count it."""
+        """Text that cannot be an identifier costs one hash, and only the statements that count it."""
         config = AuthConfig(secret=SECRET)
         by_email = AuthService(User, config, throttle=None)
         named = AuthService(NamedUser, config, throttle=None)
@@ -328,17 +328,17 @@ class TestIdentifier:
     async def test_event_holds_a_bounded_identifier(
         self, db: TortoiseContext, auth: AuthService[User], emitter: EventEmitter
     ) -> None:
-        """What was typed reaches a handler, at most 320 characters, each of which can be stored."""
-        told: list[str] = []
+        """A handler receives at most 320 characters of what was typed, each of which can be stored."""
+        received: list[str] = []
 
         @emitter.on("user_login_failed")
         async def note(*, identifier: str, reason: str) -> None:
-            told.append(identifier)
+            received.append(identifier)
 
         for typed in ("x\0\ud800" + "y" * 10_000, EMAIL):
             with pytest.raises(AuthenticationError):
                 await auth.login(typed, PASSWORD)
-        assert told == ["x\ufffd\ufffd" + "y" * 317, EMAIL]
+        assert received == ["x\ufffd\ufffd" + "y" * 317, EMAIL]
 
 
 REFUSED: list[Any] = [
@@ -414,12 +414,12 @@ class TestRefusedLogin:
         stored: dict[str, object],
         reason: str,
     ) -> None:
-        """Every refusal looks alike, costs one full hash, changes nothing and says why once."""
-        told: list[tuple[str, str]] = []
+        """Every refusal looks alike, costs one full hash, changes nothing and emits its reason once."""
+        emitted: list[tuple[str, str]] = []
 
         @emitter.on("user_login_failed")
         async def note(*, identifier: str, reason: str) -> None:
-            told.append((identifier, reason))
+            emitted.append((identifier, reason))
 
         if stored:
             if "password" in stored:
@@ -440,14 +440,14 @@ class TestRefusedLogin:
         assert (error.__cause__, error.__context__) == (None, None)
         assert costs == [full_cost(hasher)]
         assert await rows(User) == before
-        ((typed, told_reason),) = told
-        assert told_reason == reason
+        ((typed, reason_emitted),) = emitted
+        assert reason_emitted == reason
         assert typed == (sanitize_text(identifier, 320) if isinstance(identifier, str) else "")
 
-    async def test_one_statement_whoever_it_is(
+    async def test_same_statements_for_every_account(
         self, db: TortoiseContext, auth: AuthService[User], ada: User, bob: User
     ) -> None:
-        """Unknown, inactive and mistyped cost the database the same, counted or not."""
+        """Unknown, inactive and mistyped accounts cost the same statements, with and without a throttle."""
         await User.filter(pk=bob.pk).update(is_active=False)
         uncounted = AuthService(User, AuthConfig(secret=SECRET), throttle=None)
         for service, expected in ((uncounted, 1), (auth, 3), (auth, 3)):
@@ -456,24 +456,24 @@ class TestRefusedLogin:
                     await service.login(identifier, "wrong")
                 assert len(seen) == expected
 
-    async def test_value_that_is_no_hash_is_told_to_the_operator(
+    async def test_value_that_is_no_hash_is_logged(
         self, auth: AuthService[User], ada: User, caplog: pytest.LogCaptureFixture
     ) -> None:
-        """Whoever stored a password with `create`, or lacks an extra, finds the reason in the log."""
-        for stored, told in ((PASSWORD, 1), (unusable_hash(), 0), ("$2b$12$short", 0)):
+        """A password stored with `create`, or a hash whose extra is missing, is logged."""
+        for stored, logged in ((PASSWORD, 1), (unusable_hash(), 0), ("$2b$12$short", 0)):
             caplog.clear()
             await store(ada, password=stored)
             with pytest.raises(AuthenticationError):
                 await auth.login(EMAIL, PASSWORD)
-            assert len(caplog.records) == told
+            assert len(caplog.records) == logged
             assert PASSWORD not in caplog.text
             assert EMAIL not in caplog.text
-            assert not told or f"<User: {ada.pk}>" in caplog.text
+            assert not logged or f"<User: {ada.pk}>" in caplog.text
 
     async def test_policy_is_not_asked(
         self, auth: AuthService[User], ada: User, hasher: PasswordHasher
     ) -> None:
-        """A password from before the policy still opens the account."""
+        """A password that is older than the policy still logs in."""
         await User.filter(pk=ada.pk).update(password=await hasher.hash("short"))
         assert (await auth.login(EMAIL, "short")).user == ada
 
@@ -501,7 +501,7 @@ class TestLoginOvertaken:
         events: Captured,
         change: str,
     ) -> None:
-        """A password that was right a moment ago opens no session of a changed account."""
+        """A login whose account changed while the password was checked opens no session."""
         other = await User.get(pk=ada.pk)
 
         async def deactivate_activate() -> None:
@@ -534,9 +534,9 @@ class TestLoginOvertaken:
         hasher: PasswordHasher,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        """Ending every session does not refuse the one that is opened afterwards."""
+        """A logout from every session does not refuse a login that commits after it."""
         meanwhile(monkeypatch, hasher, "verify", lambda: auth.logout_all(ada))
-        await assert_goes_on(auth, await log_in(auth))
+        await assert_live(auth, await log_in(auth))
 
 
 LEGACY = [
@@ -575,11 +575,11 @@ class TestRehash:
             "user_login",
             "user_login",
         ]
-        await assert_goes_on(auth, first)
-        await assert_goes_on(auth, second)
+        await assert_live(auth, first)
+        await assert_live(auth, second)
 
     async def test_of_another_cost(self, auth: AuthService[User], ada: User) -> None:
-        """A hash of yesterday's cost is replaced by one of today's."""
+        """A hash of an outdated cost is replaced by one of the current cost."""
         owasp = PasswordHasher(memory_cost=19456, time_cost=2, parallelism=1)
         stronger = AuthService(User, auth.config, passwords=owasp)
         await stronger.login(EMAIL, PASSWORD)
@@ -593,7 +593,7 @@ class TestRehash:
         monkeypatch: pytest.MonkeyPatch,
         events: Captured,
     ) -> None:
-        """A password that was set while the old one is hashed anew stays, and login is refused."""
+        """A password that is set while the old one is rehashed stays, and the login is refused."""
         await User.filter(pk=ada.pk).update(password=pbkdf2_sha256.using(rounds=1).hash(PASSWORD))
         other = await User.get(pk=ada.pk)
         meanwhile(monkeypatch, hasher, "hash", lambda: auth.set_password(other, NEW_PASSWORD))
@@ -611,7 +611,7 @@ class TestRehash:
         monkeypatch: pytest.MonkeyPatch,
         events: Captured,
     ) -> None:
-        """Of two logins that both hash anew one replaces the hash, and both succeed."""
+        """Of two logins that both rehash, one replaces the hash, and both succeed."""
         await User.filter(pk=ada.pk).update(password=pbkdf2_sha256.using(rounds=1).hash(PASSWORD))
         inner: list[AuthResult[User]] = []
 
@@ -619,8 +619,8 @@ class TestRehash:
             inner.append(await log_in(auth))
 
         meanwhile(monkeypatch, hasher, "hash", log_in_too)
-        await assert_goes_on(auth, await log_in(auth))
-        await assert_goes_on(auth, inner[0])
+        await assert_live(auth, await log_in(auth))
+        await assert_live(auth, inner[0])
         assert events.names.count("password_rehashed") == 1
         assert await (await User.get(pk=ada.pk)).check_password(PASSWORD)
 
@@ -636,7 +636,7 @@ class TestAuthenticate:
         assert len(seen) == 1
 
     async def test_expired(self, auth: AuthService[User], ada: User, clock: FakeClock) -> None:
-        """An access token works until its time and the leeway are over, and not a moment more."""
+        """An access token works until its expiry and the leeway have passed, and no longer."""
         result = await log_in(auth)
         clock.advance(timedelta(minutes=15, seconds=9))
         assert await auth.authenticate(result.access_token) == ada
@@ -645,7 +645,7 @@ class TestAuthenticate:
             await auth.authenticate(result.access_token)
 
     async def test_session_over(self, db: TortoiseContext, ada: User, clock: FakeClock) -> None:
-        """No leeway outlives the session."""
+        """The leeway of a token does not outlast its session."""
         lifetime = timedelta(hours=1)
         config = AuthConfig(
             secret=SECRET,
@@ -660,20 +660,20 @@ class TestAuthenticate:
             await auth.authenticate(result.access_token)
 
     async def test_deactivated_by_hand(self, auth: AuthService[User], ada: User) -> None:
-        """An account that somebody closed with plain SQL is closed."""
+        """An account that was closed with plain SQL is closed."""
         result = await log_in(auth)
         await User.filter(pk=ada.pk).update(is_active=False)
         await assert_over(auth, result)
 
     async def test_version_raised_by_hand(self, auth: AuthService[User], ada: User) -> None:
-        """Raising session_version ends every session, whoever does it."""
+        """Raising session_version ends every session, with plain SQL, too."""
         results = [await log_in(auth) for _ in range(2)]
         await User.filter(pk=ada.pk).update(session_version=ada.session_version + 1)
         for result in results:
             await assert_over(auth, result)
 
     async def test_deleted_user(self, auth: AuthService[User], ada: User, events: Captured) -> None:
-        """A session of nobody opens nothing, and there is nothing to end."""
+        """A session of a deleted user authenticates nothing, and there is nothing to end."""
         result = await log_in(auth)
         await ada.delete()
         events.clear()
@@ -686,7 +686,7 @@ class TestAuthenticate:
     async def test_session_of_another_user(
         self, auth: AuthService[User], ada: User, bob: User, clock: FakeClock
     ) -> None:
-        """A genuine signature over one user's name and another's session opens nothing."""
+        """A genuine signature over the key of one user and the session of another is refused."""
         result = await log_in(auth)
         for subject, session in [
             (str(bob.pk), str(result.session.id)),
@@ -704,7 +704,7 @@ class TestAuthenticate:
         assert await auth.authenticate(signed(auth, clock, str(ada.pk), str(result.session.id)))
 
     async def test_garbage(self, db: TortoiseContext, auth: AuthService[User]) -> None:
-        """What is no token at all is refused, at both doors, without asking the database."""
+        """A value that is no token is refused, at both doors, without a statement."""
         with statements(db) as seen:
             for token in GARBAGE:
                 with pytest.raises(TokenInvalidError):
@@ -718,7 +718,7 @@ class TestAuthenticate:
     async def test_each_door_takes_its_own_tokens(
         self, auth: AuthService[User], ada: User, events: Captured
     ) -> None:
-        """An access token refreshes nothing, a refresh token authenticates nobody."""
+        """An access token does not refresh, and a refresh token does not authenticate."""
         result = await log_in(auth)
         events.clear()
         with pytest.raises(TokenInvalidError):
@@ -726,7 +726,7 @@ class TestAuthenticate:
         with pytest.raises(TokenInvalidError):
             await auth.refresh(result.access_token)
         assert events.names == []
-        await assert_goes_on(auth, result)
+        await assert_live(auth, result)
 
 
 class TestSetPassword:
@@ -734,7 +734,7 @@ class TestSetPassword:
     async def test_ends_the_other_sessions(
         self, auth: AuthService[User], ada: User, bob: User, events: Captured, keep: str
     ) -> None:
-        """A new password ends all sessions but the kept one, at once, and is told once."""
+        """A new password ends all sessions but the kept one at once, and emits one event."""
         ended, kept = [await log_in(auth) for _ in range(2)], await log_in(auth)
         other = await auth.login("bob@example.com", PASSWORD)
         names: dict[str, Any] = {
@@ -746,8 +746,8 @@ class TestSetPassword:
 
         for result in ended:
             await assert_over(auth, result)
-        await assert_goes_on(auth, kept)
-        await assert_goes_on(auth, other)
+        await assert_live(auth, kept)
+        await assert_live(auth, other)
         with pytest.raises(AuthenticationError):
             await log_in(auth)
         assert await auth.login(EMAIL, NEW_PASSWORD)
@@ -757,7 +757,7 @@ class TestSetPassword:
     async def test_kept_session_of_another_user(
         self, auth: AuthService[User], ada: User, bob: User
     ) -> None:
-        """Naming somebody else's session keeps none of mine, and does not touch it."""
+        """Keeping the session of another user keeps none of one's own, and does not change it."""
         mine, other = await log_in(auth), await auth.login("bob@example.com", PASSWORD)
         before = await row(Session, other.session.id)
         await auth.set_password(ada, NEW_PASSWORD, keep=other.session)
@@ -765,7 +765,7 @@ class TestSetPassword:
         assert await row(Session, other.session.id) == before
 
     async def test_kept_session_that_is_over(self, auth: AuthService[User], ada: User) -> None:
-        """Keeping a session does not bring it back."""
+        """Keeping a session that is over does not revive it."""
         result = await log_in(auth)
         await auth.logout(result.access_token)
         await auth.set_password(ada, NEW_PASSWORD, keep=result.session)
@@ -774,14 +774,14 @@ class TestSetPassword:
     async def test_kept_session_of_an_older_password(
         self, auth: AuthService[User], ada: User
     ) -> None:
-        """A session that a raised session_version ended is not confirmed by a new password."""
+        """A session that a raised session_version ended is not revived by a new password."""
         result = await log_in(auth)
         await User.filter(pk=ada.pk).update(session_version=5)
         await auth.set_password(ada, NEW_PASSWORD, keep=result.session)
         await assert_over(auth, result)
 
-    async def test_instance_follows(self, auth: AuthService[User], ada: User) -> None:
-        """The object in hand is what is stored, and can be saved and used again."""
+    async def test_instance_is_up_to_date(self, auth: AuthService[User], ada: User) -> None:
+        """The caller's instance equals what is stored, and can be saved and used again."""
         await auth.set_password(ada, NEW_PASSWORD)
         stored = await row(User, ada.pk)
         assert (ada.password, ada.session_version) == (
@@ -794,7 +794,7 @@ class TestSetPassword:
     async def test_stale_instance(
         self, auth: AuthService[User], ada: User, clock: FakeClock
     ) -> None:
-        """An object from before writes back no other column and opens no closed account."""
+        """A stale instance writes back no other column, and reopens no closed account."""
         await User.filter(pk=ada.pk).update(display_name="Countess", is_active=False)
         before = await row(User, ada.pk)
         await auth.set_password(ada, NEW_PASSWORD)
@@ -806,7 +806,7 @@ class TestSetPassword:
     async def test_policy(
         self, auth: AuthService[User], ada: User, events: Captured, hasher: PasswordHasher
     ) -> None:
-        """A refused password changes nothing, ends nothing, costs no hash and says why."""
+        """A rejected password changes nothing, ends nothing, costs no hash and reports why."""
         result = await log_in(auth)
         before = await rows(User)
         events.clear()
@@ -822,7 +822,7 @@ class TestSetPassword:
             assert costs == []
         assert await rows(User) == before
         assert events.names == []
-        await assert_goes_on(auth, result)
+        await assert_live(auth, result)
 
     async def test_own_policy(self, db: TortoiseContext, ada: User) -> None:
         """A service may have a policy of its own."""
@@ -835,7 +835,7 @@ class TestSetPassword:
     async def test_unsaved_user(
         self, db: TortoiseContext, auth: AuthService[User], events: Captured
     ) -> None:
-        """An account that is not in the database is a mistake of the programmer."""
+        """An account that is not in the database is a programming error."""
         for user in (User(email=EMAIL), User(id=7, email=EMAIL)):
             with pytest.raises(ValueError, match="save it"):
                 await auth.set_password(user, NEW_PASSWORD)
@@ -847,13 +847,13 @@ class TestChangePassword:
     async def test_ends_the_other_sessions(
         self, auth: AuthService[User], ada: User, events: Captured
     ) -> None:
-        """The right current password sets the new one; the session in use goes on."""
+        """The right current password sets the new one, and the kept session stays live."""
         ended, kept = await log_in(auth), await log_in(auth)
         events.clear()
         await auth.change_password(ada, PASSWORD, NEW_PASSWORD, keep=kept.session)
         assert events.names == ["password_changed"]
         await assert_over(auth, ended)
-        await assert_goes_on(auth, kept)
+        await assert_live(auth, kept)
         assert await auth.login(EMAIL, NEW_PASSWORD)
 
     @pytest.mark.parametrize("current", ["wrong", "", None, 7, "x" * 2000, PASSWORD + "\0"])
@@ -865,7 +865,7 @@ class TestChangePassword:
         events: Captured,
         current: Any,
     ) -> None:
-        """Without the current password nothing changes, at the cost of one hash."""
+        """A wrong current password changes nothing, and costs one hash."""
         result = await log_in(auth)
         before = await rows(User)
         events.clear()
@@ -874,17 +874,17 @@ class TestChangePassword:
         assert costs == [full_cost(hasher)]
         assert await rows(User) == before
         assert events.names == ["password_change_failed"]
-        await assert_goes_on(auth, result)
+        await assert_live(auth, result)
 
     async def test_wrong_current_password_comes_before_the_policy(
         self, auth: AuthService[User], ada: User
     ) -> None:
-        """Who does not know the password learns nothing about the new one."""
+        """A caller without the current password learns nothing about the new one."""
         with pytest.raises(AuthenticationError):
             await auth.change_password(ada, "wrong", "short")
 
     async def test_policy(self, auth: AuthService[User], ada: User, events: Captured) -> None:
-        """A refused new password keeps everything as it is."""
+        """A rejected new password leaves everything as it is."""
         result = await log_in(auth)
         before = await rows(User)
         events.clear()
@@ -892,7 +892,7 @@ class TestChangePassword:
             await auth.change_password(ada, PASSWORD, "short")
         assert await rows(User) == before
         assert events.names == []
-        await assert_goes_on(auth, result)
+        await assert_live(auth, result)
 
     @pytest.mark.parametrize("change", ["closed", "deleted"])
     async def test_no_such_account(
@@ -903,7 +903,7 @@ class TestChangePassword:
         events: Captured,
         change: str,
     ) -> None:
-        """A closed account, or none at all, is refused like a wrong password."""
+        """A closed or deleted account is refused like a wrong password."""
         events.clear()
         if change == "closed":
             await User.filter(pk=ada.pk).update(is_active=False)
@@ -912,12 +912,12 @@ class TestChangePassword:
         with argon2_costs() as costs, pytest.raises(AuthenticationError):
             await auth.change_password(ada, PASSWORD, NEW_PASSWORD)
         assert costs == [full_cost(hasher)]
-        told = events.one(PasswordChangeFailed)
-        assert told.reason == ("inactive" if change == "closed" else "not_found")
-        assert told.subject_id == str(ada.pk)
+        failed = events.one(PasswordChangeFailed)
+        assert failed.reason == ("inactive" if change == "closed" else "not_found")
+        assert failed.subject_id == str(ada.pk)
 
     async def test_checks_what_is_stored(self, auth: AuthService[User], ada: User) -> None:
-        """The current password is the stored one, not that of an object from before."""
+        """The current password is the stored one, not that of a stale instance."""
         stale = await User.get(pk=ada.pk)
         await auth.set_password(ada, NEW_PASSWORD)
         with pytest.raises(AuthenticationError):
@@ -935,7 +935,7 @@ class TestChangePassword:
         events: Captured,
         moment: str,
     ) -> None:
-        """A password that somebody else set while this one was checked stays."""
+        """A password that another caller set while this one was checked stays."""
         other = await User.get(pk=ada.pk)
         meanwhile(monkeypatch, hasher, moment, lambda: other.set_password("another donkey charger"))
         events.clear()
@@ -965,19 +965,19 @@ class TestAccountOfAnotherModel:
     async def test_is_refused(
         self, auth: AuthService[User], ada: User, events: Captured, call: Any, user: str
     ) -> None:
-        """The key of somebody else's account is not taken for one of ours."""
+        """An account of another model is not mistaken for one of this service with the same key."""
         result = await log_in(auth)
         events.clear()
         given = NamedUser(pk=ada.pk) if user == "other model" else ada.pk
         with pytest.raises(TypeError, match=r"^This AuthService serves User, not "):
             await call(auth, given)
         assert events.names == []
-        await assert_goes_on(auth, result)
+        await assert_live(auth, result)
 
 
 class TestUnsavedAccount:
     async def test_may_do_nothing(self, db: TortoiseContext, auth: AuthService[User]) -> None:
-        """Without a key it would be the account whose key is the word None."""
+        """An unsaved account is refused, not mistaken for the account whose key is the word None."""
         user = User(email=EMAIL)
         calls: list[Callable[[], Awaitable[object]]] = [
             lambda: auth.logout_all(user),
@@ -994,10 +994,10 @@ class TestUnsavedAccount:
 
 
 class TestActor:
-    """Who did it: what an audit needs to know when an administrator acts for a user."""
+    """The actor: what an audit needs when an administrator acts for a user."""
 
     async def test_by_default(self, auth: AuthService[User], ada: User, events: Captured) -> None:
-        """What users do themselves names the user, closing and opening accounts an administrator."""
+        """The actor is the user by default, and an administrator where an account is closed or opened."""
         assert await self.everything(auth, ada, events) == {
             "session_revoked": "user",
             "user_logout": "user",
@@ -1010,13 +1010,15 @@ class TestActor:
     async def test_named(
         self, auth: AuthService[User], ada: User, events: Captured, actor: Actor
     ) -> None:
-        """Whoever the host names is in the event."""
-        told = await self.everything(auth, ada, events, actor=actor)
-        assert len(told) == 5
-        assert set(told.values()) == {actor}
+        """The event carries the actor that the host names."""
+        actors = await self.everything(auth, ada, events, actor=actor)
+        assert len(actors) == 5
+        assert set(actors.values()) == {actor}
 
-    async def test_nobody(self, auth: AuthService[User], ada: User, events: Captured) -> None:
-        """A typo is refused before anything is written."""
+    async def test_unknown_actor(
+        self, auth: AuthService[User], ada: User, events: Captured
+    ) -> None:
+        """An unknown actor is refused before anything is written."""
         result = await log_in(auth)
         events.clear()
         calls: list[Any] = [
@@ -1032,12 +1034,12 @@ class TestActor:
                 with pytest.raises(ValueError, match="is none of user, admin, system"):
                     await call(actor)
         assert events.names == []
-        await assert_goes_on(auth, result)
+        await assert_live(auth, result)
 
     async def everything(
         self, auth: AuthService[User], ada: User, events: Captured, **options: Any
     ) -> dict[str, str]:
-        """Do all that an administrator may; return who did it, as the events say."""
+        """Do everything that an administrator may do; return the actor of each event."""
         first, _ = await log_in(auth), await log_in(auth)
         events.clear()
         await auth.revoke_session(first.session.id, **options)
@@ -1052,7 +1054,7 @@ class TestDeactivate:
     async def test_ends_everything(
         self, auth: AuthService[User], ada: User, bob: User, events: Captured
     ) -> None:
-        """A closed account can do nothing; opened again, no old session comes back."""
+        """A closed account can do nothing, and opening it again revives no session."""
         results, other = (
             [await log_in(auth) for _ in range(2)],
             await auth.login("bob@example.com", PASSWORD),
@@ -1067,13 +1069,13 @@ class TestDeactivate:
         assert ada.is_active
         for result in results:
             await assert_over(auth, result)
-        await assert_goes_on(auth, other)
-        await assert_goes_on(auth, await log_in(auth))
+        await assert_live(auth, other)
+        await assert_live(auth, await log_in(auth))
         event = events.one(UserDeactivated)
         assert (event.user, event.sessions_ended) == (ada, 2)
 
     async def test_twice(self, auth: AuthService[User], ada: User, events: Captured) -> None:
-        """Closing a closed account and opening an open one change and tell nothing."""
+        """Closing a closed account and opening an open one change nothing, and emit nothing."""
         events.clear()
         await auth.activate(ada)
         assert events.names == []
@@ -1088,7 +1090,7 @@ class TestDeactivate:
         assert events.names == ["user_deactivated", "user_activated"]
 
     async def test_stale_instance(self, auth: AuthService[User], ada: User) -> None:
-        """Closing and opening write no column but their own, whatever the object holds."""
+        """Closing and opening write only their own columns, whatever the instance holds."""
         await User.filter(pk=ada.pk).update(display_name="Countess")
         before = await row(User, ada.pk)
         await auth.deactivate(ada)
@@ -1100,10 +1102,10 @@ class TestDeactivate:
         assert changed(closed, opened) <= {"is_active", "session_version", "updated_at"}
         assert ada.session_version == opened["session_version"]
 
-    async def test_of_an_account_that_somebody_else_closed(
+    async def test_account_closed_by_a_saved_column(
         self, auth: AuthService[User], ada: User
     ) -> None:
-        """No session comes back either if an admin page of the host just wrote the column."""
+        """Opening an account that the host closed by saving its column revives no session."""
         result = await log_in(auth)
         ada.is_active = False
         await ada.save(update_fields=["is_active"])
@@ -1114,7 +1116,7 @@ class TestDeactivate:
     async def test_deleted_account(
         self, auth: AuthService[User], ada: User, events: Captured
     ) -> None:
-        """There is nothing to close or open."""
+        """A deleted account can be neither closed nor opened."""
         await User.filter(pk=ada.pk).delete()
         events.clear()
         assert await auth.deactivate(ada) == Revocation(0, str(ada.pk))
@@ -1129,7 +1131,7 @@ class TestRollback:
     async def test_of_the_callers_transaction(
         self, db: TortoiseContext, auth: AuthService[User], ada: User, method: str
     ) -> None:
-        """What the caller's own transaction undoes never happened: old tokens live, new ones do not."""
+        """When the caller's transaction is rolled back, the old tokens work and the new ones do not."""
         old = await log_in(auth)
         stored = await rows(User)
         calls: dict[str, Callable[[], Awaitable[object]]] = {
@@ -1151,7 +1153,7 @@ class TestRollback:
             with pytest.raises(TokenError):
                 await auth.refresh(result.refresh_token)
         else:
-            await assert_goes_on(auth, old)
+            await assert_live(auth, old)
 
 
 class TestTwoServices:
@@ -1169,13 +1171,13 @@ class TestTwoServices:
     async def test_tokens_are_refused_by_the_other(
         self, pair: tuple[AuthService[User], AuthService[NamedUser]], events: Captured
     ) -> None:
-        """A token opens, refreshes and ends nothing of the other model."""
+        """A token authenticates, refreshes and ends nothing of the other model."""
         users, named = pair
         one, two = await users.login(EMAIL, PASSWORD), await named.login("ada", PASSWORD)
         events.clear()
         services: list[tuple[AuthService[Any], AuthResult[Any]]] = [(users, two), (named, one)]
         for service, foreign in services:
-            with pytest.raises(TokenRevokedError):
+            with pytest.raises(TokenInvalidError):
                 await service.authenticate(foreign.access_token)
             with pytest.raises(TokenInvalidError):
                 await service.refresh(foreign.refresh_token)
@@ -1183,13 +1185,13 @@ class TestTwoServices:
                 assert await service.logout(token) == Revocation(0, None)
             assert await service.revoke_session(foreign.session.id) == Revocation(0, None)
         assert events.names == []
-        await assert_goes_on(users, one)
-        await assert_goes_on(named, two)
+        await assert_live(users, one)
+        await assert_live(named, two)
 
     async def test_lists_are_their_own(
         self, pair: tuple[AuthService[User], AuthService[NamedUser]]
     ) -> None:
-        """Each lists the sessions of its own model, and of no namesake."""
+        """Each service lists the sessions of its own model, not those of an equal key in another."""
         users, named = pair
         one, two = await users.login(EMAIL, PASSWORD), await named.login("ada", PASSWORD)
         assert [session.id for session in await users.sessions(one.user)] == [one.session.id]
@@ -1201,7 +1203,7 @@ class TestTwoServices:
     async def test_ends_touch_their_own_model(
         self, pair: tuple[AuthService[User], AuthService[NamedUser]], clock: FakeClock, end: str
     ) -> None:
-        """Whatever ends the sessions of one model leaves those of the other alone."""
+        """Ending the sessions of one model leaves those of the other live."""
         users, named = pair
         one, two = await users.login(EMAIL, PASSWORD), await named.login("ada", PASSWORD)
         before = await rows(NamedUser)
@@ -1223,19 +1225,19 @@ class TestTwoServices:
         assert left == [each for each in before if each.get("id") != one.session.id]
         with pytest.raises(TokenError):
             await users.authenticate(one.access_token)
-        await assert_goes_on(named, two)
+        await assert_live(named, two)
 
     async def test_key_that_fits_no_column_of_the_other(
         self, db: TortoiseContext, auth: AuthService[User], clock: FakeClock
     ) -> None:
-        """A primary key that the other model could not even store is refused like any other."""
+        """A primary key that the other model cannot store is refused like any other."""
         strings = AuthService(StrUser, auth.config, clock=clock)
         await StrUser.create_user(email=EMAIL, password=PASSWORD, code="9" * 30)
         result = await strings.login(EMAIL, PASSWORD)
-        with pytest.raises(TokenRevokedError):
+        with pytest.raises(TokenInvalidError):
             await auth.authenticate(result.access_token)
         assert await auth.logout(result.access_token) == Revocation(0, None)
-        await assert_goes_on(strings, result)
+        await assert_live(strings, result)
 
 
 FAILURES = [
@@ -1257,14 +1259,14 @@ class TestDatabaseFailure:
         error: Exception,
         fail_at: int,
     ) -> None:
-        """Whatever the ORM or the driver raises, the answer is the same and keeps its words inside."""
+        """Whatever the ORM or the driver raises, the error is the same and hides its message."""
         with statements(db, fail_at=fail_at, error=error):
             with pytest.raises(ServiceUnavailableError) as failure:
                 await log_in(auth)
         assert failure.value.code == "service_unavailable"
         assert "canary" not in str(failure.value)
         assert (failure.value.__cause__, failure.value.__context__) == (None, None)
-        await assert_goes_on(auth, await log_in(auth))
+        await assert_live(auth, await log_in(auth))
 
     @pytest.mark.parametrize(
         "method",
@@ -1300,7 +1302,7 @@ class TestDatabaseFailure:
         events: Captured,
         method: str,
     ) -> None:
-        """Whichever statement fails, nothing changed, nothing is told, and nobody is to blame."""
+        """Whichever statement fails, nothing changes, nothing is emitted, and no credential is blamed."""
         old = await log_in(auth)
         result = await auth.refresh(old.refresh_token)
         await User.filter(pk=bob.pk).update(is_active=False)
@@ -1334,12 +1336,12 @@ class TestDatabaseFailure:
         for number in count(1):
             with statements(db, fail_at=number, error=OperationalError("canary")) as seen:
                 raised = await raised_by(calls[method])
-            if len(seen) < number:  # every statement has had its turn
+            if len(seen) < number:  # every statement has failed once
                 break
             assert raised is ServiceUnavailableError
             assert await rows(User) == stored
             assert [columns(ada), columns(bob)] == objects
-            # The password was wrong, whatever became of the count.
+            # The password was wrong, whether or not that was counted.
             assert set(events.names) <= ({"user_login_failed"} if "unknown" in method else set())
         assert number > 1
         assert raised is {

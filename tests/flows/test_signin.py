@@ -25,7 +25,7 @@ PACKAGE = Path(tortoise_auth.__file__).parent
 
 
 def openings(source: str) -> Iterator[str]:
-    """Return what in a module could open a session: a call of ``.open``, a new ``Session``."""
+    """Return the calls of a module that could open a session: ``.open``, or a new ``Session``."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Call):
             called = ast.unparse(node.func)
@@ -38,7 +38,7 @@ def openings(source: str) -> Iterator[str]:
 
 
 async def use_nothing_up(unit: UnitOfWork) -> bool:
-    """Spend a proof that can be used again."""
+    """Spend a reusable proof."""
     return True
 
 
@@ -68,12 +68,12 @@ async def user(sqlite: TortoiseContext) -> User:
 
 
 def test_only_the_gate_opens_sessions() -> None:
-    """Of all modules only the gate calls ``sessions.open``, and only the store makes a row."""
-    found = {
+    """Only the gate calls ``sessions.open``, and only the store makes a row."""
+    openings = {
         str(path.relative_to(PACKAGE)): list(openings(path.read_text()))
         for path in PACKAGE.rglob("*.py")
     }
-    assert {name: calls for name, calls in found.items() if calls} == {
+    assert {name: calls for name, calls in openings.items() if calls} == {
         "flows/signin.py": ["core.sessions.open"],
         "sessions/store.py": ["Session.create"],
     }
@@ -81,15 +81,15 @@ def test_only_the_gate_opens_sessions() -> None:
 
 @pytest.mark.parametrize("source", ["self._sessions.open(user)", "await Session.create(id=1)"])
 def test_the_search_finds_openings(source: str) -> None:
-    """The check above can fail."""
+    """The check above detects each way to open a session."""
     assert list(openings(f"async def f():\n    {source}"))
 
 
 class TestProof:
-    async def test_session_knows_what_was_proven(
+    async def test_session_keeps_the_proof(
         self, core: Core[User], user: User, clock: FakeClock, emitted: list[str]
     ) -> None:
-        """Methods and time of a proof are kept by the session and said by each access token."""
+        """The session and each access token carry the methods and the time of the proof."""
         result = await sign_in(core, proof(user, clock), RequestContext(), None)
         assert result is not None
         stored = await Session.get(id=result.session.id)
@@ -101,7 +101,7 @@ class TestProof:
         assert emitted == ["user_login"]
 
     async def test_password(self, auth: AuthService[User], user: User, clock: FakeClock) -> None:
-        """A password login says ``pwd`` (RFC 8176), and a refresh keeps what was proven."""
+        """A password login has the method ``pwd`` (RFC 8176), and a refresh keeps it."""
         opened = await auth.login("ada@example.com", PASSWORD)
         at = clock()
         clock.advance(timedelta(minutes=5))
@@ -112,7 +112,7 @@ class TestProof:
     async def test_spent_proof(
         self, core: Core[User], user: User, clock: FakeClock, emitted: list[str]
     ) -> None:
-        """A proof that cannot be used any more opens nothing, and nothing is emitted."""
+        """A proof that is spent opens no session, and nothing is emitted."""
 
         async def is_spent(unit: UnitOfWork) -> bool:
             return False

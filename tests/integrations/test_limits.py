@@ -1,4 +1,4 @@
-"""Throttling over many machines: the contract of throttles, in memory and in a real Redis."""
+"""Throttling across many machines: the contract of throttles, in memory and in a real Redis."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from limits.aio.storage import MemoryStorage, RedisStorage, Storage
 from limits.storage import storage_from_string
 from tortoise.context import TortoiseContext
 
-from tests.support.accounts import EMAIL, PASSWORD, SECRET, assert_goes_on, log_in
+from tests.support.accounts import EMAIL, PASSWORD, SECRET, assert_live, log_in
 from tests.support.app import User
 from tests.support.hashing import argon2_costs
 from tests.support.services import REDIS_URL, needs_redis
@@ -63,7 +63,7 @@ def client_of(storage: RedisStorage) -> Any:
 
 @asynccontextmanager
 async def redis() -> AsyncIterator[RedisStorage]:
-    """A storage whose keys are nobody else's, and gone at the end."""
+    """A storage with keys of its own, which are deleted at the end."""
     storage = redis_storage(f"tortoise_auth_{secrets.token_hex(8)}")
     try:
         yield storage
@@ -73,8 +73,8 @@ async def redis() -> AsyncIterator[RedisStorage]:
 
 
 @contextmanager
-def nobody_listens() -> Iterator[str]:
-    """A URL at which every connection is refused: the port is taken, and nobody accepts."""
+def refused_url() -> Iterator[str]:
+    """A URL at which every connection is refused: the port is taken, and nothing accepts."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         yield f"redis://127.0.0.1:{taken.getsockname()[1]}"
@@ -110,14 +110,14 @@ class TestInRedis(ThrottleContract):
             yield made_of(storage)
 
     async def test_two_processes(self) -> None:
-        """A budget is one budget, whatever process the guesses come to."""
+        """Two processes share one budget."""
         async with redis() as storage:
             prefix = storage.bridge.key_prefix
             granted = await granted_to_processes(["-m", "tests.integrations.test_limits", prefix])
         assert sum(granted) == BUDGET
 
     async def test_everything_expires(self) -> None:
-        """Nothing stays in Redis for ever, whatever became of the attempts."""
+        """Every key in Redis expires, whatever the outcome of the attempts."""
         async with redis() as storage:
             throttle = made_of(storage)(account=2, source=4)
             await fail(throttle, attempt(source=ABROAD), 2)
@@ -133,7 +133,7 @@ class TestInRedis(ThrottleContract):
             assert max(lifetimes) <= 4000 * DAY
 
     async def test_window_ends_during_a_burst(self, clock: FakeClock) -> None:
-        """However many guesses are under way when a window ends, each has its budget and no more."""
+        """However many guesses are in flight when a window ends, each window keeps its budget."""
         async with redis() as storage:
             throttle = LimitsThrottle(storage, account=f"{BUDGET} per minute", clock=clock)
             granted: Counter[str] = Counter()
@@ -167,25 +167,25 @@ class TestInRedis(ThrottleContract):
 
 
 class SlowStorage(MemoryStorage):
-    """One in which everybody else may do something between two steps."""
+    """A storage in which other tasks may run between two steps."""
 
     chance = random.Random()
 
     async def incr(self, key: str, expiry: float, amount: int = 1) -> int:
-        """Add, some time."""
+        """Add, after a while."""
         await self._hesitate()
         value = await super().incr(key, expiry, amount)
         await self._hesitate()
         return value
 
     async def get(self, key: str) -> int:
-        """Look, some time."""
+        """Read, after a while."""
         value = await super().get(key)
         await self._hesitate()
         return value
 
     async def clear(self, key: str) -> None:
-        """Forget, some time."""
+        """Clear, after a while."""
         await self._hesitate()
         await super().clear(key)
 
@@ -195,11 +195,11 @@ class SlowStorage(MemoryStorage):
 
 
 class TestSteps:
-    """Others do something between any two steps, as in as many processes."""
+    """Other callers act between any two steps, as several processes do."""
 
     @pytest.mark.parametrize("seed", range(0, 1000, 100))
     async def test_in_a_storm(self, seed: int) -> None:
-        """In whatever order the steps are taken, no more than the allowed ones are checked."""
+        """In whatever order the steps are taken, only the allowed attempts are checked."""
         for each in range(seed, seed + 100):
             storage = SlowStorage()
             storage.chance = random.Random(each)
@@ -209,7 +209,7 @@ class TestSteps:
             assert sum(not reservation.exceeded for reservation in failed) <= most, each
 
     async def test_counts_on_after_a_storm(self) -> None:
-        """Attempts that were rejected or given back leave no failure behind."""
+        """Attempts that were rejected or given back count no failure."""
         for seed in range(100):
             storage = SlowStorage()
             storage.chance = random.Random(seed)
@@ -219,7 +219,7 @@ class TestSteps:
             assert later.failures == len(failed) + 1, seed
 
     async def test_success_of_an_earlier_round(self) -> None:
-        """A login that was checked for long begins a round, too, and takes back no lock of its own."""
+        """A success that was reserved in an earlier round resets the failures of the current one, too."""
         throttle = LimitsThrottle("async+memory://", max_failures=2)
         slow, quick = [await throttle.reserve(attempt()) for _ in range(2)]
         await throttle.succeeded(quick)
@@ -229,7 +229,7 @@ class TestSteps:
         assert later.failures == 1
 
     async def test_given_back_in_a_later_round(self) -> None:
-        """What is given back is taken off the round in which it was counted."""
+        """An attempt that is given back is subtracted from the round in which it was counted."""
         throttle = LimitsThrottle("async+memory://", max_failures=3)
         slow, right = [await throttle.reserve(attempt()) for _ in range(2)]
         await throttle.succeeded(right)
@@ -239,7 +239,7 @@ class TestSteps:
         assert later.failures == 2
 
     async def test_in_flight(self) -> None:
-        """The error names the counter while attempts are checked, and none when they are decided."""
+        """The error names the counter while attempts are in flight, and no counter once they are decided."""
         throttle = LimitsThrottle("async+memory://", account="1 per day")
         reservation = await throttle.reserve(attempt(source=None))
         with pytest.raises(TooEarly) as early:
@@ -255,7 +255,7 @@ class TestSteps:
 async def refused_late(
     throttle: LimitsThrottle, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[list[Reservation]]:
-    """Let many guess at once; those who are refused are taken off again only after the block."""
+    """Let many guess at once, and subtract those that are refused only after the block."""
     uncount, go_on = throttle._uncount, asyncio.Event()
 
     async def late(windows: Any) -> None:
@@ -276,7 +276,7 @@ async def refused_late(
 
 class TestWindows:
     async def test_each_is_waited_for(self, clock: FakeClock) -> None:
-        """Who has used up several windows waits for the longer one, and no window is used up unheard."""
+        """A caller that has used up several windows waits for the longest, and a refusal uses up none."""
         throttle = LimitsThrottle(
             "async+memory://", account="2 per minute; 5 per hour; 6 per day", clock=clock
         )
@@ -295,7 +295,7 @@ class TestWindows:
 
     @pytest.mark.parametrize("counted", [0, 1, 2])
     async def test_gives_nothing_back_to_the_next(self, clock: FakeClock, counted: int) -> None:
-        """What was taken from a window that is over by now adds nothing to the one that follows."""
+        """An attempt of a window that has ended adds nothing to the next window."""
         throttle = LimitsThrottle("async+memory://", source="2 per minute", clock=clock)
         reservations = [await throttle.reserve(attempt(name)) for name in ("own", "also own")]
         clock.advance(timedelta(seconds=60))
@@ -308,7 +308,7 @@ class TestWindows:
     async def test_refusals_of_the_last_one_add_nothing(
         self, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Who is refused just before it ends, and is taken off it just after that, buys no guess."""
+        """A refusal that is subtracted just after its window has ended buys no guess."""
         throttle = LimitsThrottle("async+memory://", account="2 per minute", clock=clock)
         async with refused_late(throttle, monkeypatch) as granted_before:
             clock.advance(timedelta(seconds=60))
@@ -320,7 +320,7 @@ class TestWindows:
     async def test_refusals_before_a_success_add_nothing(
         self, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Nor does it help to be refused while the user logs in."""
+        """A refusal that is subtracted after the user has logged in buys no guess either."""
         throttle = LimitsThrottle("async+memory://", account="2 per minute", clock=clock)
         right = await throttle.reserve(attempt(source=None))
         async with refused_late(throttle, monkeypatch) as granted_before:
@@ -330,27 +330,27 @@ class TestWindows:
         assert len(granted) == 2
 
     async def test_that_ends_at_this_moment(self, clock: FakeClock) -> None:
-        """Nobody is told to wait for less than a second."""
+        """A refusal asks for a wait of at least one second."""
         throttle = LimitsThrottle("async+memory://", account="1 per minute", clock=clock)
         clock.advance(datetime(2027, 1, 1, 0, 0, 59, 900_000, tzinfo=UTC) - clock())
         await fail(throttle, attempt())
         assert await refused(throttle, attempt()) == 1
 
     async def test_of_equal_length(self, clock: FakeClock) -> None:
-        """Two that last equally long are counted apart."""
+        """Two windows of equal length are counted separately."""
         throttle = LimitsThrottle("async+memory://", account="3/minute; 2/minute", clock=clock)
         await fail(throttle, attempt(), 2)
         await refused(throttle, attempt())
 
     async def test_reservation_of_another_throttle(self, clock: FakeClock) -> None:
-        """Attempts are taken back from where they were counted, or not at all."""
+        """A reservation of another throttle is refused."""
         throttle = LimitsThrottle("async+memory://", clock=clock)
         strange = Reservation(attempt=attempt(), counted=(Counted("account:ada", 1),))
         with pytest.raises(TypeError, match="another throttle"):
             await throttle.released(strange)
 
     async def test_defaults(self) -> None:
-        """Ten are free for an account."""
+        """By default ten attempts are free for an account."""
         throttle = LimitsThrottle("async+memory://")
         await fail(throttle, attempt(), 10)
         assert await refused(throttle, attempt()) <= 60
@@ -361,7 +361,7 @@ class TestWindows:
         ["", ";", "ten per minute", "5 per fortnight", "0 per minute", "5/minute; 0/day"],
     )
     def test_nonsense(self, window: str, notation: str) -> None:
-        """What cannot be read, or would let nobody in, is refused when it is written down."""
+        """A window that is malformed, or would refuse every login, is a configuration error."""
         with pytest.raises(ConfigurationError, match="cannot read"):
             LimitsThrottle("async+memory://", **{window: notation})  # type: ignore[arg-type]
 
@@ -369,7 +369,7 @@ class TestWindows:
 class TestStorage:
     @pytest.mark.parametrize("storage", ["memory://", "redis://localhost", 7, None])
     def test_must_be_asynchronous(self, storage: Any) -> None:
-        """One that would block the loop is refused."""
+        """A storage that would block the loop is refused."""
         with pytest.raises(ConfigurationError, match="begins with async"):
             LimitsThrottle(storage)
 
@@ -377,14 +377,14 @@ class TestStorage:
         "uri", ["nonsense://:canary@localhost", "canary", "async+nonsense://canary"]
     )
     def test_must_exist(self, uri: str) -> None:
-        """One that there is not is refused, and no password in its URI is shown."""
+        """An unknown storage is refused, and the error hides the password in its URI."""
         with pytest.raises(ConfigurationError, match="cannot use this storage") as error:
             LimitsThrottle(uri)
         assert "canary" not in str(error.value)
         assert error.value.__cause__ is None
 
     def test_needs_the_library(self) -> None:
-        """Without it the import says what to install."""
+        """Without the library the error of the import names what to install."""
         code = (
             "import sys; sys.modules['limits'] = None; import tortoise_auth\n"
             "import tortoise_auth.integrations.limits"
@@ -407,7 +407,7 @@ def events(ada: User) -> Iterator[Captured]:
 
 class TestService:
     async def test_login(self, ada: User, events: Captured) -> None:
-        """The service is throttled like with the database, and writes nothing into it."""
+        """The service throttles as with the database, and writes no row."""
         throttle = LimitsThrottle("async+memory://", account="3 per hour", max_failures=4)
         auth = AuthService(User, AuthConfig(secret=SECRET), throttle=throttle)
         here = RequestContext(ip="203.0.113.7")
@@ -425,7 +425,7 @@ class TestService:
         assert "account_locked" in events.names
         with pytest.raises(AuthenticationError):
             await auth.login(EMAIL, PASSWORD, context=here)
-        await assert_goes_on(auth, session)
+        await assert_live(auth, session)
         await auth.set_password(ada, "another donkey charger")
         assert await auth.login(EMAIL, "another donkey charger")
         assert await auth.purge_expired() == 0
@@ -434,14 +434,14 @@ class TestService:
 class TestRedisIsDown:
     @staticmethod
     def service(url: str) -> AuthService[User]:
-        """Return a service whose Redis is not there."""
+        """Return a service whose Redis does not answer."""
         throttle = LimitsThrottle(redis_storage("down", url))
         return AuthService(User, AuthConfig(secret=SECRET), throttle=throttle)
 
     @pytest.mark.parametrize("password", [PASSWORD, "wrong"])
     async def test_refused(self, ada: User, events: Captured, password: str) -> None:
-        """Nobody gets in, nothing is hashed, and it is nobody's fault but ours (A174)."""
-        with nobody_listens() as url, argon2_costs() as costs:
+        """No login succeeds, nothing is hashed, and no credential is blamed (A174)."""
+        with refused_url() as url, argon2_costs() as costs:
             auth = self.service(url)
             for call in (
                 lambda: auth.login(EMAIL, password),
@@ -455,7 +455,7 @@ class TestRedisIsDown:
         assert events.names == []
 
     async def test_silent(self, ada: User, monkeypatch: pytest.MonkeyPatch) -> None:
-        """A Redis that takes the call and never answers holds nobody for ever."""
+        """A Redis that accepts the connection and never answers delays no caller for ever."""
         monkeypatch.setattr(password_check, "_PATIENCE", 0.2)
 
         async def say_nothing(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -474,7 +474,7 @@ class TestRedisIsDown:
     async def test_goes_down_meanwhile(
         self, ada: User, events: Captured, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """A login whose outcome cannot be counted is none, right or wrong."""
+        """A login whose outcome cannot be counted fails, even with the right password."""
         async with redis() as storage:
             auth = AuthService(User, AuthConfig(secret=SECRET), throttle=LimitsThrottle(storage))
 
@@ -507,7 +507,7 @@ class TestPage:
             "User": User,
             "config": AuthConfig(secret=SECRET),
         }
-        own = f"{REDIS_URL}/9"  # its keys have the prefix that everybody has
+        own = f"{REDIS_URL}/9"  # a database of its own, as every throttle has this prefix
         await run(source.replace("redis://localhost:6379", own), namespace, PAGE.name)
         auth, throttle = namespace["auth"], namespace["throttle"]
         storage = throttle._storage

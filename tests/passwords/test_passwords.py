@@ -39,7 +39,7 @@ from tortoise_auth.testing import cheap_hasher
 
 WRONG = Verification(valid=False)
 TODAY = "$argon2id$v=19$m=32,t=2,p=2$"
-"""How the hashes of `TodaysHasher` begin."""
+"""The beginning of the hashes of `TodaysHasher`."""
 
 UNFIT: dict[str, Any] = {
     "None": None,
@@ -61,7 +61,7 @@ UNFIT_CODES = {
 
 
 class TodaysHasher(PasswordHasher):
-    """Cheap, and of settings that no other hash of these tests has."""
+    """A cheap hasher, with settings that no other hash of these tests has."""
 
     cost_floor: ClassVar[tuple[()]] = ()
 
@@ -127,7 +127,7 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 class Workers:
-    """Stands in for the computation of Argon2: notes its thread and can be held up.
+    """Replaces the computation of Argon2: records its thread, and can be blocked.
 
     Attributes:
         idents: The thread of each computation, in order of beginning.
@@ -159,7 +159,7 @@ class Workers:
         return True
 
     async def begun(self, number: int = 1) -> None:
-        """Wait until so many further computations have begun."""
+        """Wait until *number* further computations have begun."""
         for _ in range(number):
             assert await asyncio.to_thread(self._begun.acquire, timeout=30)
 
@@ -203,7 +203,7 @@ class TestHash:
     async def test_unfit_input_is_refused(
         self, hasher: PasswordHasher, computed: list[str], what: str
     ) -> None:
-        """What cannot be hashed is refused with the code of its rule, before any computation."""
+        """Input that cannot be hashed is refused with the code of its rule, before any computation."""
         with pytest.raises(PasswordPolicyError) as refused:
             await hasher.hash(UNFIT[what])
         expected = [UNFIT_CODES.get(what, "not_a_string")]
@@ -234,7 +234,7 @@ class TestHash:
         [("é", "e\u0301"), ("Å", "\u212b"), ("각", "\u1100\u1161\u11a8"), ("ṩ", "s\u0307\u0323")],
     )
     async def test_canonically_equal(self, hasher: PasswordHasher, one: str, other: str) -> None:
-        """Two spellings that NFC makes one are one password, whichever was set first."""
+        """Two spellings with one NFC form are one password, whichever was set first."""
         one, other = PASSWORD + one, PASSWORD + other
         assert one != other
         assert unicodedata.normalize("NFC", one) == unicodedata.normalize("NFC", other)
@@ -245,7 +245,7 @@ class TestHash:
         ("one", "other"), [("ﬁ", "fi"), ("\uff21", "A"), ("²", "2"), ("①", "1"), ("…", "...")]
     )
     async def test_only_compatible(self, hasher: PasswordHasher, one: str, other: str) -> None:
-        """Two spellings that only NFKC makes one are two passwords."""
+        """Two spellings with only one NFKC form are two passwords."""
         one, other = PASSWORD + one, PASSWORD + other
         assert unicodedata.normalize("NFKC", one) == unicodedata.normalize("NFKC", other)
         for first, second in ((one, other), (other, one)):
@@ -324,7 +324,7 @@ class TestVerify:
 
     @pytest.mark.parametrize("scheme", LEGACY)
     async def test_replaced_by_argon2(self, hasher: PasswordHasher, scheme: str) -> None:
-        """What replaces an outdated hash is Argon2id and is not outdated itself."""
+        """The replacement of an outdated hash is Argon2id, and is not outdated."""
         assert (await hasher.verify(PASSWORD, LEGACY[scheme](PASSWORD))).outdated
         replacement = await hasher.hash(PASSWORD)
         assert replacement.startswith("$argon2id$")
@@ -368,20 +368,20 @@ class TestVerify:
 
     @pytest.mark.parametrize("unknown", ["", "!", PASSWORD, "$argon2$", "$9$abc$def", "$2", "$1$"])
     def test_does_not_know(self, hasher: PasswordHasher, unknown: str) -> None:
-        """What no scheme of ours has made is not known."""
+        """A hash of no supported scheme is not known."""
         assert not hasher.knows(unknown)
         assert hasher._crypt.identify(unknown) is None
 
     @pytest.mark.parametrize("size", [72, 73, 1024, 4096])
     async def test_bcrypt_knows_72_bytes(self, hasher: PasswordHasher, size: int) -> None:
-        """Over 72 bytes bcrypt gives no answer but a refusal, though the hash has that prefix."""
+        """A password of more than 72 bytes is refused for a bcrypt hash, though its prefix matches."""
         hashed = bcrypt_hash(b"a" * 72)
         expected = Verification(valid=True, outdated=True) if size == 72 else WRONG
         assert await hasher.verify("a" * size, hashed) == expected
         assert await hasher.verify("\U0001f422" * 19, hashed) == WRONG  # 76 bytes
 
     async def test_nothing_matches_the_dummy(self, today: TodaysHasher) -> None:
-        """The hash for accounts that do not exist is there from the start, and nothing fits it."""
+        """The hash for unknown accounts exists from the start, and no password matches it."""
         dummy = today._dummy_hash
         assert dummy.startswith(TODAY)
         for guess in ("", "x", PASSWORD, dummy, dummy.rpartition("$")[2]):
@@ -390,7 +390,7 @@ class TestVerify:
         assert TodaysHasher()._dummy_hash != dummy
 
     def test_unusable_hashes(self) -> None:
-        """A hash that nothing matches differs each time, and an empty one is none at all."""
+        """An unusable hash is different each time, and an empty one is unusable."""
         assert len({unusable_hash() for _ in range(100)}) == 100
         assert not is_usable_hash(unusable_hash())
         assert not is_usable_hash("")
@@ -428,7 +428,7 @@ CORRUPT = {
 
 
 class TestCostOfFailure:
-    """A failure costs one computation of today's settings, whatever the reason."""
+    """A failure costs one computation with the current settings, whatever the reason."""
 
     @pytest.mark.parametrize(
         "hashed", [None, "", "!", "!abc", pytest.param(unusable_hash(), id="unusable")]
@@ -460,7 +460,7 @@ class TestCostOfFailure:
     async def test_corrupt_hash(
         self, today: TodaysHasher, monkeypatch: pytest.MonkeyPatch, what: str
     ) -> None:
-        """A stored value that is no hash is a wrong password, at the price of one."""
+        """A stored value that is no hash is a wrong password, and costs one computation."""
         finished: list[bytes] = []
         verify = argon2.low_level.verify_secret
 
@@ -477,7 +477,7 @@ class TestCostOfFailure:
 
     @pytest.mark.parametrize("scheme", LEGACY)
     async def test_legacy_hash(self, today: TodaysHasher, computed: list[str], scheme: str) -> None:
-        """A wrong password for a hash of another scheme costs one of today's besides."""
+        """A wrong password for a hash of another scheme costs one current computation in addition."""
         assert await today.verify("wrong", LEGACY[scheme](PASSWORD)) == WRONG
         assert computed == [TODAY]
 
@@ -489,14 +489,14 @@ class TestCostOfFailure:
         assert computed == ["$argon2id$v=19$m=8,t=1,p=1$", "$argon2id$v=19$m=28,t=2,p=2$"]
 
     async def test_over_72_bytes_for_bcrypt(self, today: TodaysHasher, computed: list[str]) -> None:
-        """A password that bcrypt refuses to look at costs one hash all the same."""
+        """A password that bcrypt refuses costs one hash, too."""
         assert await today.verify("a" * 73, bcrypt_hash(b"a" * 72)) == WRONG
         assert computed == [TODAY]
 
     async def test_bcrypt_that_is_not_installed(
         self, monkeypatch: pytest.MonkeyPatch, computed: list[str]
     ) -> None:
-        """Its hashes match nothing then, at the usual cost, and all others are as they were."""
+        """Without bcrypt its hashes match nothing, at the usual cost, and all others still match."""
         find = importlib.util.find_spec
         monkeypatch.setattr(
             importlib.util, "find_spec", lambda name: None if name == "bcrypt" else find(name)
@@ -520,7 +520,7 @@ class TestCostOfFailure:
     @example(password="x", hashed="pbkdf2_sha256$1$")
     @settings(max_examples=150, deadline=None)
     def test_anything(self, password: Any, hashed: str | None) -> None:
-        """No text as password and no text as hash makes anything but a failure."""
+        """Any text as password and any text as hash is a mismatch, and raises nothing."""
         assert asyncio.run(FUZZED.verify(password, hashed)) == WRONG
 
     @pytest.mark.filterwarnings("ignore::passlib.exc.PasslibHashWarning")  # odd padding of bcrypt
@@ -553,7 +553,7 @@ DAMAGEABLE = {
 
 class TestThreads:
     async def test_bounded(self, workers: Workers) -> None:
-        """However many wait, no more hashes are computed at a time than there are threads."""
+        """However many callers wait, only as many hashes are computed at a time as there are threads."""
         hasher = cheap_hasher(threads=3)
         workers.go_on.clear()
         with new_threads() as threads:
@@ -602,7 +602,7 @@ class TestThreads:
         hasher.close()
 
     async def test_cancelled_in_the_queue(self, workers: Workers) -> None:
-        """No hash is computed for a caller that leaves while it waits, and others go on."""
+        """No hash is computed for a caller that is cancelled while it waits, and others go on."""
         hasher = cheap_hasher(threads=1)
         workers.go_on.clear()
         first, second, third = (
@@ -618,7 +618,7 @@ class TestThreads:
         hasher.close()
 
     async def test_cancelled_while_computing(self, workers: Workers) -> None:
-        """A caller that leaves during the computation does not wait for it; the thread goes on."""
+        """A caller that is cancelled during the computation does not wait for it; the thread goes on."""
         hasher = cheap_hasher(threads=1)
         workers.go_on.clear()
         task = asyncio.create_task(hasher.verify(PASSWORD, None))
@@ -649,7 +649,7 @@ class TestThreads:
         hasher.close()
 
     async def test_close_while_computing(self, workers: Workers) -> None:
-        """What was asked for before `close()` is still computed."""
+        """A hash that was requested before `close()` is still computed."""
         hasher = cheap_hasher(threads=1)
         workers.go_on.clear()
         tasks = [asyncio.create_task(hasher.verify(PASSWORD, None)) for _ in range(2)]
@@ -660,7 +660,7 @@ class TestThreads:
 
     @pytest.mark.skipif(sys.platform != "linux", reason="threads have no priority of their own")
     async def test_niceness(self, workers: Workers) -> None:
-        """On Linux a hashing thread steps back by 10, and the main thread stays as it is."""
+        """On Linux a hashing thread has a niceness of 10 more, and the main thread is unchanged."""
         before = os.getpriority(os.PRIO_PROCESS, 0)
         hasher = cheap_hasher(threads=2)
         await asyncio.gather(*(hasher.verify(PASSWORD, None) for _ in range(4)))
@@ -671,7 +671,7 @@ class TestThreads:
     async def test_no_niceness_elsewhere(
         self, workers: Workers, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Where a priority is that of the whole process it is left alone."""
+        """Where the priority belongs to the whole process it is not changed."""
         lowered: list[int] = []
         monkeypatch.setattr(os, "nice", lowered.append)
         monkeypatch.setattr(sys, "platform", "darwin")
@@ -725,7 +725,7 @@ class TestPolicyLength:
         assert codes(policy, "") == ["too_short"]
 
     def test_decomposed(self) -> None:
-        """What counts is the number after normalisation, not that of the key strokes."""
+        """The length counts after normalisation."""
         assert codes(PasswordPolicy(), "e\u0301" * 14) == ["too_short"]
         assert codes(PasswordPolicy(), "e\u0301" * 15) == []
 
@@ -791,7 +791,7 @@ class TestPolicyWords:
         ],
     )
     def test_common(self, password: str) -> None:
-        """What people choose most is refused in any case."""
+        """The most common passwords are rejected in any case."""
         assert password.lower() in COMMON_PASSWORDS
         assert codes(PasswordPolicy(), password) == ["common"]
 
@@ -805,7 +805,7 @@ class TestPolicyWords:
         assert "" not in COMMON_PASSWORDS
 
     def test_common_passwords_are_a_set(self) -> None:
-        """The list that is read on first use is a set like any other, and shows none of it."""
+        """The list that is read on first use behaves like a set, and its `repr` shows no word."""
         words = frozenset(COMMON_PASSWORDS)
         assert len(COMMON_PASSWORDS) == len(words) > 33_000
         assert words == set(COMMON_PASSWORDS)
@@ -839,7 +839,7 @@ class TestPolicyWords:
         assert len(repr(PasswordPolicy(blocklist={"tortoise sanctuary"}))) < 100
 
     def test_whole_and_not_part(self) -> None:
-        """A common password within a longer one is no fault."""
+        """A common password within a longer one is accepted."""
         policy = PasswordPolicy(blocklist={"tortoise sanctuary"})
         assert codes(policy, "tortoise sanctuary") == ["common"]
         assert codes(policy, "Tortoise Sanctuary") == ["common"]
@@ -849,7 +849,7 @@ class TestPolicyWords:
 
     @pytest.mark.parametrize("password", ["passwordpassword", "dragonDRAGONdragon", "qwerty" * 20])
     def test_repeated(self, password: str) -> None:
-        """A common password written several times is as common."""
+        """A common password that is repeated is rejected."""
         assert codes(PasswordPolicy(), password) == ["common"]
 
     def test_repeated_in_part(self) -> None:
@@ -871,7 +871,7 @@ class TestPolicyWords:
         ],
     )
     def test_context(self, password: str) -> None:
-        """Names of the service and of the person alone make no password, whatever is between."""
+        """Names of the service and the user alone make no password, whatever separates them."""
         policy = PasswordPolicy(context_words=("Tortoise", "Cafe\u0301 Zürich", "Lovelace"))
         assert codes(policy, password, ["ada.lovelace@example.com"]) == ["context"]
 
@@ -919,7 +919,7 @@ class TestPolicyWords:
 class TestPolicyFailures:
     @pytest.mark.parametrize("what", UNFIT)
     def test_unfit(self, what: str) -> None:
-        """What cannot be hashed is refused for that alone."""
+        """Input that cannot be hashed is rejected for that reason alone."""
         assert codes(PasswordPolicy(), UNFIT[what]) == [UNFIT_CODES.get(what, "not_a_string")]
 
     def test_all_at_once(self) -> None:
@@ -938,11 +938,11 @@ class TestPolicyFailures:
         assert "rumpelstilz" not in str(refused.value) + repr(refused.value)
 
     def test_accepted(self) -> None:
-        """A password that breaks no rule is accepted in silence."""
+        """A password that breaks no rule is accepted without a failure."""
         PasswordPolicy().check(PASSWORD, about=["ada@example.com"])
 
     def test_at_login_nothing_is_asked(self) -> None:
-        """The hasher knows no policy: a short old password still opens its account."""
+        """The hasher applies no policy: an old short password still matches."""
 
         async def log_in() -> Verification:
             hasher = cheap_hasher()

@@ -1,4 +1,4 @@
-"""Secrets that can be recognised wherever they turn up, in whatever form, and the places to look."""
+"""Secrets that can be recognised in any form, and the places that are searched for them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def new_secret() -> str:
 
 
 def forms(secret: str) -> set[str]:
-    """Return how *secret* may be written down: as it is, escaped, quoted, in hex, in base64."""
+    """Return the forms of *secret*: as it is, escaped, quoted, in hex, in base64."""
     raw = secret.encode()
     written = {
         secret,
@@ -53,19 +53,19 @@ def forms(secret: str) -> set[str]:
 
 
 class Places:
-    """Collects what leaves the library, by where it went."""
+    """Collects what leaves the library, by its destination."""
 
     def __init__(self) -> None:
-        self.found: dict[str, list[str]] = {
+        self.texts: dict[str, list[str]] = {
             place: [] for place in (OURS, OTHERS, SAID, EVENTS, SHOWN, RAISED)
         }
 
     def show(self, *things: object) -> None:
-        """Note how objects present themselves."""
-        self.found[SHOWN] += [text for thing in things for text in (repr(thing), f"{thing}")]
+        """Record the `repr` and the text of objects."""
+        self.texts[SHOWN] += [text for thing in things for text in (repr(thing), f"{thing}")]
 
     def error(self, error: BaseException) -> None:
-        """Note an error, its facts, and every error behind it."""
+        """Record an error, its attributes, and every error that it chains."""
         seen: list[BaseException | None] = []
         waiting: list[BaseException | None] = [error]
         while waiting:
@@ -75,12 +75,12 @@ class Places:
             seen.append(each)
             waiting += [each.__cause__, each.__context__]
             facts = (each.args, vars(each), getattr(each, "__notes__", None))
-            self.found[RAISED] += [repr(each), str(each), *map(repr, facts)]
-        self.found[RAISED] += TracebackException.from_exception(error).format()
+            self.texts[RAISED] += [repr(each), str(each), *map(repr, facts)]
+        self.texts[RAISED] += TracebackException.from_exception(error).format()
 
     def leaks(self, canaries: dict[str, str]) -> set[tuple[str, str]]:
-        """Return which canaries are to be seen where."""
-        everything = {place: "\n".join(texts) for place, texts in self.found.items()}
+        """Return the places in which canaries can be read, and their names."""
+        everything = {place: "\n".join(texts) for place, texts in self.texts.items()}
         return {
             (place, name)
             for name, secret in canaries.items()
@@ -90,8 +90,8 @@ class Places:
         }
 
 
-class _Ear(logging.Handler):
-    """Writes down whole lines as a log file would have them, tracebacks included."""
+class _LogRecorder(logging.Handler):
+    """Records whole lines as a log file would have them, tracebacks included."""
 
     def __init__(self, places: Places) -> None:
         super().__init__(logging.DEBUG)
@@ -99,22 +99,22 @@ class _Ear(logging.Handler):
         self.setFormatter(logging.Formatter("%(levelname)s %(name)s %(message)s"))
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write down one record, with its arguments as they came."""
+        """Record one line, with its arguments."""
         place = OURS if record.name.partition(".")[0] == "tortoise_auth" else OTHERS
-        self._places.found[place] += [self.format(record), repr(record.args)]
+        self._places.texts[place] += [self.format(record), repr(record.args)]
 
 
 @contextmanager
-def listening() -> Iterator[Places]:
-    """Hear every log at DEBUG, asyncio's included, every warning, and what is printed."""
+def recording_places() -> Iterator[Places]:
+    """Record every log at DEBUG, asyncio's included, every warning, and what is printed."""
     places, out = Places(), io.StringIO()
     names = ("", "tortoise", "tortoise.db_client", "tortoise_auth", "aiosqlite", "asyncio")
     loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
-    ear, loop = _Ear(places), asyncio.get_running_loop()
+    recorder, loop = _LogRecorder(places), asyncio.get_running_loop()
     for logger in loggers:
         logger.setLevel(logging.DEBUG)
-    loggers[0].addHandler(ear)
+    loggers[0].addHandler(recorder)
     loop.set_debug(True)
     try:
         with warnings.catch_warnings(record=True) as warned:
@@ -123,8 +123,8 @@ def listening() -> Iterator[Places]:
                 yield places
     finally:
         loop.set_debug(False)
-        loggers[0].removeHandler(ear)
+        loggers[0].removeHandler(recorder)
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-    places.found[SAID] += [out.getvalue(), *(str(each.message) for each in warned)]
+    places.texts[SAID] += [out.getvalue(), *(str(each.message) for each in warned)]
     sys.stdout.flush()

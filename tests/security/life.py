@@ -1,6 +1,6 @@
-"""One life of an account, every refusal included, told line by line; run as a program.
+"""One life of an account, every refusal included, printed line by line; run as a program.
 
-Whatever Python and the system are set to, the lines are the same. It has no ``assert``: ``-O`` would
+The lines are the same in every setting of Python and the system. It has no ``assert``: ``-O`` would
 take it out.
 """
 
@@ -36,25 +36,25 @@ CONFIG = {
 }
 
 
-def tell(what: str, *facts: object) -> None:
+def report(what: str, *facts: object) -> None:
     """Print one line, the same on every output."""
     print(ascii(" | ".join(map(str, (what, *facts)))))
 
 
 async def attempt(what: str, call: Callable[[], Awaitable[Any]]) -> Any:
-    """Make a call; tell that it worked, or the whole text of its error."""
+    """Make a call; print that it worked, or the whole text of its error."""
     try:
         result = await call()
     except (TortoiseAuthError, ValueError, TypeError) as error:
         failures = error.failures if isinstance(error, PasswordPolicyError) else ()
-        tell(what, type(error).__name__, error, *failures)
+        report(what, type(error).__name__, error, *failures)
         return None
-    tell(what, "done")
+    report(what, "done")
     return result
 
 
 def refused_settings() -> None:
-    """Tell what is refused before anything runs."""
+    """Print which settings are refused before anything runs."""
     key = SigningKey(SECRET, kid="a")
     for name, make in (
         ("no secret", lambda: AuthConfig(secret="")),
@@ -69,15 +69,15 @@ def refused_settings() -> None:
         try:
             make()
         except (TortoiseAuthError, TypeError) as error:
-            tell(name, type(error).__name__, error)
+            report(name, type(error).__name__, error)
         else:
-            tell(name, "accepted")
+            report(name, "accepted")
 
 
 async def live(auth: AuthService[User], clock: FakeClock) -> None:
-    """Do everything, rightly and wrongly."""
+    """Do everything, with right and wrong values."""
     ada = await attempt("sign up", lambda: User.create_user(email=EMAIL, password=PASSWORD))
-    tell("stored", ada.email, ada.pk, ada.is_active, ada.session_version)
+    report("stored", ada.email, ada.pk, ada.is_active, ada.session_version)
     form = {"is_active": True, "session_version": 7, "nonsense": 1, "more": 2}
     await attempt("form", lambda: User.create_user(email="b@example.com", password=NEW, **form))
     await attempt("unknown", lambda: User.create_user(email="b@x.io", password=NEW, b=1, a=2, c=3))
@@ -97,10 +97,10 @@ async def live(auth: AuthService[User], clock: FakeClock) -> None:
 
     first = await attempt("login", lambda: auth.login(EMAIL, PASSWORD, claims={"b": 1, "a": [2]}))
     claims = auth.decode(first.access_token)
-    tell("claims", claims.subject, claims.issued_at, claims.expires_at, dict(claims.extra))
+    report("claims", claims.subject, claims.issued_at, claims.expires_at, dict(claims.extra))
     await attempt("reserved", lambda: auth.login(EMAIL, PASSWORD, claims={"sub": 1, "aud": 2}))
     second = await attempt("refresh", lambda: auth.refresh(first.refresh_token))
-    tell("expiry", second.access_expires_at, second.refresh_expires_at, second.session.generation)
+    report("expiry", second.access_expires_at, second.refresh_expires_at, second.session.generation)
     for token in (first.access_token[:-2], "", "a.b.c", first.refresh_token):
         await attempt("forged", lambda: auth.authenticate(token))  # noqa: B023
     await attempt("authenticate", lambda: auth.authenticate(second.access_token))
@@ -110,17 +110,17 @@ async def live(auth: AuthService[User], clock: FakeClock) -> None:
     third = await attempt("login", lambda: auth.login(EMAIL, PASSWORD))
     await attempt("wrong", lambda: auth.change_password(ada, "wrong", NEW))
     await attempt("change", lambda: auth.change_password(ada, PASSWORD, NEW, keep=third.session))
-    tell("kept", await auth.authenticate(third.access_token), ada.session_version)
-    tell("logout", (await auth.logout(third.refresh_token)).sessions)
-    tell("again", (await auth.logout(third.refresh_token)).sessions)
+    report("kept", await auth.authenticate(third.access_token), ada.session_version)
+    report("logout", (await auth.logout(third.refresh_token)).sessions)
+    report("again", (await auth.logout(third.refresh_token)).sessions)
     await attempt("login", lambda: auth.login(EMAIL, NEW))
-    tell("everywhere", (await auth.logout_all(ada)).sessions)
-    tell("deactivate", (await auth.deactivate(ada)).sessions)
+    report("everywhere", (await auth.logout_all(ada)).sessions)
+    report("deactivate", (await auth.deactivate(ada)).sessions)
     await attempt("closed", lambda: auth.login(EMAIL, NEW))
     await attempt("activate", lambda: auth.activate(ada))
     clock.advance(timedelta(days=40))
-    tell("purged", await auth.purge_expired())
-    tell("relayed", await auth.relay().drain())
+    report("purged", await auth.purge_expired())
+    report("relayed", await auth.relay().drain())
 
 
 def service(clock: FakeClock, emitter: EventEmitter) -> AuthService[User]:
@@ -131,19 +131,19 @@ def service(clock: FakeClock, emitter: EventEmitter) -> AuthService[User]:
 
 
 async def main(auth: AuthService[User], clock: FakeClock) -> None:
-    """Live, and print which events were emitted."""
+    """Run the life, and print the events that are emitted."""
     emitter = auth.emitter
 
     @emitter.on("*", thread=False)
-    def heard(event: Event) -> None:
-        told = event.to_dict()
+    def received(event: Event) -> None:
+        fields = event.to_dict()
         volatile = ("id", "session_id", "occurred_at")
-        facts = {name: value for name, value in told.items() if name not in volatile}
-        tell("event", json.dumps(facts))
+        facts = {name: value for name, value in fields.items() if name not in volatile}
+        report("event", json.dumps(facts))
 
     @emitter.on("user_logout", "password_changed", delivery="durable", name="later")
     async def later(user: User, event: Event) -> None:
-        tell("later", event.name, user)
+        report("later", event.name, user)
 
     async with TortoiseContext() as context:
         await context.init(config=CONFIG)

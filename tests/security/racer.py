@@ -1,8 +1,8 @@
-"""A process of the host: makes the calls that a test orders, and stops in front of its writes.
+"""A process of the host: makes the calls that a test orders, and stops before its writes.
 
-One JSON object a line. An order names a call and where to stop; at each stop the racer says where it
-is and waits to be told to go on; in the end it says what became of the call, which events were told
-and how many hashes were computed.
+One JSON object a line. An order names a call and where to stop; at each stop the racer reports where it
+is and waits for the order to go on; in the end it reports the outcome of the call, the events that were
+emitted, and how many hashes were computed.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from tortoise_auth.throttling import Backoff, DatabaseThrottle
 
 Order = dict[str, Any]
 
-password_check._PATIENCE = 60.0  # and waits for the others where a test lets it wait
+password_check._PATIENCE = 60.0  # a call may wait as long as a test lets it
 
 
 @dataclass
@@ -46,14 +46,14 @@ class Wire:
 
     @classmethod
     async def opened(cls) -> Wire:
-        """Return the wire to whoever started this process."""
+        """Return the wire to the process that started this one."""
         reader = asyncio.StreamReader()
         loop = asyncio.get_running_loop()
         await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
         return cls(reader)
 
-    async def hear(self) -> Order:
-        """Return the next order; an empty one when there will be no more."""
+    async def receive(self) -> Order:
+        """Return the next order, or an empty one after the last."""
         line = await self.reader.readline()
         order: Order = json.loads(line) if line else {}
         return order
@@ -73,14 +73,14 @@ class Racer:
     stops: set[str] = field(default_factory=set)
 
     async def stop_at(self, place: str, process: int) -> None:
-        """Wait for leave to go on, the first time that this place is come to."""
+        """Wait for the order to go on, the first time that a call reaches *place*."""
         if place in self.stops:
             self.stops.remove(place)
             self.wire.say(at=place, process=process, hashes=len(self.hashes))
-            await self.wire.hear()
+            await self.wire.receive()
 
     async def carry_out(self, order: Order) -> None:
-        """Make a call, ``times`` times at once, and say what became of it."""
+        """Make a call, ``times`` times at once, and report its outcomes."""
         self.hashes.clear()
         self.stops = set(order["stops"])
         user = await User.get_or_none(pk=order.get("user"))
@@ -110,7 +110,7 @@ class Racer:
 
 
 async def outcome(call: Callable[[], Awaitable[object]]) -> dict[str, object]:
-    """Return what *call* gives or raises, as plain values."""
+    """Return what *call* returns or raises, as plain values."""
     try:
         result = await call()
     except TortoiseAuthError as error:
@@ -131,22 +131,22 @@ async def race_on(wire: Wire, order: Order, hashes: list[Cost]) -> Order:
     racer = Racer(wire, auth, hashes)
     begin, commit = TransactionWrapper.begin, TransactionWrapper.commit
 
-    async def begin_when_told(self: TransactionWrapper) -> None:
+    async def begin_when_ordered(self: TransactionWrapper) -> None:
         await racer.stop_at("begin", self._connection.get_server_pid())
         await begin(self)
 
-    async def commit_when_told(self: TransactionWrapper) -> None:
+    async def commit_when_ordered(self: TransactionWrapper) -> None:
         await racer.stop_at("commit", self._connection.get_server_pid())
         await commit(self)
 
-    TransactionWrapper.begin = begin_when_told  # type: ignore[method-assign]
-    TransactionWrapper.commit = commit_when_told  # type: ignore[method-assign]
+    TransactionWrapper.begin = begin_when_ordered  # type: ignore[method-assign]
+    TransactionWrapper.commit = commit_when_ordered  # type: ignore[method-assign]
     try:
         async with TortoiseContext() as context:
             await context.init(config=order["database"])
             await User.all().count()  # connected
             wire.say(ready=True)
-            while "call" in (order := await wire.hear()):
+            while "call" in (order := await wire.receive()):
                 await racer.carry_out(order)
     finally:
         TransactionWrapper.begin = begin  # type: ignore[method-assign]
@@ -155,9 +155,9 @@ async def race_on(wire: Wire, order: Order, hashes: list[Cost]) -> Order:
 
 
 async def main() -> None:
-    """Race until there are no more orders."""
+    """Race until the orders end."""
     wire = await Wire.opened()
-    order = await wire.hear()
+    order = await wire.receive()
     with argon2_costs() as hashes:
         while order:
             order = await race_on(wire, order, hashes)

@@ -1,4 +1,4 @@
-"""Attacks that need more than one call or a form of their own; the others are with their subjects."""
+"""Attacks that need several calls or a form of their own; the others are with their subjects."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import argon2.low_level
 import pytest
 from tortoise.context import TortoiseContext
 
-from tests.support.accounts import EMAIL, PASSWORD, SECRET, assert_goes_on, log_in
+from tests.support.accounts import EMAIL, PASSWORD, SECRET, assert_live, log_in
 from tests.support.app import User, store
 from tests.support.rows import row, rows
 from tortoise_auth import AuthConfig, AuthenticationError, AuthService, PasswordHasher
@@ -22,7 +22,7 @@ CROWD = 200
 
 
 class Computing:
-    """Counts how many hashes are computed at the same moment."""
+    """Counts how many hashes are computed at once."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -65,16 +65,16 @@ class TestStorm:
         assert computing.all == CROWD
         assert computing.most <= hasher.threads
         assert len({result.session.id for result in results}) == CROWD
-        await assert_goes_on(auth, results[-1])
+        await assert_live(auth, results[-1])
 
-    async def test_of_callers_who_hang_up(
+    async def test_of_cancelled_callers(
         self,
         auth: AuthService[User],
         ada: User,
         hasher: PasswordHasher,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        """A38, A143: whoever hangs up while he waits costs no hash, and nobody after him is held up."""
+        """A38, A143: a caller that is cancelled while it waits costs no hash, and delays no later caller."""
         go_on = threading.Event()
         computing = Computing()
         with monkeypatch.context() as patch:
@@ -111,7 +111,7 @@ class TestStoredValue:
         assert await Session.all().count() == 0
 
     async def test_unusable_value_is_no_password(self, auth: AuthService[User], ada: User) -> None:
-        """A36: who can read what is stored for an account without a password cannot log in with it."""
+        """A36: the stored value of an account without a password is no password."""
         stored = unusable_hash()
         await User.filter(pk=ada.pk).update(password=stored)
         for typed in (stored, stored[1:]):
@@ -119,7 +119,7 @@ class TestStoredValue:
                 await auth.login(EMAIL, typed)
 
     async def test_hash_is_no_password(self, auth: AuthService[User], ada: User) -> None:
-        """A36: who can read the hash cannot log in with it, nor set it as one."""
+        """A36: a stolen hash does not log in, and a sign-up hashes it like any password."""
         with pytest.raises(AuthenticationError):
             await auth.login(EMAIL, ada.password)
         eve = await User.create_user(email="eve@example.com", password=ada.password)
@@ -133,7 +133,7 @@ class TestSignUp:
     async def test_takes_over_no_account(
         self, auth: AuthService[User], ada: User, email: str
     ) -> None:
-        """A25, A26: a second account under another spelling is refused, and the first is as it was."""
+        """A25, A26: a second account under another spelling is refused, and the first is unchanged."""
         before = await rows(User)
         with pytest.raises(IdentifierTakenError):
             await User.create_user(email=email, password="wrong donkey charger nail")
@@ -141,7 +141,7 @@ class TestSignUp:
         assert (await auth.login(email, PASSWORD)).user.pk == ada.pk
 
     async def test_takes_over_no_primary_key(self, auth: AuthService[User], ada: User) -> None:
-        """A182: a form that smuggles in the key of an account changes it not, and ends no session."""
+        """A182: a form that contains the key of an account neither changes it nor ends its sessions."""
         result = await log_in(auth)
         before = await row(User, ada.pk)
         with pytest.raises(IdentifierTakenError):
@@ -149,4 +149,4 @@ class TestSignUp:
         with pytest.raises(ValueError, match="pk"):
             await User.create_user(email="eve@example.com", password=PASSWORD, pk=ada.pk)
         assert await row(User, ada.pk) == before
-        await assert_goes_on(auth, result)
+        await assert_live(auth, result)

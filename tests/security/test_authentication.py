@@ -1,4 +1,4 @@
-"""R30 to R39: refusals that tell nothing, and limits to guessing, seen from a login."""
+"""R30 to R39: refusals that reveal nothing, and limits to guessing, tested through a login."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ BOB = "bob@example.com"
 
 
 def service(clock: FakeClock, *, free: int) -> AuthService[User]:
-    """Return a service that allows so many failures without a pause, for account and source."""
+    """Return a service that allows *free* failures without a pause, for account and source."""
     limit = Backoff(free_attempts=free)
     throttle = DatabaseThrottle(account=limit, source=limit, clock=clock)
     return AuthService(User, AuthConfig(secret=SECRET), throttle=throttle, clock=clock)
@@ -55,7 +55,7 @@ class TestSameAnswer:
     async def test_locked_account(
         self, ada: User, clock: FakeClock, hasher: PasswordHasher, emitter: EventEmitter
     ) -> None:
-        """R30, R31, A1, A2: a locked account refuses as a wrong password does, at the same cost."""
+        """R30, R31, A1, A2: a locked account is refused like a wrong password, at the same cost."""
         auth = service(clock, free=1000)
         assert {await guess(auth) for _ in range(100)} == {AuthenticationError}
         for password in (PASSWORD, "wrong"):
@@ -72,7 +72,7 @@ class TestSameAnswer:
             assert events.one(UserLoginFailed).reason == "locked"
 
     async def test_first_call_of_a_hasher(self, sqlite: TortoiseContext) -> None:
-        """A2: the first failure of a new hasher costs one hash: nothing is made up for it first."""
+        """A2: the first failure of a new hasher costs one hash, without another to prepare it."""
         hasher = type(User.password_hasher)(memory_cost=8, time_cost=1, parallelism=1)
         auth = AuthService(User, AuthConfig(secret=SECRET), passwords=hasher)
         with argon2_costs() as costs, pytest.raises(AuthenticationError):
@@ -80,7 +80,7 @@ class TestSameAnswer:
         assert costs == [full_cost(hasher)]
 
     async def test_sign_up(self, db: TortoiseContext, ada: User, hasher: PasswordHasher) -> None:
-        """R32, A7: a taken address costs a sign-up what a free one does: the same hash, no look."""
+        """R32, A7: a taken address costs a sign-up the same hash and no other statement than a free one."""
         seen = []
         for email in (EMAIL, BOB):
             with argon2_costs() as costs, statements(db) as sent:
@@ -97,7 +97,7 @@ class TestSameAnswer:
 
 class TestGuessing:
     async def test_many_sources(self, ada: User, clock: FakeClock) -> None:
-        """R35, A160: who guesses at one account from everywhere has the budget of the account."""
+        """R35, A160: guesses at one account from many sources share the budget of the account."""
         auth = service(clock, free=5)
         outcomes = [await guess(auth, f"198.51.100.{number}") for number in range(20)]
         assert outcomes == [AuthenticationError] * 5 + [ThrottledError] * 15
@@ -119,8 +119,8 @@ class TestEveryDoor:
                 await call()
 
 
-async def test_nobody_is_there_at_first(db: TortoiseContext, auth: AuthService[User]) -> None:
-    """R37: a new database has no account, and no usual name opens one."""
+async def test_new_database_has_no_account(db: TortoiseContext, auth: AuthService[User]) -> None:
+    """R37: a new database has no account, and no usual name logs in."""
     assert await User.all().count() == 0
     for name in ("admin", "root", "admin@example.com", "test@example.com"):
         with pytest.raises(AuthenticationError):

@@ -23,7 +23,7 @@ ROOT = Path(__file__).parent.parent.parent
 
 @pytest.fixture(scope="module")
 def turkish(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """A Turkish locale, made where the system has only its source; it may have it ready."""
+    """A Turkish locale, compiled where the system has only its source."""
     folder = tmp_path_factory.mktemp("locales")
     names = {"LC_ALL": "tr_TR.UTF-8", "LANG": "tr_TR.UTF-8"}
     localedef = shutil.which("localedef")
@@ -36,7 +36,7 @@ def turkish(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def live(*options: str, **environment: str) -> tuple[str, list[str]]:
-    """Run the life of an account in a Python of its own; return how that is set up, and the lines."""
+    """Run the life of an account in a separate Python; return its settings, and the lines."""
     done = subprocess.run(
         [sys.executable, "-W", "error", *options, "-m", "tests.security.life"],
         cwd=ROOT,
@@ -55,12 +55,12 @@ def live(*options: str, **environment: str) -> tuple[str, list[str]]:
 
 @pytest.fixture(scope="module")
 def usual() -> list[str]:
-    """What an ordinary Python says."""
+    """The lines of an ordinary Python."""
     _, lines = live()
     return lines
 
 
-def test_something_is_told(usual: list[str]) -> None:
+def test_life_is_complete(usual: list[str]) -> None:
     """A180: the life that is compared has successes, refusals of every kind, and events."""
     text = "\n".join(usual)
     assert len(usual) > 60
@@ -98,7 +98,7 @@ def test_changes_nothing(
 
 @pytest.mark.parametrize("options", [[], ["-O"]], ids=["plain", "O"])
 def test_turkish_locale(usual: list[str], turkish: dict[str, str], options: list[str]) -> None:
-    """A180: where the small letter of I is another one, addresses and passwords are as ever."""
+    """A180: a locale with another small letter of I changes neither addresses nor passwords."""
     setting, lines = live(*options, **turkish)
     if not setting.startswith("tr_TR"):
         pytest.skip("this system has no Turkish locale and cannot make one")
@@ -106,11 +106,11 @@ def test_turkish_locale(usual: list[str], turkish: dict[str, str], options: list
 
 
 class TestFloors:
-    """A187: what would let an attack in is not installed, and cannot be."""
+    """A187: vulnerable versions are neither installed nor allowed."""
 
     @pytest.mark.parametrize(("name", "unfit"), [("pyjwt", "2.14.0"), ("libpass", "1.7.4")])
     def test_unfit_versions_are_excluded(self, name: str, unfit: str) -> None:
-        """A187: versions with known holes do not meet the declared requirement; the installed one does."""
+        """A187: vulnerable versions do not meet the declared requirement; the installed one does."""
         project: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
         declared = {
             requirement.name: requirement

@@ -1,4 +1,4 @@
-"""Whatever is put into a public parameter, only errors of ours come out, after bounded work."""
+"""Whatever is passed to a public parameter, only errors of ours are raised, after bounded work."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from tortoise.context import TortoiseContext
 
-from tests.support.accounts import EMAIL, NEW_PASSWORD, PASSWORD, SECRET, assert_goes_on, log_in
+from tests.support.accounts import EMAIL, NEW_PASSWORD, PASSWORD, SECRET, assert_live, log_in
 from tests.support.app import NamedUser, User
 from tests.support.database import database
 from tests.support.hashing import Cost, argon2_costs, full_cost
@@ -54,7 +54,7 @@ MEGABYTE = 1_000_000
 DAY = timedelta(days=1)
 
 TEXT = st.text(st.characters(), max_size=80)
-"""Any characters, lone surrogates and NUL among them."""
+"""Any characters, including lone surrogates and NUL."""
 HUGE = st.sampled_from("x .=\0\ud800é\u0345😀ﷺ").map(lambda unit: unit * MEGABYTE + "!")
 NO_TEXT: st.SearchStrategy[Any] = st.one_of(
     st.none(),
@@ -99,7 +99,7 @@ async def ada(db: TortoiseContext) -> User:
 
 @dataclass
 class Work:
-    """What a call has cost.
+    """The cost of a call.
 
     Attributes:
         hashes: The cost of each password that was hashed or checked.
@@ -112,13 +112,13 @@ class Work:
 
 @contextmanager
 def measured(db: TortoiseContext) -> Iterator[Work]:
-    """Measure what happens inside."""
+    """Measure the cost of the block."""
     with argon2_costs() as hashes, statements(db) as sql:
         yield Work(hashes, sql)
 
 
 async def outcome(call: Coroutine[Any, Any, object], *refusals: type[Exception]) -> object:
-    """Return what *call* returns, or which of the errors it may raise it raised."""
+    """Return what *call* returns, or the expected error that it raises."""
     try:
         return await call
     except refusals as error:
@@ -127,7 +127,7 @@ async def outcome(call: Coroutine[Any, Any, object], *refusals: type[Exception])
 
 
 def is_text(value: object, most: int) -> bool:
-    """Tell whether *value* is text of no more than that many characters."""
+    """Return whether *value* is text of at most *most* characters."""
     return isinstance(value, str) and len(value) <= most
 
 
@@ -145,7 +145,7 @@ class TestLogin:
         identifier: Any,
         password: Any,
     ) -> None:
-        """They are Ada's or refused, for one hash; what cannot be an address is only counted."""
+        """Credentials other than Ada's are refused for one hash; an invalid address is only counted."""
         clock.advance(DAY)
         with measured(db) as work:
             result = await outcome(auth.login(identifier, password), AuthenticationError)
@@ -163,7 +163,7 @@ class TestLogin:
     async def test_user_name(
         self, db: TortoiseContext, clock: FakeClock, hasher: PasswordHasher, identifier: Any
     ) -> None:
-        """A name of any form is a stranger's, for one hash."""
+        """A name of any form is refused as unknown, for one hash."""
         auth = AuthService(NamedUser, AuthConfig(secret=SECRET), clock=clock)
         clock.advance(DAY)
         with measured(db) as work, pytest.raises(AuthenticationError):
@@ -184,7 +184,7 @@ class TestLogin:
         user_agent: Any,
         request_id: Any,
     ) -> None:
-        """Any circumstances can be stored, in bounded columns, and never keep anybody out."""
+        """Any request context is stored in bounded columns, and never refuses a login."""
         clock.advance(DAY)
         context = RequestContext(ip=ip, user_agent=user_agent, request_id=request_id)
         result = await auth.login(EMAIL, PASSWORD, context=context)
@@ -207,7 +207,7 @@ class TestLogin:
     async def test_claims(
         self, db: TortoiseContext, auth: AuthService[User], ada: User, claims: Any
     ) -> None:
-        """Claims are in the token that is issued, or refused before anything is done."""
+        """Claims are in the token that is issued, or refused before anything happens."""
         with measured(db) as work:
             result = await outcome(auth.login(EMAIL, PASSWORD, claims=claims), ValueError)
         if isinstance(result, ValueError):
@@ -235,7 +235,7 @@ class TestPasswords:
         door: str,
         password: Any,
     ) -> None:
-        """It is hashed once and is the password then, or refused unhashed without a statement."""
+        """A new password is hashed once and set, or rejected unhashed without a statement."""
         call = auth.set_password(ada, password) if door == "service" else ada.set_password(password)
         with measured(db) as work:
             result = await outcome(call, PasswordPolicyError)
@@ -252,7 +252,7 @@ class TestPasswords:
     async def test_checked(
         self, db: TortoiseContext, ada: User, hasher: PasswordHasher, password: Any
     ) -> None:
-        """Anything else than the password is wrong, for one hash and no statement."""
+        """Any value other than the password is wrong, for one hash and no statement."""
         with measured(db) as work:
             assert await ada.check_password(password) is False
         assert (work.hashes, work.sql) == ([full_cost(hasher)], [])
@@ -270,7 +270,7 @@ class TestPasswords:
         current: Any,
         new: Any,
     ) -> None:
-        """One check of the current password, and one hash of a new one that is accepted."""
+        """A change costs one check of the current password, and one hash of an accepted new one."""
         clock.advance(DAY)
         before = ada.password
         with measured(db) as work:
@@ -288,7 +288,7 @@ class TestPasswords:
     @given(password=TEXT | HUGE, words=st.lists(TEXT | HUGE | st.just(PASSWORD), max_size=3))
     @settings(max_examples=75)
     def test_policy(self, password: str, words: list[str]) -> None:
-        """Whatever a password must not consist of, it is accepted or refused with a reason."""
+        """Whatever the forbidden words are, a password is accepted or rejected with a reason."""
         for proposed in (password, *words, PASSWORD + password):
             try:
                 PasswordPolicy(context_words=words).check(proposed, about=words)
@@ -312,7 +312,7 @@ class TestSignUp:
         password: Any,
         name: str,
     ) -> None:
-        """An account is there as it was asked for, or the form is refused; either for one hash."""
+        """A form creates the account that it describes or is refused, for one hash either way."""
         with measured(db) as work:
             result = await outcome(
                 User.create_user(email=email, password=password, display_name=name),
@@ -333,7 +333,7 @@ class TestSignUp:
     @given(name=ANYTHING)
     @settings(in_the_same_database, max_examples=100)
     async def test_user_name(self, db: TortoiseContext, name: Any) -> None:
-        """A name has one spelling, which fits its column, or is refused."""
+        """A user name has one spelling that fits its column, or is refused."""
         email = f"{uuid.uuid4().hex}@example.com"
         result = await outcome(
             NamedUser.create_user(username=name, email=email),
@@ -347,7 +347,7 @@ class TestSignUp:
     @given(column=TEXT | st.sampled_from(["id", "pk", "display_name", "session_version"]))
     @settings(in_the_same_database, max_examples=50)
     async def test_column(self, db: TortoiseContext, column: str) -> None:
-        """A column that does not exist, or decides about access, is refused."""
+        """A column that does not exist, or controls access, is refused."""
         values: dict[str, Any] = {"email": f"{uuid.uuid4().hex}@example.com", column: "x"}
         result = await outcome(User.create_user(password=PASSWORD, **values), ValueError)
         assert isinstance(result, User) is (column == "display_name")
@@ -361,7 +361,7 @@ class TestSessionIds:
     async def test_garbage(
         self, db: TortoiseContext, auth: AuthService[User], ada: User, session_id: Any
     ) -> None:
-        """What is no id ends nothing and asks no database."""
+        """A value that is no id ends nothing and costs no statement."""
         with measured(db) as work:
             assert await auth.revoke_session(session_id) == Revocation(0, None)
         assert work.sql == []
@@ -371,7 +371,7 @@ class TestSessionIds:
     async def test_to_keep(
         self, db: TortoiseContext, auth: AuthService[User], ada: User, keep: Any
     ) -> None:
-        """What is no session cannot be kept, and nothing ends by mistake."""
+        """A value that is no session cannot be kept, and no session ends by mistake."""
         ends: list[Callable[[], Coroutine[Any, Any, object]]] = [
             lambda: auth.logout_all(ada, keep=keep),
             lambda: auth.set_password(ada, NEW_PASSWORD, keep=keep),
@@ -384,7 +384,7 @@ class TestSessionIds:
 
 
 class TestConfiguration:
-    """Programmers, too, learn at once what is wrong, and not from a login."""
+    """A mistake in the configuration is reported at once, not by a login."""
 
     @given(
         secret=ANYTHING | st.text(min_size=32) | st.binary(min_size=32),
@@ -394,7 +394,7 @@ class TestConfiguration:
     @example(secret="x" * 1023 + SECRET * 20_000, name="issuer", value="é" * 127)
     @settings(max_examples=300)
     def test_settings(self, secret: Any, name: str, value: Any) -> None:
-        """They are refused, or make tokens that are accepted."""
+        """Settings are refused, or make tokens that are accepted."""
         clock = FakeClock()
         for chosen in ({"secret": secret}, {"secret": SECRET, name: value}):
             try:
@@ -423,14 +423,14 @@ class TestConfiguration:
     )
     @settings(max_examples=100)
     def test_durations(self, name: str, value: Any) -> None:
-        """What is no duration is refused."""
+        """A value that is no duration is refused."""
         with pytest.raises(ConfigurationError):
             AuthConfig(secret=SECRET, **{name: value})
 
     @given(kid=ANYTHING, algorithm=ANYTHING)
     @settings(max_examples=150)
     def test_keys(self, kid: Any, algorithm: Any) -> None:
-        """A name is one or refused; an algorithm of that name does not exist."""
+        """A key id is valid or refused, and an algorithm of a random name is refused."""
         try:
             key = SigningKey(SECRET, kid=kid)
         except ConfigurationError:
@@ -469,10 +469,10 @@ class TestConfiguration:
 # ---- tokens ---------------------------------------------------------------------------------
 
 CASES = 10_000
-"""Damaged tokens, each of which is presented at every door."""
+"""How many damaged tokens are presented at every door."""
 
 Mutation: TypeAlias = Callable[[str, str], str]
-"""Makes a damaged token of a genuine one, perhaps with the help of another."""
+"""Makes a damaged token from a genuine one, perhaps with parts of another."""
 
 PLACE = st.floats(0, 1, exclude_max=True)
 PIECE = st.text("ABab01-_", max_size=3) | st.sampled_from(
@@ -504,7 +504,7 @@ HEADER: st.SearchStrategy[dict[str, Any]] = st.dictionaries(
 
 
 def parts_of(token: str) -> tuple[str, list[str]]:
-    """Return what a token begins with, and its encoded parts."""
+    """Return the prefix of a token, and its encoded parts."""
     prefix = "tart_" if token.startswith("tart_") else ""
     return prefix, token.removeprefix(prefix).split(".")
 
@@ -520,7 +520,7 @@ def encoded(raw: bytes | bytearray) -> str:
 
 
 def spliced(place: float, width: int, piece: str) -> Mutation:
-    """Put something in, or in the place of some characters."""
+    """Insert a piece, or replace some characters by it."""
 
     def mutate(token: str, other: str) -> str:
         at = int(place * (len(token) + 1))
@@ -543,7 +543,7 @@ def bit_flipped(part: int, place: float, bit: int) -> Mutation:
 
 
 def crossed(place: float) -> Mutation:
-    """Begin as one token and go on as the other."""
+    """Join the beginning of one token to the end of the other."""
 
     def mutate(token: str, other: str) -> str:
         return token[: int(place * len(token))] + other[int(place * len(other)) :]
@@ -552,7 +552,7 @@ def crossed(place: float) -> Mutation:
 
 
 def rearranged(first: int, second: int, third: int) -> Mutation:
-    """Take the parts of both in another order."""
+    """Take parts of both tokens in another order."""
 
     def mutate(token: str, other: str) -> str:
         parts = [*parts_of(token)[1], *parts_of(other)[1]]
@@ -563,7 +563,7 @@ def rearranged(first: int, second: int, third: int) -> Mutation:
 
 
 def reheaded(header: dict[str, object], unsigned: bool) -> Mutation:
-    """Write another header, without a signature perhaps."""
+    """Replace the header, and perhaps remove the signature."""
 
     def mutate(token: str, other: str) -> str:
         prefix, parts = parts_of(token)
@@ -603,7 +603,7 @@ MUTATION: st.SearchStrategy[Mutation] = st.one_of(
 
 
 def at_once(call: Coroutine[Any, Any, object]) -> object:
-    """Return what *call* returns without waiting for anything, and least of all for a database."""
+    """Return what *call* returns without awaiting anything, such as a database."""
     try:
         call.send(None)
     except StopIteration as done:
@@ -613,7 +613,7 @@ def at_once(call: Coroutine[Any, Any, object]) -> object:
 
 
 def assert_refused_everywhere(auth: AuthService[User], token: Any) -> None:
-    """No door opens, and the way out ends nothing."""
+    """Check that every door refuses the token, and a logout ends nothing."""
     doors: list[Callable[[], object]] = [
         lambda: auth.decode(token),
         lambda: at_once(auth.authenticate(token)),
@@ -629,13 +629,13 @@ class TestTokens:
     @given(token=ANYTHING)
     @settings(in_the_same_database, max_examples=200)
     def test_garbage(self, auth: AuthService[User], token: Any) -> None:
-        """What was never a token is refused without asking a database."""
+        """A value that never was a token is refused without a statement."""
         assert_refused_everywhere(auth, token)
 
     async def test_mutations(
         self, sqlite: TortoiseContext, auth: AuthService[User], clock: FakeClock
     ) -> None:
-        """Ten thousand damaged tokens open nothing, end nothing, and ask no database."""
+        """Ten thousand damaged tokens open nothing, end nothing, and cost no statement."""
         await User.create_user(email=EMAIL, password=PASSWORD)
         sessions = [await log_in(auth), await log_in(auth)]
         genuine = [session.access_token for session in sessions]
@@ -656,4 +656,4 @@ class TestTokens:
         assert damaged >= CASES
         assert await Session.filter(revoked_at__isnull=False).count() == 0
         for session in sessions:
-            await assert_goes_on(auth, session)
+            await assert_live(auth, session)

@@ -1,4 +1,4 @@
-"""R1 to R28: which passwords are accepted, and how they are kept, seen from a login."""
+"""R1 to R28: which passwords are accepted, and how they are stored, tested through a login."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.support.accounts import (
     EMAIL,
     NEW_PASSWORD,
     PASSWORD,
-    assert_goes_on,
+    assert_live,
     assert_over,
     log_in,
 )
@@ -49,7 +49,7 @@ DOORS: list[Any] = [
 ]
 
 FOURTEEN, FIFTEEN = "qzwvbnmlkjhgfd", "qzwvbnmlkjhgfds"
-"""Letters that nobody chooses; the second is one longer."""
+"""Letters that no user chooses; the second is one longer."""
 
 
 @pytest.fixture
@@ -204,18 +204,18 @@ class TestNoExpiry:
 
 
 class TestChange:
-    async def test_wrong_current_password_is_counted_and_told(
+    async def test_wrong_current_password_is_counted_and_emitted(
         self, auth: AuthService[User], ada: User, emitter: EventEmitter
     ) -> None:
-        """R11, A110, R90: refused, one attempt more on the counter, one event, sessions go on."""
+        """R11, A110, R90: it is refused, counts one attempt, emits one event, and ends no session."""
         result = await log_in(auth)
         with capture(emitter) as events, pytest.raises(AuthenticationError):
             await auth.change_password(ada, "wrong", NEW_PASSWORD, keep=result.session)
-        told = events.one(PasswordChangeFailed)
-        assert (told.reason, told.subject_id, told.user) == ("bad_password", str(ada.pk), ada)
+        failed = events.one(PasswordChangeFailed)
+        assert (failed.reason, failed.subject_id, failed.user) == ("bad_password", str(ada.pk), ada)
         assert events.names == ["password_change_failed"]
         assert sum(await AttemptCount.all().values_list("count", flat=True)) == 1  # type: ignore[arg-type]
-        await assert_goes_on(auth, result)
+        await assert_live(auth, result)
         assert await log_in(auth)
 
     async def test_same_password_again(self, auth: AuthService[User], ada: User) -> None:
@@ -246,7 +246,7 @@ class TestExhaustion:
         failure: Exception,
         identifier: str,
     ) -> None:
-        """R94, R96, A144, A173: a machine without memory says so, without the hash, and blames nobody."""
+        """R94, R96, A144, A173: lack of memory is an error without the hash, and not a wrong password."""
 
         def fail(*args: object, **kwargs: object) -> bool:
             raise failure
@@ -264,7 +264,7 @@ class TestExhaustion:
     async def test_of_one_computation(
         self, auth: AuthService[User], ada: User, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """A144: nor is it if memory is there again a moment later, for the hash of nothing."""
+        """A144: lack of memory for one computation is no wrong password either."""
         verify = argon2.low_level.verify_secret
         failures: Iterator[Exception] = iter([VerificationError("Memory allocation error")])
 
@@ -299,7 +299,7 @@ class TestExhaustion:
                 await door(auth, ada, NEW_PASSWORD)
         assert (refusal.value.__cause__, refusal.value.__context__) == (None, None)
         assert await rows(User) == before
-        await assert_goes_on(auth, result)
+        await assert_live(auth, result)
 
 
 SECRET_NAMES = {
@@ -310,7 +310,7 @@ SECRET_NAMES = {
 
 
 def comparisons() -> Iterator[str]:
-    """Find every ``==`` and ``!=`` in the package on something named like a secret."""
+    """Yield every ``==`` and ``!=`` of the package on a name like that of a secret."""
     for path in sorted(PACKAGE.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Compare) and any(

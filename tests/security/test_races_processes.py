@@ -1,6 +1,6 @@
 """Two processes on PostgreSQL, each of which has read before either writes.
 
-Two tasks of one process might owe a right outcome to something in its memory. Here nothing is shared
+Two tasks of one process might owe a correct outcome to its memory. Here nothing is shared
 but the database.
 """
 
@@ -32,11 +32,11 @@ pytestmark = [needs_postgres, pytest.mark.slow]
 
 ROOT = Path(__file__).parents[2]
 LIMIT = 60
-"""Seconds after which a race that does not come about is a failure."""
+"""Seconds after which a race that has not ended fails."""
 CROWD = 25
 """Calls of each process at the same time."""
 CONNECTIONS = 15
-"""Connections of each process: so many of its calls have read before any call writes."""
+"""Connections of each process, and so its calls that have read before any call writes."""
 BUDGET = 5
 """Guesses that the throttle of the racers lets through."""
 
@@ -55,27 +55,27 @@ class Racer:
             text=True,
         )
 
-    def tell(self, **order: object) -> None:
-        """Give an order, or with none the leave to go on."""
+    def send(self, **order: object) -> None:
+        """Send an order; an empty one lets a stopped call go on."""
         assert self._process.stdin is not None
         print(json.dumps(order), file=self._process.stdin, flush=True)
 
-    async def hear(self) -> Message:
+    async def receive(self) -> Message:
         """Return the next answer."""
         assert self._process.stdout is not None
         try:
             async with asyncio.timeout(LIMIT):
                 line = await asyncio.to_thread(self._process.stdout.readline)
         except TimeoutError:
-            self._process.kill()  # which ends the thread that reads
+            self._process.kill()  # ends the thread that reads
             raise
         answer: Message = json.loads(line)
         return answer
 
-    async def hear_the_end(self) -> Message:
-        """Let it go on to its end, and return what it says then."""
-        while "at" in (answer := await self.hear()):
-            self.tell()
+    async def run_to_the_end(self) -> Message:
+        """Let the call run to its end, and return the last answer."""
+        while "at" in (answer := await self.receive()):
+            self.send()
         return answer
 
     def close(self) -> None:
@@ -102,30 +102,30 @@ async def racers(processes: tuple[Racer, Racer], postgres: TortoiseContext) -> t
         "apps": {"models": {"models": MODULES, "default_connection": "postgres"}},
     }
     for racer in processes:
-        racer.tell(database=database, secret=SECRET)
+        racer.send(database=database, secret=SECRET)
     for racer in processes:
-        assert await racer.hear() == {"ready": True}
+        assert await racer.receive() == {"ready": True}
     return processes
 
 
 @dataclass
 class Witness:
-    """A connection of its own to the database of the test, which sees only what is committed."""
+    """A separate connection to the database of the test, which reads only what is committed."""
 
     connection: asyncpg.Connection
 
     async def value(self, sql: str, *arguments: object) -> Any:
-        """Return the only value that a query gives."""
+        """Return the single value of a query."""
         return await self.connection.fetchval(sql, *arguments)
 
     async def until(self, sql: str, *arguments: object) -> None:
-        """Return when a query gives a true value."""
+        """Return when the value of a query is true."""
         async with asyncio.timeout(LIMIT):
             while not await self.value(sql, *arguments):
                 pass
 
     async def live_sessions(self) -> int:
-        """Return how many sessions are not over."""
+        """Return how many sessions are live."""
         sql = """
             SELECT count(*) FROM tortoise_auth_session s JOIN app_user u ON u.id::text = s.user_id
             WHERE s.revoked_at IS NULL AND u.is_active AND u.session_version = s.session_version
@@ -133,7 +133,7 @@ class Witness:
         return int(await self.value(sql))
 
     async def changes(self) -> Counter[str]:
-        """Return what the tables say has happened."""
+        """Return what has changed in the tables."""
         row = await self.connection.fetchrow("""
             SELECT count(*) AS opened, count(revoked_at) AS ended, coalesce(sum(generation), 0)
             AS refreshed, (SELECT sum(session_version) FROM app_user) AS anchored
@@ -162,8 +162,8 @@ async def session(auth: AuthService[User], ada: User) -> AuthResult[User]:
     return await log_in(auth)
 
 
-def told(*answers: Message) -> Counter[str]:
-    """Return what the events say has happened, in the words of `Witness.changes`."""
+def emitted(*answers: Message) -> Counter[str]:
+    """Return what the events report, in the terms of `Witness.changes`."""
     happened = Counter[str]()
     for event in [event for answer in answers for event in answer["events"]]:
         name = event["name"]
@@ -183,8 +183,8 @@ class Race:
     """Two racers, and the database that they race on.
 
     Attributes:
-        first: The one to commit first.
-        second: The other one.
+        first: The racer that commits first.
+        second: The other racer.
     """
 
     first: Racer
@@ -195,47 +195,47 @@ class Race:
         """Let both read, then write: one after the other, or *two* before *one* commits.
 
         Returns:
-            What became of each.
+            The answer of each.
         """
         before = await self.witness.changes()
         for racer, call in ((self.first, one), (self.second, two)):
-            racer.tell(**call, stops=["begin", "commit"], times=1)
+            racer.send(**call, stops=["begin", "commit"], times=1)
         for racer, call in ((self.first, one), (self.second, two)):
-            stopped = await racer.hear()
+            stopped = await racer.receive()
             assert stopped["at"] == "begin"
             assert stopped["hashes"] >= ("password" in call)
         answers = await (self._in_turn() if order == "in turn" else self._overlapping())
         happened = await self.witness.changes() - before
-        assert happened == told(*answers)
+        assert happened == emitted(*answers)
         return answers
 
     async def _in_turn(self) -> tuple[Message, Message]:
-        self.first.tell()
-        first = await self.first.hear_the_end()
-        self.second.tell()
-        return first, await self.second.hear_the_end()
+        self.first.send()
+        first = await self.first.run_to_the_end()
+        self.second.send()
+        return first, await self.second.run_to_the_end()
 
     async def _overlapping(self) -> tuple[Message, Message]:
-        """Let the second write what the first one has written and not yet committed."""
-        self.first.tell()
-        holder = await self.first.hear()
+        """Let the second write what the first has written but not committed."""
+        self.first.send()
+        holder = await self.first.receive()
         assert holder["at"] == "commit"
-        self.second.tell()
-        heard = asyncio.create_task(self.second.hear())
+        self.second.send()
+        answer = asyncio.create_task(self.second.receive())
         waits = asyncio.create_task(
             self.witness.until(
                 "SELECT count(*) FROM pg_stat_activity WHERE $1 = ANY(pg_blocking_pids(pid))",
                 holder["process"],
             )
         )
-        await asyncio.wait([heard, waits], return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait([answer, waits], return_when=asyncio.FIRST_COMPLETED)
         waits.cancel()
         await asyncio.wait([waits])
-        self.first.tell()
-        first, second = await self.first.hear_the_end(), await heard
+        self.first.send()
+        first, second = await self.first.run_to_the_end(), await answer
         if "at" in second:
-            self.second.tell()
-            second = await self.second.hear_the_end()
+            self.second.send()
+            second = await self.second.run_to_the_end()
         return first, second
 
 
@@ -245,7 +245,7 @@ def race(racers: tuple[Racer, Racer], witness: Witness) -> Race:
 
 
 async def assert_dead(auth: AuthService[User], tokens: Message) -> None:
-    """Neither of the tokens that a process was given works."""
+    """Check that neither of the tokens in an answer works."""
     with pytest.raises(TokenRevokedError):
         await auth.authenticate(tokens["access"])
     with pytest.raises(TokenRevokedError):
@@ -253,7 +253,7 @@ async def assert_dead(auth: AuthService[User], tokens: Message) -> None:
 
 
 async def assert_stored(password: str, *, not_: str) -> None:
-    """Of two passwords the one is the password of the account."""
+    """Check which of two passwords is that of the account."""
     stored = await User.get(email=EMAIL)
     assert await stored.check_password(password)
     assert not await stored.check_password(not_)
@@ -280,7 +280,7 @@ class TestRefresh:
     async def test_and_refresh(
         self, race: Race, auth: AuthService[User], session: AuthResult[User], order: Order
     ) -> None:
-        """One of two gets tokens; the other has presented a spent one, and the session is over."""
+        """One refresh gets tokens; the other presents a spent token, and the session ends."""
         refresh = {"call": "refresh", "token": session.refresh_token}
         first, second = await race.run(order, refresh, refresh)
         (won,), (lost,) = first["outcomes"], second["outcomes"]
@@ -304,7 +304,7 @@ class TestRefresh:
         refresh_first: bool,
         order: Order,
     ) -> None:
-        """Whoever commits first, no token lives once the call that ends the session has returned."""
+        """Whichever call commits first, no token works once the call that ends the session has returned."""
         calls = [{"call": "refresh", "token": session.refresh_token}, ender(name, ada, session)]
         if refresh_first:
             refreshed, ended = await race.run(order, *calls)
@@ -335,7 +335,7 @@ class TestLogin:
         login_first: bool,
         order: Order,
     ) -> None:
-        """A login whose password was found right before the change leaves no live session."""
+        """A login whose password was checked before the change leaves no live session."""
         calls = [LOGIN, ender(name, ada)]
         if login_first:
             login, ended = await race.run(order, *calls)
@@ -359,7 +359,7 @@ class TestLogin:
         login_first: bool,
         order: Order,
     ) -> None:
-        """What was committed before the logout is over; a login that commits after it goes on."""
+        """A login that commits before the logout is ended by it; one that commits after it stays live."""
         calls = [LOGIN, ender("logout_all", ada)]
         if login_first:
             login, ended = await race.run(order, *calls)
@@ -381,7 +381,7 @@ class TestLogin:
 class TestRehash:
     @pytest.fixture
     async def ada(self, ada: User) -> User:
-        """An account whose hash is of an older scheme."""
+        """An account whose hash has an older scheme."""
         ada.password = pbkdf2_sha256.using(rounds=10).hash(PASSWORD)
         await ada.save(update_fields=["password"])
         return ada
@@ -391,7 +391,7 @@ class TestRehash:
     async def test_and_new_password(
         self, race: Race, ada: User, check: str, rehash_first: bool, order: Order
     ) -> None:
-        """A new hash of the old password never takes the place of the new password."""
+        """A rehash of the old password never replaces the new password."""
         calls = [LOGIN | {"call": check, "user": ada.pk}, ender("set_password", ada)]
         if rehash_first:
             rehash, _ = await race.run(order, *calls)
@@ -407,14 +407,14 @@ class TestCrowd:
     async def run(
         self, racers: tuple[Racer, Racer], witness: Witness, table: str, order: Message
     ) -> tuple[Message, Message]:
-        """Let as many calls as have connections read, and only then any of them write to *table*."""
+        """Let every call that has a connection read before any of them writes to *table*."""
         waiting = "SELECT count(*) = $1 FROM pg_locks WHERE NOT granted AND relation = $2::regclass"
         async with witness.connection.transaction():
             await witness.connection.execute(f"LOCK TABLE {table} IN EXCLUSIVE MODE")
             for racer in racers:
-                racer.tell(**order, stops=[], times=CROWD)
+                racer.send(**order, stops=[], times=CROWD)
             await witness.until(waiting, 2 * CONNECTIONS, table)
-        return await racers[0].hear_the_end(), await racers[1].hear_the_end()
+        return await racers[0].run_to_the_end(), await racers[1].run_to_the_end()
 
     async def test_of_refreshes(
         self,
@@ -423,7 +423,7 @@ class TestCrowd:
         auth: AuthService[User],
         session: AuthResult[User],
     ) -> None:
-        """One of fifty gets tokens, one alarm sounds, and the session is over."""
+        """One of fifty refreshes gets tokens, one reuse is reported, and the session ends."""
         order = {"call": "refresh", "token": session.refresh_token}
         answers = await self.run(racers, witness, "tortoise_auth_session", order)
         outcomes = [outcome for answer in answers for outcome in answer["outcomes"]]
@@ -441,7 +441,7 @@ class TestCrowd:
     @pytest.mark.parametrize(
         ("identifier", "ip"),
         [(EMAIL, None), ("nobody@example.com", None), ("{}@example.com", "203.0.113.7")],
-        ids=["account", "stranger", "source"],
+        ids=["account", "unknown", "source"],
     )
     @pytest.mark.parametrize("known", [True, False])
     async def test_of_guesses(
@@ -453,14 +453,14 @@ class TestCrowd:
         ip: str | None,
         known: bool,
     ) -> None:
-        """Of fifty guesses at once as many are hashed as the budget allows, be the counter new or not."""
+        """Of fifty guesses at once only the budget is hashed, whether the counter is new or not."""
         guess = {"call": "login", "identifier": identifier, "password": "wrong", "ip": ip}
         used = int(known)
         if known:
-            racers[0].tell(**guess, stops=[], times=1)
-            assert (await racers[0].hear_the_end())["hashes"] == 1
+            racers[0].send(**guess, stops=[], times=1)
+            assert (await racers[0].run_to_the_end())["hashes"] == 1
         answers = await self.run(racers, witness, "tortoise_auth_attempts", guess)
         outcomes = Counter(each["error"] for answer in answers for each in answer["outcomes"])
-        heard = BUDGET - used
-        assert outcomes == {"AuthenticationError": heard, "ThrottledError": 2 * CROWD - heard}
-        assert sum(answer["hashes"] for answer in answers) == heard
+        checked = BUDGET - used
+        assert outcomes == {"AuthenticationError": checked, "ThrottledError": 2 * CROWD - checked}
+        assert sum(answer["hashes"] for answer in answers) == checked

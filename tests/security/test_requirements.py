@@ -52,8 +52,8 @@ def named(text: str) -> list[str]:
 
 @cache
 def docstrings(file: str) -> dict[str, str]:
-    """Return the docstring of every test of a file, by the part of its node id behind the file."""
-    found: dict[str, str] = {}
+    """Return the docstring of every test of a file, by the part of its node id after the file."""
+    texts: dict[str, str] = {}
 
     def look(body: list[ast.stmt], inside: str) -> None:
         for each in body:
@@ -61,10 +61,10 @@ def docstrings(file: str) -> dict[str, str]:
                 look(each.body, f"{inside}{each.name}::")
             elif isinstance(each, ast.FunctionDef | ast.AsyncFunctionDef):
                 if each.name.startswith("test_"):
-                    found[inside + each.name] = ast.get_docstring(each) or ""
+                    texts[inside + each.name] = ast.get_docstring(each) or ""
 
     look(ast.parse((TESTS / file).read_text()).body, "")
-    return found
+    return texts
 
 
 def ids_of(docstring: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""R92 and A122 to A126: no password, token, key or hash is ever to be read where it does not belong."""
+"""R92 and A122 to A126: no password, token, key or hash can be read where it does not belong."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from tests.security.canaries import (
     RAISED,
     Places,
     forms,
-    listening,
     new_secret,
+    recording_places,
 )
 from tests.support.app import User
 from tests.support.statements import statements
@@ -52,7 +52,7 @@ Call = Callable[[], Awaitable[object]]
 
 
 class Life:
-    """A user and what happens to her, with every secret of it written down."""
+    """A user and the calls for her, with every secret recorded."""
 
     def __init__(self, clock: FakeClock, places: Places) -> None:
         self.places = places
@@ -67,7 +67,7 @@ class Life:
         places.show(config, *config.keys, config.keys, self.auth, vars(self.auth), throttle)
 
     async def does(self, call: Call) -> Any:
-        """Make a call, and write down the secrets that it made or stored."""
+        """Make a call, and record the secrets that it made or stored."""
         result = await self.tries(call)
         if isinstance(result, AuthResult):
             self.places.show(result.user, result.session, [result], {"result": result})
@@ -77,11 +77,11 @@ class Life:
             self.clear[f"signature {number}"] = result.access_token.rpartition(".")[2]
             self.clear[f"refresh token {number}"] = result.refresh_token
             self.clear[f"refresh secret {number}"] = result.refresh_token[-50:]
-        await self._write_down_what_is_stored()
+        await self._record_what_is_stored()
         return result
 
     async def tries(self, call: Call) -> Any:
-        """Make a call, and show its result or its error."""
+        """Make a call, and record its result or its error."""
         try:
             result = await call()
         except (TortoiseAuthError, BaseORMException, ValueError) as error:
@@ -90,7 +90,7 @@ class Life:
         self.places.show(result)
         return result
 
-    async def _write_down_what_is_stored(self) -> None:
+    async def _record_what_is_stored(self) -> None:
         for hashed in await User.all().values_list("password", flat=True):
             self.stored[f"password hash {hashed}"] = str(hashed)
             self.stored[f"digest of {hashed}"] = str(hashed).rpartition("$")[2]
@@ -106,17 +106,17 @@ class Life:
 
 @pytest.fixture
 async def life(db: TortoiseContext, clock: FakeClock) -> AsyncIterator[Life]:
-    """Ada's life, with every place watched."""
-    with listening() as places:
+    """The life of Ada, with every place recorded."""
+    with recording_places() as places:
         yield Life(clock, places)
 
 
 def listen(emitter: EventEmitter, places: Places) -> None:
-    """Note every event as it would be logged, stored and sent; and fail, so that we log it."""
+    """Record every event as it would be logged, stored and sent; and fail, so that it is logged."""
 
     def note(event: Event) -> None:
-        places.found[EVENTS] += [repr(event), f"{event}", repr(event.context)]
-        places.found[EVENTS].append(json.dumps(event.to_dict()))
+        places.texts[EVENTS] += [repr(event), f"{event}", repr(event.context)]
+        places.texts[EVENTS].append(json.dumps(event.to_dict()))
 
     async def fail(event: Event) -> None:
         raise RuntimeError(f"nothing works: {event}")
@@ -127,8 +127,8 @@ def listen(emitter: EventEmitter, places: Places) -> None:
     emitter.on("*", fail, delivery="durable", name="durable")
 
 
-async def everything_that_can_happen(life: Life) -> None:
-    """Sign up, log in, and all the rest, well and badly."""
+async def every_operation(life: Life) -> None:
+    """Make every call, with right and wrong values."""
     auth, does, clear = life.auth, life.does, life.clear
     password, new, wrong = clear["password"], clear["new password"], clear["wrong"]
     context = RequestContext(ip="192.0.2.7", user_agent=HOSTILE, request_id="r-1")
@@ -194,7 +194,7 @@ async def everything_that_can_happen(life: Life) -> None:
 
 
 class TestSearch:
-    """The search itself finds what it is to find."""
+    """The search for canaries finds each of them."""
 
     @pytest.mark.parametrize(
         "write",
@@ -221,9 +221,9 @@ class TestSearch:
         ],
     )
     def test_finds_every_form(self, write: Callable[[str], str]) -> None:
-        """R92: a planted secret is found in each form, and one that was not planted is not."""
+        """R92: the search reports a planted secret in each form, and no secret that was not planted."""
         places, planted, other = Places(), new_secret(), new_secret()
-        places.found[OURS].append(write(planted))
+        places.texts[OURS].append(write(planted))
         assert places.leaks({"planted": planted, "other": other}) == {(OURS, "planted")}
 
     def test_finds_what_is_behind_an_error(self) -> None:
@@ -239,14 +239,14 @@ class TestSearch:
                 error.add_note(planted["note"])
                 error.fact = planted["fact"]  # type: ignore[attr-defined]
                 raise error from TypeError(planted["cause"])
-        except ValueError as found:
-            places.error(found)
+        except ValueError as caught:
+            places.error(caught)
         assert places.leaks(planted) == {(RAISED, name) for name in names}
 
-    async def test_hears_everything(self, capsys: pytest.CaptureFixture[str]) -> None:
+    async def test_records_everything(self, capsys: pytest.CaptureFixture[str]) -> None:
         """R92: logs at DEBUG, ours and others', their arguments and tracebacks, and what is printed."""
         planted = {name: new_secret() for name in ("ours", "argument", "traceback", "printed")}
-        with listening() as places:
+        with recording_places() as places:
             logging.getLogger("tortoise_auth.events").debug("%s", planted["ours"])
             logging.getLogger("tortoise.db_client").debug("%s", planted["argument"])
             try:
@@ -263,16 +263,16 @@ class TestSearch:
 
 
 class TestEverything:
-    async def test_nothing_is_to_be_read(self, life: Life, emitter: EventEmitter) -> None:
-        """R48, R92, R94, A122, A123: no secret in our logs, events, results, errors or output.
+    async def test_no_secret_leaves(self, life: Life, emitter: EventEmitter) -> None:
+        """R48, R92, R94, A122, A123: no secret is in our logs, events, results, errors or output.
 
-        Drivers log the values of their statements at DEBUG: hashes are seen there, and what was
+        Drivers log the values of their statements at DEBUG: hashes are there, and what was
         never stored is not.
         """
         listen(emitter, life.places)
-        await everything_that_can_happen(life)
-        found = life.places.found
-        assert all(found[place] for place in (OURS, OTHERS, EVENTS, RAISED))
+        await every_operation(life)
+        texts = life.places.texts
+        assert all(texts[place] for place in (OURS, OTHERS, EVENTS, RAISED))
         assert len(life.clear) > 20
         assert len(life.stored) > 10
 
@@ -286,14 +286,14 @@ class TestEverything:
     async def test_identifiers_stay_out_of_our_logs(
         self, life: Life, emitter: EventEmitter
     ) -> None:
-        """R93, A122: neither addresses nor what else was typed is logged; no text makes a line."""
+        """R93, A122: neither addresses nor other typed text is logged, and no text forges a line."""
         listen(emitter, life.places)
-        await everything_that_can_happen(life)
-        ours = "\n".join(life.places.found[OURS])
+        await every_operation(life)
+        ours = "\n".join(life.places.texts[OURS])
         assert "nothing works" in ours
         assert EMAIL not in ours
         assert "nobody@example.com" not in ours
-        lines = [line for text in life.places.found[OURS] for line in text.splitlines()]
+        lines = [line for text in life.places.texts[OURS] for line in text.splitlines()]
         assert not [line for line in lines if line.startswith("2026-01-01 CRITICAL")]
         assert "\x1b" not in ours
 
@@ -303,7 +303,7 @@ class TestEverything:
         """A122, A123: an event that is logged as a whole does not show what was typed."""
         shown: list[str] = []
         emitter.on("*", lambda event: shown.append(f"{event!r} {event}"), thread=False)
-        await everything_that_can_happen(life)
+        await every_operation(life)
         assert len(shown) > 20
         text = "\n".join(shown)
         assert not [form for form in forms(life.clear["typed as identifier"]) if form in text]
@@ -334,12 +334,12 @@ class TestFaults:
         error = OperationalError(ValueError(f"Key (password)=({values}) already exists."))
         for call in calls:
             for number in count(1):
-                before = len(life.places.found[RAISED])
+                before = len(life.places.texts[RAISED])
                 with statements(db, fail_at=number, error=error) as seen:
                     await life.tries(call)
                 if len(seen) < number:
                     break
-                assert "ServiceUnavailableError" in life.places.found[RAISED][before]
+                assert "ServiceUnavailableError" in life.places.texts[RAISED][before]
             assert number > 1
         leaks = life.places.leaks(life.everything)
         assert leaks - {(OTHERS, name) for name in life.stored} == set()
@@ -368,11 +368,11 @@ class TestConfiguration:
         ],
     )
     def test_refused_keys_are_not_repeated(self, make: Callable[[str], object]) -> None:
-        """R92, A70: a key that is refused is not in the error, whatever is wrong with it."""
+        """R92, A70: the error of a refused key does not hold the key, whatever is wrong with it."""
         text, places = secrets.token_urlsafe(48), Places()
         with pytest.raises(ConfigurationError) as refusal:
             make(text)
         places.error(refusal.value)
-        # The frames of this test hold it, and they are the caller's.
+        # The frames of this test hold it, and belong to the caller.
         parts = {name: text[start : start + 8] for name, start in (("first", 0), ("later", 16))}
         assert places.leaks(parts) == set()

@@ -1,4 +1,4 @@
-"""Every method of the service, cut short at every step and failed at every call of the database."""
+"""Every method of the service, cancelled at every step and failed at every call of the database."""
 
 from __future__ import annotations
 
@@ -60,16 +60,16 @@ OUTDATED_HASH = pbkdf2_sha256.using(rounds=1).hash(PASSWORD)
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What is committed, as another connection sees it."""
+    """What is committed, as another connection reads it."""
 
     users: dict[object, Row]
     sessions: dict[object, Row]
     attempts: dict[object, Row]
-    told: list[Row]
+    outbox: list[Row]
 
     @property
     def live(self) -> set[object]:
-        """The ids of the sessions that are not over."""
+        """The ids of the live sessions."""
         return {
             key
             for key, session in self.sessions.items()
@@ -89,7 +89,7 @@ class Snapshot:
 
     @property
     def failures(self) -> int:
-        """How many attempts stand against the account."""
+        """How many failures are counted."""
         return sum(int(row["failures"]) for row in self.attempts.values())
 
 
@@ -125,8 +125,8 @@ class Stage:
     """An account with two sessions, the first of which was refreshed, and a service to try.
 
     Attributes:
-        auth: The service, every event of which is heard at once and in a durable row.
-        heard: Those heard at once.
+        auth: The service, whose events each have an inline and a durable delivery.
+        received: The events that were delivered inline.
         ada: The account.
         spent: The first session, as it was before the refresh.
         current: The first session now.
@@ -139,7 +139,7 @@ class Stage:
     onlooker: Onlooker
     stored: Row
     stored_sessions: list[Session]
-    heard: list[Event]
+    received: list[Event]
     ada: User
     spent: AuthResult[User]
     current: AuthResult[User]
@@ -153,10 +153,10 @@ class Stage:
         backstage: AuthService[User],
         onlooker: Onlooker,
     ) -> Stage:
-        """Create the account, its sessions, and somebody who hears every event."""
-        heard: list[Event] = []
-        auth.emitter.on("*", heard.append, thread=False)
-        auth.emitter.on("*", heard.append, thread=False, delivery="durable", name="row")
+        """Create the account, its sessions, and handlers of every event."""
+        received: list[Event] = []
+        auth.emitter.on("*", received.append, thread=False)
+        auth.emitter.on("*", received.append, thread=False, delivery="durable", name="row")
         ada = await User.create_user(email=EMAIL, password=PASSWORD)
         (stored,) = await User.filter(pk=ada.pk).values()
         del stored["id"]
@@ -165,35 +165,45 @@ class Stage:
         other = await backstage.login(EMAIL, PASSWORD, context=HOME)
         sessions = await Session.all()
         return cls(
-            context, auth, backstage, onlooker, stored, sessions, heard, ada, spent, current, other
+            context,
+            auth,
+            backstage,
+            onlooker,
+            stored,
+            sessions,
+            received,
+            ada,
+            spent,
+            current,
+            other,
         )
 
     async def reset(self) -> None:
-        """Begin anew: an account that has never logged in, with the same sessions."""
+        """Restore an account that has never logged in, with the same sessions."""
         for model in (Session, AttemptCount, OutboxEntry):
             await model.all().delete()
         await User.filter(email=EMAIL).update(**self.stored)
         await Session.bulk_create(self.stored_sessions)
         self.ada = await User.get(email=EMAIL)
-        self.heard.clear()
+        self.received.clear()
 
     async def settled(self) -> Snapshot:
-        """Let everything that is under way come to its end; return what is there then.
+        """Wait for everything in flight, and return what is committed then.
 
-        Whatever changed was told at once and in a durable row, and nothing else.
+        Every event was delivered inline and has a durable row, and no row is without its event.
         """
         await quiet(self.auth.emitter)
         await finished(User.exists())  # waits until asyncpg has called a cancelled statement off
         assert_no_connection_is_held(self.context)
         now = await self.onlooker.look()
-        rows = [(str(row["event_id"]), row["event_name"]) for row in now.told]
-        assert sorted(rows) == sorted((str(event.id), event.name) for event in self.heard)
+        rows = [(str(row["event_id"]), row["event_name"]) for row in now.outbox]
+        assert sorted(rows) == sorted((str(event.id), event.name) for event in self.received)
         return now
 
-    def told(self) -> Counter[str]:
-        """Return what the events say has happened, in the words of `changes`."""
+    def reported(self) -> Counter[str]:
+        """Return what the events report, in the terms of `changes`."""
         happened = Counter[str]()
-        for event in self.heard:
+        for event in self.received:
             happened["opened"] += event.name == "user_login"
             happened["entered"] += event.name == "user_login"
             happened["refreshed"] += event.name == "session_refreshed"
@@ -209,7 +219,7 @@ class Stage:
 
 
 def changes(before: Snapshot, after: Snapshot) -> Counter[str]:
-    """Return what has happened in the tables."""
+    """Return what has changed in the tables."""
     happened = Counter[str]()
     for key, session in after.sessions.items():
         old = before.sessions.get(key, {"generation": 0, "revoked_at": None})
@@ -234,7 +244,7 @@ def changes(before: Snapshot, after: Snapshot) -> Counter[str]:
 async def stage(
     request: pytest.FixtureRequest, tmp_path: Path, clock: FakeClock
 ) -> AsyncIterator[Stage]:
-    """A stage on a database with one connection, so that a lost one is missed at once."""
+    """A stage on a database with one connection, so that a leaked connection fails the test."""
     config = AuthConfig(secret=SECRET)
     auth = AuthService(User, config, clock=clock)
     backstage = AuthService(User, config, clock=clock, emitter=EventEmitter())
@@ -257,21 +267,21 @@ async def stage(
 
 @dataclass(frozen=True)
 class Scenario:
-    """A call, and what comes of it if nothing comes in between.
+    """A call, and its outcome when nothing interrupts it.
 
     Attributes:
         call: Makes the call.
         outcome: The class of what it returns or raises.
-        told: The names of the events.
-        before: What else must be there.
-        follows: ``stage.ada`` is passed to it, and must be as stored afterwards.
+        emitted: The names of the events.
+        before: Prepares what the call needs.
+        as_stored: Whether ``stage.ada`` is passed to it, and must equal its row afterwards.
     """
 
     call: Callable[[Stage], Coroutine[Any, Any, object]]
     outcome: type
-    told: tuple[str, ...] = ()
+    emitted: tuple[str, ...] = ()
     before: Callable[[Stage], Awaitable[object]] | None = None
-    follows: bool = False
+    as_stored: bool = False
 
 
 async def with_outdated_hash(stage: Stage) -> None:
@@ -294,14 +304,14 @@ async def locked(stage: Stage) -> None:
 
 
 async def attacked(stage: Stage) -> None:
-    """So many guessed the password of Ada that she has to wait, unless she is at home."""
+    """Throttle the account by failures, except for its known source."""
     with pytest.raises(AuthenticationError):
         await stage.backstage.login(EMAIL, "wrong")
     await AttemptCount.all().update(count=30, failures=30)
 
 
 async def nearly_locked(stage: Stage) -> None:
-    """So many have failed that one more locks the account, and none of them today."""
+    """Count so many failures that one more locks the account, and none of them recent."""
     with pytest.raises(AuthenticationError):
         await stage.backstage.login(EMAIL, "wrong")
     await AttemptCount.filter(key__startswith="account:").update(count=0, failures=99)
@@ -323,7 +333,7 @@ SCENARIOS: dict[str, Scenario] = {
         ("password_rehashed", "user_login"),
         with_outdated_hash,
     ),
-    "login_familiar": Scenario(
+    "login_known_source": Scenario(
         lambda stage: stage.auth.login(EMAIL, PASSWORD, context=HOME),
         AuthResult,
         ("user_login",),
@@ -368,19 +378,19 @@ SCENARIOS: dict[str, Scenario] = {
         lambda stage: stage.auth.set_password(stage.ada, NEW_PASSWORD, keep=stage.other.session),
         NoneType,
         ("password_changed",),
-        follows=True,
+        as_stored=True,
     ),
     "change_password": Scenario(
         lambda stage: stage.auth.change_password(stage.ada, PASSWORD, NEW_PASSWORD, context=HOME),
         NoneType,
         ("password_changed",),
-        follows=True,
+        as_stored=True,
     ),
     "change_password_failed": Scenario(
         lambda stage: stage.auth.change_password(stage.ada, "wrong", NEW_PASSWORD, context=HOME),
         AuthenticationError,
         ("password_change_failed",),
-        follows=True,
+        as_stored=True,
     ),
     "revoke_session": Scenario(
         lambda stage: stage.auth.revoke_session(stage.other.session.id, user=stage.ada),
@@ -391,21 +401,21 @@ SCENARIOS: dict[str, Scenario] = {
         lambda stage: stage.auth.deactivate(stage.ada),
         Revocation,
         ("user_deactivated",),
-        follows=True,
+        as_stored=True,
     ),
     "activate": Scenario(
         lambda stage: stage.auth.activate(stage.ada),
         NoneType,
         ("user_activated",),
         closed,
-        follows=True,
+        as_stored=True,
     ),
     "unlock": Scenario(
         lambda stage: stage.auth.unlock(stage.ada),
         NoneType,
         ("account_unlocked",),
         locked,
-        follows=True,
+        as_stored=True,
     ),
     "sessions": Scenario(lambda stage: stage.auth.sessions(stage.ada), list),
     "purge_expired": Scenario(
@@ -417,7 +427,7 @@ every_method = pytest.mark.parametrize("scenario", SCENARIOS.values(), ids=SCENA
 
 
 def test_every_method_is_swept() -> None:
-    """No method of the service that asks a database is forgotten here."""
+    """Every method of the service that uses a database has a scenario."""
     public = {name: method for name, method in vars(AuthService).items() if name[0] != "_"}
     asking = {name for name, method in public.items() if inspect.iscoroutinefunction(method)}
     assert len(asking) >= 12
@@ -431,7 +441,7 @@ class Trial:
     """A scenario, tried once.
 
     Attributes:
-        outcome: What was returned or raised; an ellipsis if the caller was cut off before.
+        outcome: What was returned or raised; an ellipsis if the caller was cancelled before.
     """
 
     stage: Stage
@@ -443,14 +453,14 @@ class Trial:
 
     @classmethod
     async def prepared(cls, stage: Stage, scenario: Scenario, hasher: PasswordHasher) -> Trial:
-        """Return it when everything is ready."""
+        """Return a trial on a stage that is reset and prepared."""
         await stage.reset()
         if scenario.before is not None:
             await scenario.before(stage)
         return cls(stage, scenario, hasher, await stage.onlooker.look())
 
     async def work(self) -> None:
-        """Make the call, and count the passwords that are looked at."""
+        """Make the call, and count the passwords that are checked."""
         verify = self.hasher.verify
 
         async def verify_and_count(*args: Any) -> Any:
@@ -465,10 +475,10 @@ class Trial:
                 self.outcome = error
 
     async def check(self) -> Counter[str]:
-        """Check that all is in order, whatever happened; return what has changed."""
+        """Check that tables, events and outcome agree; return what has changed."""
         after = await self.stage.settled()
         happened = changes(self.before, after)
-        assert happened == self.stage.told()
+        assert happened == self.stage.reported()
         gone = self.before.sessions.keys() - after.sessions.keys()
         assert gone <= self._purgeable()
         new = after.live - self.before.live
@@ -477,18 +487,18 @@ class Trial:
         assert new <= {str(getattr(getattr(self.outcome, "session", None), "id", None))}
         if self.scenario.outcome is AuthenticationError:
             assert after.failures >= self.verified
-        if self.scenario.follows:
+        if self.scenario.as_stored:
             (stored,) = after.users.values()
-            follower = self.stage.ada
-            assert follower.password == stored["password"]
-            assert follower.session_version == stored["session_version"]
-            assert follower.is_active == bool(stored["is_active"])
+            user = self.stage.ada
+            assert user.password == stored["password"]
+            assert user.session_version == stored["session_version"]
+            assert user.is_active == bool(stored["is_active"])
         return happened
 
     def assert_complete(self) -> None:
-        """It came to its ordinary end, and that was told."""
+        """The call returned or raised as expected, and its events were emitted."""
         assert isinstance(self.outcome, self.scenario.outcome)
-        assert tuple(event.name for event in self.stage.heard) == self.scenario.told
+        assert tuple(event.name for event in self.stage.received) == self.scenario.emitted
 
     def _purgeable(self) -> set[object]:
         purges = self.scenario.before is with_something_to_purge
@@ -499,15 +509,15 @@ class Trial:
 
 
 async def at_each_step(work: Work, step: int) -> bool:
-    """Cancel where the call, or a task that it waits for, begins to wait or goes on."""
+    """Cancel where the call, or a task that it waits for, begins to wait or resumes."""
     steps = Steps(cancel_at=step)
     task = await finished(steps.run(work))
     assert task.cancelled() or not task.cancelling()
     return steps.taken >= step
 
 
-async def when_the_answer_is_there(work: Work, step: int) -> bool:
-    """Cancel when that has come for which the call waits, and before it hears of it."""
+async def when_the_answer_is_ready(work: Work, step: int) -> bool:
+    """Cancel when the result that the call awaits is ready, and before the call resumes."""
     cancelled = Cancelled(work(), step, late=True)
     await finished(cancelled.run())
     return cancelled.reached
@@ -518,7 +528,7 @@ class TestCancellation:
         "scenario", [*SCENARIOS.values(), LOCKING], ids=[*SCENARIOS.keys(), "login_locking"]
     )
     @pytest.mark.parametrize(
-        "cut", [at_each_step, when_the_answer_is_there], ids=lambda cut: cut.__name__
+        "cut", [at_each_step, when_the_answer_is_ready], ids=lambda cut: cut.__name__
     )
     async def test_at_every_step(
         self,
@@ -527,9 +537,9 @@ class TestCancellation:
         hasher: PasswordHasher,
         cut: Callable[[Work, int], Awaitable[bool]],
     ) -> None:
-        """What happened is told and what did not is not; no session is without a holder, nothing leaks.
+        """Events match the changes, every session has its tokens returned, and nothing leaks.
 
-        No password is looked at for free either.
+        Every password that is checked is counted, too.
         """
         happened: list[Counter[str]] = []
         for step in count(1):
@@ -551,7 +561,7 @@ class TestCancellation:
 
 @contextmanager
 def failing(context: TortoiseContext, fails: Callable[[int], bool]) -> Iterator[list[str]]:
-    """Let those calls of the database fail whose number, counted from 1, is one to; note all."""
+    """Fail the calls of the database whose number, counted from 1, *fails* selects; record all."""
     seen: list[str] = []
 
     def watch(patch: pytest.MonkeyPatch, owner: type, method: str) -> None:
@@ -584,13 +594,13 @@ CALLS = {
     "commit",
 }
 FAILURES = {"user_login_failed", "password_change_failed", "login_throttled"}
-"""Events of which it is true that they happened although nothing changed."""
+"""Events that report an attempt, and so may be emitted although nothing changed."""
 
 
 class TestDatabaseFailure:
     """`tests.flows.test_service` fails every statement of a service without handlers or addresses.
 
-    Here the throttle counts sources, too, and every event is to be stored.
+    Here the throttle counts sources, too, and every event has a durable delivery.
     """
 
     @every_method
@@ -598,7 +608,7 @@ class TestDatabaseFailure:
     async def test_at_every_call(
         self, stage: Stage, scenario: Scenario, hasher: PasswordHasher, times: str
     ) -> None:
-        """It is never the fault of the credentials, nothing changes, and afterwards all is well."""
+        """The error never blames the credentials, nothing changes, and the next call succeeds."""
         for number in count(1):
             trial = await Trial.prepared(stage, scenario, hasher)
             fails = number.__eq__ if times == "once" else number.__le__
@@ -609,15 +619,15 @@ class TestDatabaseFailure:
                 break
             assert type(trial.outcome) is ServiceUnavailableError
             assert changed == Counter()
-            assert {event.name for event in stage.heard} <= FAILURES
+            assert {event.name for event in stage.received} <= FAILURES
             assert (await stage.onlooker.look()).failures <= trial.before.failures + 1
 
             again = Trial(stage, scenario, hasher, await stage.onlooker.look())
-            heard = len(stage.heard)
+            earlier = len(stage.received)
             await finished(again.work())
             await again.check()
             assert isinstance(again.outcome, scenario.outcome)
-            assert tuple(event.name for event in stage.heard[heard:]) == scenario.told
+            assert tuple(event.name for event in stage.received[earlier:]) == scenario.emitted
         trial.assert_complete()
         assert number > 1
 
@@ -625,14 +635,14 @@ class TestDatabaseFailure:
     async def test_while_an_account_is_locked(
         self, stage: Stage, hasher: PasswordHasher, clock: FakeClock, times: str
     ) -> None:
-        """It is told of none that is not; and if it could not be told, a later attempt tells it."""
+        """No event reports a lock that is not stored, and a later attempt emits what was not emitted."""
         for number in count(1):
             trial = await Trial.prepared(stage, LOCKING, hasher)
             fails = number.__eq__ if times == "once" else number.__le__
             with failing(stage.context, fails) as calls:
                 await finished(trial.work())
             at_once = changes(trial.before, await stage.settled())["locked"]
-            assert stage.told()["locked"] <= at_once
+            assert stage.reported()["locked"] <= at_once
             if len(calls) < number:
                 break
             assert type(trial.outcome) is ServiceUnavailableError
@@ -642,6 +652,6 @@ class TestDatabaseFailure:
                     await stage.auth.login(EMAIL, password)
                 clock.advance(timedelta(hours=1))
             assert (await stage.settled()).locked
-            assert 1 <= stage.told()["locked"] <= 1 + at_once
+            assert 1 <= stage.reported()["locked"] <= 1 + at_once
         trial.assert_complete()
         assert number > 1

@@ -1,4 +1,4 @@
-"""Does the time of a refused login tell which accounts exist? A measurement, not a test.
+"""Does the time of a refused login reveal which accounts exist? A measurement, not a test.
 
     TORTOISE_AUTH_TIMING=1 python -m tests.security.timing
 
@@ -99,7 +99,7 @@ async def service(hashed: str) -> AsyncIterator[AuthService[User]]:
 
 
 async def refuse(auth: AuthService[User], name: str) -> Cost:
-    """Let a login be refused, as if nobody had tried before, and return what it took."""
+    """Let a login be refused, with no earlier attempt counted, and return its cost."""
     await AttemptCount.all().delete()
     wall, cpu = time.perf_counter(), time.process_time()
     try:
@@ -156,7 +156,7 @@ def table(title: str, costs: dict[str, list[Cost]]) -> bool:
 
 
 def main() -> None:
-    """Measure both, print both tables, and fail if a reason can be told from another."""
+    """Measure both, print both tables, and fail if one reason can be distinguished from another."""
     if os.environ.get(GATE) != "1":
         raise SystemExit(f"This takes minutes and wants a quiet machine; set {GATE}=1")
     load = ", ".join(f"{each:.1f}" for each in os.getloadavg())

@@ -1,4 +1,4 @@
-"""Tokens: which keys and settings are accepted, and that nobody can forge, bend or damage a token."""
+"""Tokens: which keys and settings are accepted, and that forged and damaged tokens are refused."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ LONG_AGO = datetime(2001, 1, 1, tzinfo=UTC)
 
 @functools.cache
 def private_key(kind: str) -> PrivateKeyTypes:
-    """Return one key of a kind, the same in all tests."""
+    """Return the key of a kind that all tests share."""
     make: dict[str, Callable[[], PrivateKeyTypes]] = {
         "EdDSA": ed25519.Ed25519PrivateKey.generate,
         "other EdDSA": ed25519.Ed25519PrivateKey.generate,
@@ -210,7 +210,7 @@ FIT_SECRETS: dict[str, str | bytes] = {
 class TestSecrets:
     @pytest.mark.parametrize("what", UNFIT_SECRETS)
     def test_refused(self, what: str) -> None:
-        """A secret that is missing, short, known or guessable is refused with advice."""
+        """A secret that is missing, short, published or guessable is refused with advice."""
         secret, complaint = UNFIT_SECRETS[what]
         with pytest.raises(ConfigurationError) as refused:
             AuthConfig(secret=secret)
@@ -222,12 +222,12 @@ class TestSecrets:
 
     @pytest.mark.parametrize("what", FIT_SECRETS)
     def test_accepted(self, what: str) -> None:
-        """32 bytes that do not repeat themselves will do."""
+        """A secret of 32 bytes that do not repeat is accepted."""
         assert AuthConfig(secret=FIT_SECRETS[what]).keys[0].can_sign
 
     @pytest.mark.parametrize("size", [32, 33, 48, 64])
     def test_random_ones_are_never_refused(self, size: int) -> None:
-        """Whatever a random secret is written in, no rule against guessable ones meets it."""
+        """No rule against guessable secrets refuses a random one, whatever its encoding."""
         source = random.Random(size)
         for _ in range(500):
             raw = source.randbytes(size)
@@ -244,7 +244,7 @@ class TestSecrets:
             SigningKey(secret[: size - 1], algorithm=algorithm)
 
     def test_hs512_with_32_bytes(self) -> None:
-        """A secret that is fit for HS256 is not for HS512."""
+        """A secret that is long enough for HS256 is too short for HS512."""
         with pytest.raises(ConfigurationError, match="needs at least 64"):
             AuthConfig(secret=[SigningKey(SECRET[:32], algorithm="HS512")])
 
@@ -286,26 +286,26 @@ class TestKeys:
     @pytest.mark.parametrize("algorithm", ["EdDSA", "ES256", "RS256"])
     @pytest.mark.parametrize("what", WRONG_PEM)
     def test_wrong_pem(self, algorithm: Algorithm, what: str) -> None:
-        """An encrypted, damaged or missing PEM key is refused with what is wanted."""
+        """An encrypted, damaged or missing PEM key is refused with what is expected."""
         with pytest.raises(ConfigurationError, match="unencrypted key in PEM form") as refused:
             SigningKey(WRONG_PEM[what](algorithm), algorithm=algorithm)
         assert refused.value.__cause__ is None
 
     @pytest.mark.parametrize("algorithm", ["none", "HS1", "hs256", "PS256", "", None])
     def test_unknown_algorithm(self, algorithm: Any) -> None:
-        """Only the algorithms of the list exist; the message names them."""
+        """An algorithm that is not on the list is refused, and the message names the list."""
         with pytest.raises(ConfigurationError, match="HS256, HS384, HS512, EdDSA, ES256, RS256"):
             SigningKey(SECRET, algorithm=algorithm)
 
     @pytest.mark.parametrize("kid", ["a b", "ä", "k" * 65, "k\n", "k/../k", "k'--", "\0"])
     def test_kid(self, kid: str) -> None:
-        """A kid is a short plain word, so that nobody is tempted to look it up somewhere."""
+        """A kid is a short plain word, which no lookup can misread."""
         with pytest.raises(ConfigurationError, match="1 to 64 letters"):
             SigningKey(SECRET, kid=kid)
         assert SigningKey(SECRET, kid="2026-11_a.B").kid == "2026-11_a.B"
 
     def test_default_kid(self) -> None:
-        """The kid of a key is the same every time, another for another key, and tells nothing."""
+        """The kid of a key is stable, differs from that of another key, and reveals nothing."""
         assert SigningKey(SECRET).kid == SigningKey(SECRET.encode()).kid == KID
         assert len({SigningKey(secrets.token_bytes(32)).kid for _ in range(100)}) == 100
         assert KID not in SECRET
@@ -333,7 +333,7 @@ class TestConfig:
         ],
     )
     def test_mixed_families(self, keys: list[SigningKey]) -> None:
-        """Keys of two families in one configuration are refused, with what to do instead."""
+        """Keys of two families in one configuration are refused, with an alternative."""
         with pytest.raises(ConfigurationError, match="Rotate within one family"):
             AuthConfig(secret=keys)
 
@@ -346,13 +346,13 @@ class TestConfig:
         ],
     )
     def test_duplicate_kid(self, keys: list[SigningKey]) -> None:
-        """Two keys of one kid are refused, also those of two algorithms."""
+        """Two keys with the same kid are refused, even for two algorithms."""
         with pytest.raises(ConfigurationError, match="give each key a kid of its own"):
             AuthConfig(secret=keys)
 
     @pytest.mark.parametrize("algorithm", ["EdDSA", "ES256", "RS256"])
     def test_public_key_first(self, algorithm: Algorithm) -> None:
-        """The first key signs, so a public one cannot be it."""
+        """The first key signs, so it cannot be a public one."""
         half = SigningKey(public_pem(algorithm), algorithm=algorithm)
         with pytest.raises(ConfigurationError, match="must be a private key"):
             AuthConfig(secret=[half])
@@ -368,7 +368,7 @@ class TestConfig:
         ],
     )
     def test_lifetimes(self, name: str) -> None:
-        """Numbers, negative and huge lifetimes are refused, with what is possible."""
+        """Numbers, negative and huge lifetimes are refused, with the range."""
         for nonsense in (900, 15.0, "15 min", None, True):
             with pytest.raises(ConfigurationError, match=rf"{name} must be a timedelta, for"):
                 AuthConfig(secret=SECRET, **{name: nonsense})  # type: ignore[arg-type]
@@ -380,27 +380,27 @@ class TestConfig:
         "name", ["access_token_lifetime", "refresh_token_lifetime", "session_lifetime"]
     )
     def test_zero(self, name: str) -> None:
-        """Nothing lives for no time."""
+        """A lifetime of zero is refused."""
         for lifetime in (timedelta(0), timedelta(microseconds=999_999)):
             with pytest.raises(ConfigurationError, match="between 0:00:01"):
                 AuthConfig(secret=SECRET, **{name: lifetime})  # type: ignore[arg-type]
 
     @pytest.mark.parametrize("name", ["refresh_token_lifetime", "session_lifetime"])
     def test_shorter_than_access(self, name: str) -> None:
-        """Neither a refresh token nor a session ends before an access token."""
+        """The lifetimes of refresh token and session are at least that of an access token."""
         with pytest.raises(ConfigurationError, match="must not be shorter than access_token"):
             AuthConfig(secret=SECRET, **{name: timedelta(minutes=14)})  # type: ignore[arg-type]
         AuthConfig(secret=SECRET, **{name: timedelta(minutes=15)})  # type: ignore[arg-type]
 
     @pytest.mark.parametrize("name", ["issuer", "audience"])
     def test_names(self, name: str) -> None:
-        """Issuer and audience are names, never missing."""
+        """Issuer and audience must be non-empty names."""
         for nonsense in ("", None, 5, ["us"]):
             with pytest.raises(ConfigurationError, match=f"{name} must be a non-empty string"):
                 AuthConfig(secret=SECRET, **{name: nonsense})  # type: ignore[arg-type]
 
     def test_defaults(self) -> None:
-        """The defaults are those that are documented."""
+        """The defaults are the documented ones."""
         assert CONFIG.access_token_lifetime == timedelta(minutes=15)
         assert CONFIG.refresh_token_lifetime == timedelta(days=7)
         assert CONFIG.session_lifetime == timedelta(days=30)
@@ -471,7 +471,7 @@ class TestAccessTokens:
         assert opened(token, 1)["aud"] == "them"
 
     def test_session_without_a_time(self, clock: FakeClock) -> None:
-        """A session that was opened before the column existed says nothing of its proof."""
+        """A session without a time of authentication yields neither `auth_time` nor `amr`."""
         tokens = AccessTokens(CONFIG, clock)
         token, _ = tokens.issue(
             subject="42", session_id="a", session_ends=clock() + timedelta(days=1), extra={}
@@ -511,7 +511,7 @@ class TestAccessTokens:
         assert tokens.read(token).expires_at == expires_at
 
     def test_expiry(self, tokens: AccessTokens, clock: FakeClock) -> None:
-        """A token is good until the leeway after its expiry, and then expired, not invalid."""
+        """A token is valid until the leeway after its expiry, and then expired, not invalid."""
         token = issue(tokens, clock)
         clock.advance(timedelta(minutes=15, seconds=10) - timedelta(microseconds=1))
         assert tokens.read(token)
@@ -526,7 +526,7 @@ class TestAccessTokens:
     def test_expired_and_forged(
         self, tokens: AccessTokens, clock: FakeClock, even_if_expired: bool
     ) -> None:
-        """Of a forged token nobody is told that it has expired."""
+        """A forged token is refused as invalid, not as expired."""
         with pytest.raises(TokenInvalidError):
             tokens.read(
                 signed(HEADER, CLAIMS | {"exp": 1}, key="x" * 40), even_if_expired=even_if_expired
@@ -534,14 +534,14 @@ class TestAccessTokens:
 
     @pytest.mark.parametrize("claim", ["iat", "nbf"])
     def test_not_yet(self, tokens: AccessTokens, claim: str) -> None:
-        """A token from the future is good within the leeway and invalid beyond it."""
+        """A token from the future is valid within the leeway and invalid beyond it."""
         assert tokens.read(signed(HEADER, CLAIMS | {claim: NOW + 10}))
         with pytest.raises(TokenInvalidError):
             tokens.read(signed(HEADER, CLAIMS | {claim: NOW + 11}))
 
     @pytest.mark.parametrize("seconds", [0, 60])
     def test_leeway_is_a_setting(self, clock: FakeClock, seconds: int) -> None:
-        """The leeway that is configured is the one that holds, none included."""
+        """The configured leeway applies, even if it is zero."""
         leeway = timedelta(seconds=seconds)
         tokens = AccessTokens(AuthConfig(secret=SECRET, leeway=leeway), clock)
         token = issue(tokens, clock)
@@ -552,7 +552,7 @@ class TestAccessTokens:
             tokens.read(token)
 
     def test_extra_is_read_only(self, tokens: AccessTokens, clock: FakeClock) -> None:
-        """The claims of the host come back without ours, and cannot be changed."""
+        """The claims of the host are read without the reserved ones, and cannot be changed."""
         claims = tokens.read(issue(tokens, clock, role="admin"))
         assert dict(claims.extra) == {"role": "admin"}
         with pytest.raises(TypeError):
@@ -595,18 +595,18 @@ class TestExtraClaims:
         ],
     )
     def test_reserved(self, tokens: AccessTokens, clock: FakeClock, name: str) -> None:
-        """A claim that is ours is refused by name."""
+        """A reserved claim is refused by name."""
         with pytest.raises(ValueError, match=rf"cannot be given: {name}$"):
             issue(tokens, clock, **{name: "x", "harmless": 1})
 
     @pytest.mark.parametrize("what", NOT_JSON)
     def test_not_json(self, tokens: AccessTokens, clock: FakeClock, what: str) -> None:
-        """What other services could not read as JSON is refused before anything is signed."""
+        """A value that other services could not read as JSON is refused before anything is signed."""
         with pytest.raises(ValueError, match="must be JSON"):
             issue(tokens, clock, claim=NOT_JSON[what])
 
     def test_too_large(self, tokens: AccessTokens, clock: FakeClock) -> None:
-        """Half a token of claims is the most; it can still be read."""
+        """Claims may fill at most half a token, which can still be read."""
         most = MAX_TOKEN_LENGTH // 2 - len(json.dumps({"claim": ""}))
         token = issue(tokens, clock, claim="x" * most)
         assert len(token) <= MAX_TOKEN_LENGTH
@@ -617,7 +617,7 @@ class TestExtraClaims:
 
 class TestRotation:
     def test_new_key_first(self, clock: FakeClock) -> None:
-        """The first key signs, all of them verify, and a key that is dropped verifies no more."""
+        """The first key signs, all keys verify, and a dropped key no longer verifies."""
         k1, k2 = SigningKey(SECRET, kid="k1"), SigningKey(SECRET[::-1], kid="k2")
         first = AccessTokens(AuthConfig(secret=[k1]), clock)
         both = AccessTokens(AuthConfig(secret=[k2, k1]), clock)
@@ -638,7 +638,7 @@ class TestRotation:
         assert AccessTokens(AuthConfig(secret=keys), clock).read(old).subject == "42"
 
     def test_to_a_longer_hash(self, clock: FakeClock) -> None:
-        """Within a family the algorithm can change, and each key keeps to its own."""
+        """Within a family the algorithm can change, and each key verifies only its own."""
         old = SigningKey(SECRET, kid="old")
         new = SigningKey(SECRET * 2, kid="new", algorithm="HS512")
         tokens = AccessTokens(AuthConfig(secret=[new, old]), clock)
@@ -780,13 +780,13 @@ PUBLIC_FORMS: dict[str, Callable[[], bytes]] = {
 
 class TestForgery:
     def test_a_true_token(self, tokens: AccessTokens) -> None:
-        """The token that the forgeries of these tests start from is accepted."""
+        """The genuine token from which these tests make forgeries is accepted."""
         assert tokens.read(signed(HEADER, CLAIMS)).subject == "42"
         assert tokens.read(signed(HEADER | {"typ": "application/at+jwt"}, CLAIMS)).subject == "42"
 
     @pytest.mark.parametrize("what", FORGED_HEADERS)
     def test_header(self, tokens: AccessTokens, what: str) -> None:
-        """A header that is not exactly ours is refused, though the signature is right."""
+        """A header that is not exactly ours is refused, though the signature is valid."""
         header = FORGED_HEADERS[what]
         text = f"{part(header)}.{part(CLAIMS)}."
         forgeries = [signed(header, CLAIMS), text, text + "AA", text[:-1]]
@@ -809,8 +809,8 @@ class TestForgery:
         token = signed(HEADER, CLAIMS | {"aud": ["them", "tortoise-auth"]})
         assert tokens.read(token).subject == "42"
 
-    def test_said_twice(self, tokens: AccessTokens) -> None:
-        """Of a claim that is there twice the last one counts (RFC 7519, 4)."""
+    def test_duplicate_claim(self, tokens: AccessTokens) -> None:
+        """The last value of a duplicate claim counts (RFC 7519, 4)."""
         twice = b'{"sub": "1", ' + json.dumps(CLAIMS).encode()[1:]
         assert tokens.read(signed(HEADER, twice)).subject == "42"
 
@@ -867,13 +867,13 @@ class TestForgery:
             tokens.read(f"{text}.{part(signature)}")
 
     def test_other_secret(self, tokens: AccessTokens) -> None:
-        """A signature with another secret, or with the hash of ours, is none."""
+        """A signature with another secret, or with the hash of ours, is refused."""
         for key in (SECRET[:-1], SECRET + "=", SECRET.swapcase(), KID, b"", b"\0" * 32):
             with pytest.raises(TokenInvalidError):
                 tokens.read(signed(HEADER, CLAIMS, key=key))
 
     def test_swapped_payload(self, tokens: AccessTokens, clock: FakeClock) -> None:
-        """Parts of two genuine tokens make no third one."""
+        """Parts of two genuine tokens do not make a third."""
         one, other = issue(tokens, clock, user="a").split("."), issue(tokens, clock).split(".")
         for mixed in (
             [one[0], other[1], one[2]],
@@ -886,7 +886,7 @@ class TestForgery:
 
     @pytest.mark.parametrize("algorithm", get_args(Algorithm))
     def test_signature(self, algorithm: Algorithm, clock: FakeClock) -> None:
-        """A signature that lacks anything or has any bit flipped is none."""
+        """A truncated signature, or one with any bit flipped, is refused."""
         key = SigningKey(key_for(algorithm), algorithm=algorithm)
         tokens = AccessTokens(AuthConfig(secret=[key]), clock)
         head, payload, signature = issue(tokens, clock).split(".")
@@ -934,17 +934,17 @@ class TestForgery:
         "value", [None, 1, 1.5, True, b"a.b.c", ["a.b.c"], {"a": 1}, object(), bytearray(b"a.b.c")]
     )
     def test_no_text(self, tokens: AccessTokens, value: Any) -> None:
-        """What is no text is no token."""
+        """A value that is not text is no token."""
         with pytest.raises(TokenInvalidError):
             tokens.read(value)
 
     def test_genuine_as_bytes(self, tokens: AccessTokens, clock: FakeClock) -> None:
-        """Even a genuine token is text."""
+        """A genuine token as bytes is refused."""
         with pytest.raises(TokenInvalidError):
             tokens.read(issue(tokens, clock).encode())  # type: ignore[arg-type]
 
     def test_longest(self, tokens: AccessTokens, monkeypatch: pytest.MonkeyPatch) -> None:
-        """8192 characters are read; anything longer is refused before it is decoded."""
+        """8192 characters are read, and anything longer is refused before it is decoded."""
         by_length = {
             len(token): token
             for size in range(5800, 5950)
@@ -968,7 +968,7 @@ class TestForgery:
                 tokens.read(token)
 
     def test_refresh_token(self, tokens: AccessTokens, clock: FakeClock) -> None:
-        """Neither kind of token passes for the other."""
+        """Neither kind of token is accepted as the other."""
         with pytest.raises(TokenInvalidError):
             tokens.read(RefreshToken.new().text)
         with pytest.raises(TokenInvalidError):
@@ -976,8 +976,8 @@ class TestForgery:
         assert RefreshToken.looks_like(RefreshToken.new().text)
         assert not RefreshToken.looks_like(issue(tokens, clock))
 
-    def test_nothing_is_told(self, tokens: AccessTokens) -> None:
-        """The error says neither what was wrong nor what was presented."""
+    def test_error_reveals_nothing(self, tokens: AccessTokens) -> None:
+        """The error reveals neither what was wrong nor what was presented."""
         messages = set()
         for forged in (*map(str, FORGED_CLAIMS), signed(HEADER, {}), signed({}, CLAIMS)):
             with pytest.raises(TokenInvalidError) as refused:
@@ -1018,7 +1018,7 @@ class TestFuzz:
     @given(anything=st.text() | st.binary() | JSON | st.from_regex(r"[\w-]+\.[\w-]+\.[\w-]+"))
     @settings(max_examples=400, deadline=None)
     def test_anything(self, anything: Any) -> None:
-        """Nothing else makes another error, nor a token."""
+        """Any other value raises the usual error."""
         for read in (FUZZED.read, RefreshToken.parse):
             with pytest.raises(TokenInvalidError):
                 read(anything)
@@ -1026,7 +1026,7 @@ class TestFuzz:
     @given(header=st.dictionaries(st.sampled_from([*HEADER, "crit", "b64", "jwk", "zip"]), JSON))
     @settings(max_examples=400, deadline=None)
     def test_signed_header(self, header: dict[str, Any]) -> None:
-        """Whatever the header says besides, a signed token is read or refused."""
+        """Whatever else the header holds, a signed token is read or refused."""
         for extended in (header, HEADER | header, header | HEADER):
             read_or_refused(signed(extended, CLAIMS))
 
@@ -1040,7 +1040,7 @@ class TestFuzz:
     @given(payload=st.binary(max_size=200))
     @settings(max_examples=400, deadline=None)
     def test_signed_bytes(self, payload: bytes) -> None:
-        """A payload that is no JSON makes no other error."""
+        """A payload that is no JSON raises the usual error."""
         read_or_refused(signed(HEADER, payload))
 
 
@@ -1057,14 +1057,14 @@ def read_or_refused(token: str) -> None:
 
 class TestRefreshTokens:
     def test_round_trip(self) -> None:
-        """What a client brings back is the token that was made."""
+        """The token that a client presents is the one that was made."""
         token = RefreshToken.new()
         assert RefreshToken.parse(token.text) == token
         assert len(token.text) == 75
         assert token.text.startswith("tart_")
 
     def test_next(self) -> None:
-        """The next token is of the same family and otherwise new, as often as one likes."""
+        """Each next token is of the same family and otherwise new."""
         token = RefreshToken.new()
         line = [token]
         for _ in range(50):
@@ -1074,19 +1074,19 @@ class TestRefreshTokens:
         assert all(RefreshToken.parse(each.text) == each for each in line)
 
     def test_next_is_not_predictable(self) -> None:
-        """The next token of the same token is another one each time."""
+        """The next token of one token is different each time."""
         token = RefreshToken.new()
         assert len({token.next().hash for _ in range(100)}) == 100
 
     def test_unique(self) -> None:
-        """No two tokens agree in anything, and no hash contains a part of its token."""
+        """No two tokens share a part, and no hash contains a part of its token."""
         tokens = [RefreshToken.new() for _ in range(10_000)]
         for attribute in ("text", "hash", "family_hash"):
             assert len({getattr(token, attribute) for token in tokens}) == 10_000
         assert not {token.hash for token in tokens} & {token.family_hash for token in tokens}
 
     def test_hashes(self) -> None:
-        """What is stored are SHA-256 hashes of the whole and of the part that stays."""
+        """The stored values are SHA-256 hashes of the whole token and of its family."""
         token = RefreshToken.new()
         raw = base64.urlsafe_b64decode(token.text.removeprefix("tart_") + "==")
         assert len(raw) == 16 + 32 + 4
@@ -1094,7 +1094,7 @@ class TestRefreshTokens:
         assert token.family_hash == hashlib.sha256(raw[:16]).hexdigest()
 
     def test_damaged_in_transit(self) -> None:
-        """Any other character in any place is damage, which is not reuse."""
+        """Any changed character is damage, not reuse."""
         text = RefreshToken.new().text
         alphabet = string.ascii_letters + string.digits + "-_+/=. \0é"
         for at, right in enumerate(text):
@@ -1112,7 +1112,7 @@ class TestRefreshTokens:
                 RefreshToken.parse("tart_" + part(flipped))
 
     def test_second_spelling(self) -> None:
-        """The same bytes written in another way are refused, lest one token be two."""
+        """Another spelling of the same bytes is refused, so that a token has only one."""
         text = RefreshToken.new().text
         last = string.ascii_uppercase + string.ascii_lowercase + string.digits + "-_"
         value = last.index(text[-1])
@@ -1141,7 +1141,7 @@ class TestRefreshTokens:
 
     @pytest.mark.parametrize("value", [None, 1, True, b"x", ["x"], {"x": 1}, object()])
     def test_no_text(self, value: Any) -> None:
-        """What is no text is no token, and neither is a genuine one as bytes."""
+        """A value that is not text is no token, and a genuine token as bytes is none either."""
         with pytest.raises(TokenInvalidError):
             RefreshToken.parse(value)
         with pytest.raises(TokenInvalidError):
@@ -1149,7 +1149,7 @@ class TestRefreshTokens:
 
     @pytest.mark.parametrize("size", [0, 4, 16, 47, 49, 64, 100_000])
     def test_other_sizes(self, size: int) -> None:
-        """Bytes of another number are refused, though their checksum is right."""
+        """A token of another size is refused, though its checksum is right."""
         body = secrets.token_bytes(size)
         with pytest.raises(TokenInvalidError):
             RefreshToken.parse("tart_" + part(body + hashlib.sha256(body).digest()[:4]))
@@ -1159,6 +1159,6 @@ class TestRefreshTokens:
         assert repr(RefreshToken.new()) == str(RefreshToken.new()) == "RefreshToken()"
 
     def test_frozen(self) -> None:
-        """A token does not change."""
+        """A token is immutable."""
         with pytest.raises((dataclasses.FrozenInstanceError, AttributeError)):
             RefreshToken.new().text = "x"  # type: ignore[misc]

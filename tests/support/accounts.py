@@ -1,4 +1,4 @@
-"""Ada, her passwords, and what becomes of her sessions."""
+"""Ada, her passwords, and the state of her sessions."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 from tests.support.app import User
 from tortoise_auth import AuthResult, AuthService
 from tortoise_auth.exceptions import TokenRevokedError
+from tortoise_auth.models import user_table
 from tortoise_auth.sessions.access_tokens import AccessTokens
 from tortoise_auth.testing import FakeClock
 
@@ -33,7 +34,7 @@ GARBAGE: list[Any] = [
     "\ud800.\ud800.\ud800",
     "." * 1_000_000,
 ]
-"""What is no token at all."""
+"""Values that are no token."""
 
 
 async def counting_from_zero(user: User) -> User:
@@ -56,15 +57,15 @@ async def assert_over(auth: AuthService[Any], result: AuthResult[Any]) -> None:
         await auth.refresh(result.refresh_token)
 
 
-async def assert_goes_on(auth: AuthService[Any], result: AuthResult[Any]) -> None:
+async def assert_live(auth: AuthService[Any], result: AuthResult[Any]) -> None:
     """Both tokens of the session work."""
     assert (await auth.authenticate(result.access_token)).pk == result.user.pk
     assert (await auth.refresh(result.refresh_token)).session.id == result.session.id
 
 
 def signed(auth: AuthService[Any], clock: FakeClock, subject: str, session_id: str) -> str:
-    """Return a token that only the holder of the key could make."""
-    token, _ = AccessTokens(auth.config, clock).issue(
+    """Return a token that only the owner of the key could make."""
+    token, _ = AccessTokens(auth.config, clock, user_table(auth.user_model)).issue(
         subject=subject,
         session_id=session_id,
         session_ends=clock() + timedelta(days=1),

@@ -1,4 +1,4 @@
-"""The models of the hosts that the tests play: every kind of primary key, and a user name."""
+"""The models of the host in the tests: every kind of primary key, and a user name."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tortoise_auth.fields import UtcDatetimeField
 
 
 class User(AbstractUser):
-    """The common case: an integer primary key and a column of the host's own."""
+    """The common case: an integer primary key and a column of the host."""
 
     display_name = fields.CharField(max_length=100, default="")
 
@@ -60,7 +60,7 @@ async def store(user: AbstractUser, **values: str) -> None:
 
 
 class AuditRow(Model):
-    """What an audit handler of the host writes."""
+    """A row that an audit handler of the host writes."""
 
     id = fields.IntField(primary_key=True)
     event = fields.CharField(max_length=64)

@@ -1,4 +1,4 @@
-"""Callers that are cancelled at any step, and what happens in the meantime."""
+"""Callers that are cancelled at any step, and changes that happen in the meantime."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from tortoise_auth.database import transactions as database_module
 from tortoise_auth.passwords import PasswordHasher
 
 
-async def hang_up_at(owner: Any, step: str, call: Coroutine[Any, Any, object]) -> None:
-    """Cancel a call while it waits for a step of *owner* that has done its work already."""
+async def cancel_after(owner: Any, step: str, call: Coroutine[Any, Any, object]) -> None:
+    """Cancel a call while it awaits a step of *owner* whose work is already done."""
     take, taken, go_on = getattr(owner, step), asyncio.Event(), asyncio.Event()
 
     async def take_and_wait(*args: Any) -> Any:
@@ -41,7 +41,7 @@ def meanwhile(
     method: str,
     change: Callable[[], Awaitable[object]],
 ) -> None:
-    """Let *change* happen once, right after the next ``hash`` or ``verify`` was computed."""
+    """Make *change* once, right after the next ``hash`` or ``verify`` is computed."""
     original = getattr(hasher, method)
 
     async def compute_then_change(*args: object) -> object:
@@ -62,7 +62,7 @@ class Cancelled(Generic[ReturnT]):
     Args:
         work: What to run.
         step: Counted from 1. If *work* awaits less often, or at 0, it is not cancelled.
-        late: Cancel when that for which it waits has come, and before it hears of it.
+        late: Cancel when the result it awaits is ready, and before it resumes.
     """
 
     def __init__(
@@ -124,13 +124,13 @@ Work = Callable[[], Coroutine[Any, Any, object]]
 
 
 async def settled() -> None:
-    """Wait until nothing that a cancelled caller left to others is under way."""
+    """Wait until no work of a cancelled caller is in flight."""
     while database_module._background:
         await asyncio.wait(database_module._background)
 
 
 class Steps:
-    """Cancels one task at the n-th step of any task: where one begins to wait or goes on.
+    """Cancels one task at the n-th step of any task, where one begins to wait or resumes.
 
     The transaction opens and ends in tasks of its own, so the steps of the caller's task alone
     would miss most of what happens.

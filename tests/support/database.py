@@ -24,10 +24,10 @@ _memory, _file = pytest.param("memory", id="memory"), pytest.param("file", id="f
 _postgres = pytest.param("postgres", id="postgres", marks=needs_postgres)
 
 DATABASES = [_memory, _postgres]
-"""One of each dialect, for what any SQL can change."""
+"""One database of each dialect, for what SQL can change."""
 
 SHARED_DATABASES = [_file, _postgres]
-"""Those that a second connection can open, for what is committed, locked or done by processes.
+"""Databases that a second connection can open, for what is committed, locked or done by processes.
 
 One connection sees no difference between an SQLite file and one in memory.
 """
@@ -75,7 +75,7 @@ def root(context: TortoiseContext) -> BaseDBAsyncClient:
 
 
 def assert_no_connection_is_held(context: TortoiseContext) -> None:
-    """Every connection of the pool is idle; on SQLite nobody holds the lock."""
+    """Check that every connection of the pool is idle, and on SQLite that the lock is free."""
     for connection in context.connections.all():
         client: Any = connection
         if connection.capabilities.dialect == "sqlite":

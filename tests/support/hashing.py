@@ -18,7 +18,7 @@ Cost = tuple[int, int, int]
 
 @contextmanager
 def argon2_costs() -> Iterator[list[Cost]]:
-    """Note the cost of everything that Argon2 computes."""
+    """Record the cost of everything that Argon2 computes."""
     seen: list[Cost] = []
     hash_secret, verify_secret = argon2.low_level.hash_secret, argon2.low_level.verify_secret
 
@@ -47,5 +47,5 @@ def _cost_of(encoded: bytes) -> Cost:
 
 
 def full_cost(hasher: PasswordHasher) -> Cost:
-    """Return what one hash of today's settings costs."""
+    """Return the cost of one hash with the current settings."""
     return hasher.memory_cost, hasher.time_cost, hasher.parallelism

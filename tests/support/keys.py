@@ -19,7 +19,7 @@ from tortoise_auth.keys import Algorithm
 
 @functools.cache
 def pem(algorithm: Algorithm, public: bool = False) -> bytes:
-    """Return one key of an algorithm, the same in all tests."""
+    """Return the key of an algorithm that all tests share."""
     private: Any
     if algorithm == "RS256":
         private = rsa.generate_private_key(65537, 2048)
@@ -29,7 +29,7 @@ def pem(algorithm: Algorithm, public: bool = False) -> bytes:
         private = ed25519.Ed25519PrivateKey.generate()
     if public:
         loaded = SigningKey(pem(algorithm), algorithm=algorithm).verifying
-        told: bytes = loaded.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
-        return told
+        text: bytes = loaded.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+        return text
     made: bytes = private.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
     return made

@@ -7,7 +7,7 @@ from tortoise.models import Model
 
 
 class Ledger(Model):
-    """What the host writes beside what the library does."""
+    """A row that the host writes beside those of the library."""
 
     id = fields.IntField(primary_key=True)
     text = fields.CharField(max_length=64)

@@ -1,4 +1,4 @@
-"""What tests of growth measure."""
+"""The measure of the tests of growth."""
 
 from __future__ import annotations
 

@@ -11,16 +11,14 @@ async def rows(*models: type[Model]) -> list[dict[str, object]]:
     """Return every row of *models* and of the sessions, as they are in the database."""
     every: tuple[type[Model], ...] = (*models, Session)
     return [
-        found
-        for model in every
-        for found in await model.all().order_by(model._meta.pk_attr).values()
+        each for model in every for each in await model.all().order_by(model._meta.pk_attr).values()
     ]
 
 
 async def row(model: type[Model], pk: object) -> dict[str, object]:
     """Return one row as it is in the database."""
-    (found,) = await model.filter(pk=pk).values()
-    return found
+    (each,) = await model.filter(pk=pk).values()
+    return each
 
 
 def changed(before: dict[str, object], after: dict[str, object]) -> set[str]:

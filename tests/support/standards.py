@@ -34,7 +34,7 @@ MILLISECONDS, SECONDS = 1767268800123, 1767268800
 """`OCCURRED` since the epoch."""
 
 CANARY = "kanarienvogel-7f3a"
-"""What must not come out."""
+"""Text that no format may contain."""
 
 FORBIDDEN = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]")
 """Control characters, surrogates, and the noncharacters of the first plane."""
@@ -61,9 +61,9 @@ def sample(kind: type[Event], **values: Any) -> Any:
 
 
 def variants() -> Iterator[Any]:
-    """Yield every event of the library, by every actor and for every reason, in and out of a request."""
+    """Yield every event of the library, for every actor and reason, in and out of a request."""
     for kind in LIBRARY:
-        for context in (FULL, RequestContext(), RequestContext(ip="testclient")):
+        for context in (FULL, RequestContext()):
             for actor in get_args(Actor):
                 for reason in get_args(FailureReason) if kind is UserLoginFailed else [None]:
                     for subject_id in ("7", None) if not issubclass(kind, UserEvent) else ["7"]:
@@ -75,7 +75,7 @@ hostile = st.text(
     st.characters() | st.sampled_from('\0\n\r\t\x1b\x7f\x85\ud800\udfff\ufdd0\uffff\u202e"\\%'),
     max_size=40,
 )
-"""Whatever somebody may send."""
+"""Any text that a client may send."""
 
 
 def _after_the_epoch(milliseconds: int) -> datetime:
@@ -84,14 +84,14 @@ def _after_the_epoch(milliseconds: int) -> datetime:
 
 @st.composite
 def hostile_events(draw: st.DrawFn) -> Any:
-    """An event of the library in which every text is somebody else's."""
+    """An event of the library in which every text is hostile."""
     texts = st.none() | hostile
     addresses = st.ip_addresses().map(str)
     return sample(
         draw(st.sampled_from(LIBRARY)),
         actor=draw(st.sampled_from(get_args(Actor))),
         context=RequestContext(
-            ip=draw(texts | addresses | addresses.map(lambda ip: f"{ip}%0")),
+            ip=draw(st.none() | addresses),
             user_agent=draw(texts),
             request_id=draw(texts),
         ),

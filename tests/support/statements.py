@@ -17,7 +17,7 @@ from tests.support.database import connection_of, root
 def statements(
     context: TortoiseContext, *, fail_at: int | None = None, error: Exception | None = None
 ) -> Iterator[list[str]]:
-    """Note every statement sent to the database, ``BEGIN`` and ``COMMIT`` included.
+    """Record every statement sent to the database, ``BEGIN`` and ``COMMIT`` included.
 
     Args:
         context: The database.
@@ -57,7 +57,7 @@ def transaction_class(context: TortoiseContext) -> Any:
 
 @contextmanager
 def every_statement(context: TortoiseContext) -> Iterator[list[str]]:
-    """Note every statement, those that write many rows at once in a transaction too."""
+    """Record every statement, including those that write many rows at once in a transaction."""
     wrapper = transaction_class(context)
     execute_many = wrapper.execute_many
 

@@ -21,11 +21,11 @@ from tortoise_auth.throttling import (
 HERE, ELSEWHERE, ABROAD = "203.0.113.7", "198.51.100.9", "192.0.2.11"
 BURST, BUDGET = 50, 5
 LIMIT = 60
-"""Seconds after which a burst that does not end is a failure."""
+"""Seconds after which a burst that has not ended fails."""
 
 
 class Make(Protocol):
-    """Makes a throttle with so many free attempts, and a pause that no test outlives after them."""
+    """Makes a throttle with that many free attempts, and then a pause longer than any test."""
 
     def __call__(  # noqa: D102 - the class has one
         self, *, account: int = 1000, source: int = 1000, max_failures: int = 100
@@ -58,12 +58,12 @@ async def fail(throttle: Throttle, tried: Attempt, times: int = 1) -> list[Reser
 
 
 async def succeed(throttle: Throttle, tried: Attempt) -> None:
-    """Try the right one."""
+    """Try the right password."""
     await throttle.succeeded(await throttle.reserve(tried))
 
 
 async def refused(throttle: Throttle, tried: Attempt) -> float:
-    """Try in vain; return the seconds to wait."""
+    """Check that an attempt is refused; return the seconds to wait."""
     with pytest.raises(ThrottledError) as error:
         await throttle.reserve(tried)
     assert error.value.retry_after > 0
@@ -73,7 +73,7 @@ async def refused(throttle: Throttle, tried: Attempt) -> float:
 async def burst(
     throttle: Throttle, attempts: Sequence[Attempt]
 ) -> tuple[list[Reservation], list[ThrottledError]]:
-    """Reserve for all of them at the same moment; return who was heard and who was not."""
+    """Reserve all attempts at once; return those that were granted and the refusals."""
     start = asyncio.Barrier(len(attempts))
 
     async def reserve(tried: Attempt) -> Reservation | ThrottledError:
@@ -92,7 +92,7 @@ async def burst(
 
 
 async def granted_to_processes(arguments: Sequence[str], processes: int = 2) -> list[int]:
-    """Let processes reserve `BURST` times each, all at once; return how many were heard in each."""
+    """Let processes reserve `BURST` times each, all at once; return how many each was granted."""
     running = [
         await asyncio.create_subprocess_exec(
             sys.executable,
@@ -113,7 +113,7 @@ async def granted_to_processes(arguments: Sequence[str], processes: int = 2) -> 
 
 
 async def race(throttle: Throttle) -> None:
-    """What one of those processes does: say that it is ready, wait for the word, tell how many."""
+    """Run one of those processes: report that it is ready, wait for the start, print how many it was granted."""
     print("ready", flush=True)
     await asyncio.to_thread(sys.stdin.readline)
     granted, _ = await burst(throttle, [attempt()] * BURST)
@@ -147,17 +147,17 @@ async def storm(throttle: Throttle, chance: random.Random, max_failures: int) ->
 
 
 class ThrottleContract:
-    """What every throttle does. Subclasses have a fixture ``make``."""
+    """The behaviour of every throttle. Subclasses have a fixture ``make``."""
 
-    async def test_some_are_free_and_then_none(self, make: Make) -> None:
-        """After the free attempts the next is refused, and told for how long."""
+    async def test_free_attempts_then_refusal(self, make: Make) -> None:
+        """The attempt after the free ones is refused, with the seconds to wait."""
         throttle = make(account=3)
         await fail(throttle, attempt(), 3)
         for _ in range(3):
             await refused(throttle, attempt())
 
     async def test_source_has_a_budget(self, make: Make) -> None:
-        """One source that tries many accounts is refused at each, and a source elsewhere at none."""
+        """One source that tries many accounts is refused at each, and another source at none."""
         throttle = make(source=3)
         for number in range(3):
             await fail(throttle, attempt(f"account {number}"))
@@ -166,7 +166,7 @@ class ThrottleContract:
         await fail(throttle, attempt("ada", ELSEWHERE), 3)
 
     async def test_account_has_a_budget(self, make: Make) -> None:
-        """One account is refused from everywhere, another from nowhere."""
+        """One account is refused for every source, and another account for none."""
         throttle = make(account=3)
         for number in range(3):
             await fail(throttle, attempt("ada", f"source {number}"))
@@ -175,14 +175,14 @@ class ThrottleContract:
         await fail(throttle, attempt("bob", HERE), 3)
 
     async def test_unknown_source(self, make: Make) -> None:
-        """Attempts from who knows where count for their accounts, and not together as one source."""
+        """Attempts without a source count for their accounts, and not together as one source."""
         throttle = make(account=2, source=2)
         for name in ("ada", "bob", "eve"):
             await fail(throttle, attempt(name, None), 2)
             await refused(throttle, attempt(name, None))
 
     async def test_refused_is_not_counted(self, make: Make) -> None:
-        """Knocking at a blocked account takes nothing from the budget of the source."""
+        """Attempts at a blocked account take nothing from the budget of the source."""
         throttle = make(account=2, source=5)
         await fail(throttle, attempt(), 2)
         for _ in range(20):
@@ -192,7 +192,7 @@ class ThrottleContract:
         await refused(throttle, attempt("eve"))
 
     async def test_blocked_source_counts_for_no_account(self, make: Make) -> None:
-        """What a blocked source tries takes nothing from the budget of the account."""
+        """Attempts of a blocked source take nothing from the budget of the account."""
         throttle = make(account=2, source=1)
         await fail(throttle, attempt("bob"))
         for _ in range(20):
@@ -210,7 +210,7 @@ class ThrottleContract:
         await refused(throttle, attempt())
 
     async def test_success_does_not_forget_the_source(self, make: Make) -> None:
-        """Logins to an account of one's own do not buy guesses at others (A166)."""
+        """Logins to the attacker's own account do not buy guesses at others (A166)."""
         throttle = make(source=4)
         for number in range(4):
             await fail(throttle, attempt(f"victim {number}"))
@@ -220,7 +220,7 @@ class ThrottleContract:
         await refused(throttle, attempt("own"))
 
     async def test_success_costs_the_source_nothing(self, make: Make) -> None:
-        """However many people log in behind one address, none of them is refused."""
+        """However many users log in behind one address, none of them is refused."""
         throttle = make(account=2, source=3)
         for number in range(20):
             await succeed(throttle, attempt(f"person {number}"))
@@ -229,7 +229,7 @@ class ThrottleContract:
         await refused(throttle, attempt("bob"))
 
     async def test_released_gives_back(self, make: Make) -> None:
-        """An attempt that could not be checked is none: not for account, source or failures (A173)."""
+        """An attempt that could not be checked counts for neither account, source nor failures (A173)."""
         throttle = make(account=2, source=2, max_failures=2)
         for _ in range(10):
             await throttle.released(await throttle.reserve(attempt()))
@@ -238,7 +238,7 @@ class ThrottleContract:
         await refused(throttle, attempt())
 
     async def test_known_source_has_its_own_budget(self, make: Make) -> None:
-        """While an account is blocked, each source that the user knows still has all of its own."""
+        """While an account is blocked, each of its known sources still has a whole budget."""
         throttle = make(account=3)
         await fail(throttle, attempt(source=ABROAD), 3)
         await refused(throttle, attempt(source=ABROAD))
@@ -247,7 +247,7 @@ class ThrottleContract:
             await refused(throttle, attempt(source=known, known_source=yes))
 
     async def test_known_source_gets_in(self, make: Make) -> None:
-        """A user who gets in from a known source opens the account for everywhere."""
+        """A success from a known source ends the pause for every source."""
         throttle = make(account=2)
         await fail(throttle, attempt(source=ABROAD), 2)
         await fail(throttle, attempt(known_source=yes), 1)
@@ -257,7 +257,7 @@ class ThrottleContract:
         await refused(throttle, attempt(known_source=yes))
 
     async def test_known_source_account_is_not_another(self, make: Make) -> None:
-        """What somebody is known for at one account is no help at another."""
+        """A source that is known for one account has no budget of its own at another."""
         throttle = make(account=1)
         for name in ("ada", "bob"):
             await fail(throttle, attempt(name, ABROAD))
@@ -266,7 +266,7 @@ class ThrottleContract:
         await refused(throttle, attempt("ada", known_source=yes))
 
     async def test_known_source_is_asked_when_it_matters(self, make: Make) -> None:
-        """As long as the account is open nobody looks where its user has been."""
+        """As long as the account is not blocked its known sources are not read."""
         asked: list[str] = []
 
         async def ask() -> bool:
@@ -282,7 +282,7 @@ class ThrottleContract:
         assert asked == ["asked"]
 
     async def test_released_from_a_known_source(self, make: Make) -> None:
-        """Only what was taken is given back: the account stays blocked for everybody else."""
+        """Only the reserved attempt is given back, and the account stays blocked for other sources."""
         throttle = make(account=2, max_failures=3)
         await fail(throttle, attempt(source=ABROAD), 2)
         for _ in range(5):
@@ -292,7 +292,7 @@ class ThrottleContract:
         assert reservation.locks
 
     async def test_too_many_failures_in_a_row_lock(self, make: Make) -> None:
-        """One failure locks the account, those after it find it locked (R33)."""
+        """One failure locks the account, and later ones exceed the limit (R33)."""
         throttle = make(max_failures=3)
         reservations = await fail(throttle, attempt(), 6)
         assert [each.locks for each in reservations] == [False, False, True, False, False, False]
@@ -300,7 +300,7 @@ class ThrottleContract:
         assert not (await throttle.reserve(attempt("bob"))).exceeded
 
     async def test_success_ends_the_row(self, make: Make) -> None:
-        """The last attempt before the lock may be right, and then the row begins anew."""
+        """A right password at the last attempt before the lock resets the failures."""
         throttle = make(max_failures=3)
         for _ in range(3):
             await fail(throttle, attempt(), 2)
@@ -309,7 +309,7 @@ class ThrottleContract:
         assert [each.locks for each in reservations] == [False, False, True, False]
 
     async def test_row_goes_on_from_known_sources(self, make: Make) -> None:
-        """A source with a budget of its own has no failures of its own."""
+        """Failures from a known source count in the same row as the others."""
         throttle = make(account=2, max_failures=4)
         await fail(throttle, attempt(source=ABROAD), 2)
         reservations = await fail(throttle, attempt(known_source=yes), 2)
@@ -318,26 +318,26 @@ class ThrottleContract:
         assert locked.exceeded
 
     async def test_burst_at_an_account(self, make: Make) -> None:
-        """Of fifty at the same moment just as many are heard as there are free attempts (R35)."""
+        """Of fifty attempts at once only the free ones are granted (R35)."""
         granted, late = await burst(make(account=BUDGET), [attempt()] * BURST)
         assert (len(granted), len(late)) == (BUDGET, BURST - BUDGET)
         assert sorted(each.counted[0].failures for each in granted) == [1, 2, 3, 4, 5]
 
     async def test_burst_from_a_source(self, make: Make) -> None:
-        """It is the same for one source that tries fifty accounts at once (A161)."""
+        """Of fifty accounts that one source tries at once only the free attempts are granted (A161)."""
         attempts = [attempt(f"account {number}") for number in range(BURST)]
         granted, _ = await burst(make(source=BUDGET), attempts)
         assert len(granted) == BUDGET
 
     async def test_burst_from_a_known_source(self, make: Make) -> None:
-        """And for a source with a budget of its own at a blocked account."""
+        """Of fifty attempts of a known source at a blocked account only its free ones are granted."""
         throttle = make(account=BUDGET)
         await fail(throttle, attempt(source=ABROAD), BUDGET)
         granted, _ = await burst(throttle, [attempt(known_source=yes)] * BURST)
         assert len(granted) == BUDGET
 
     async def test_nothing_is_checked_beyond_the_last_one(self, make: Make) -> None:
-        """While the last attempt before the lock is checked the others are throttled, not checked."""
+        """While the last attempt before the lock is checked, other attempts are refused unchecked."""
         throttle = make(max_failures=2)
         first, last = [await throttle.reserve(attempt()) for _ in range(2)]
         for _ in range(3):
@@ -351,7 +351,7 @@ class ThrottleContract:
         assert (later.locks, later.exceeded) == (False, True)
 
     async def test_last_one_is_right(self, make: Make) -> None:
-        """Then the row has begun anew, and what was in flight opens no lock."""
+        """A right password at the last attempt resets the failures, and attempts in flight do not lock."""
         throttle = make(max_failures=2)
         wrong, right = [await throttle.reserve(attempt()) for _ in range(2)]
         await throttle.succeeded(right)
@@ -359,7 +359,7 @@ class ThrottleContract:
         assert not (await throttle.reserve(attempt())).exceeded
 
     async def test_unlocked(self, make: Make) -> None:
-        """An account that is unlocked begins anew, whatever failed before."""
+        """Unlocking an account resets its failures."""
         throttle = make(max_failures=2)
         await fail(throttle, attempt(), 3)
         await throttle.succeeded(Reservation(attempt=attempt()))
@@ -368,14 +368,14 @@ class ThrottleContract:
 
     @pytest.mark.parametrize("seed", range(20))
     async def test_lock_in_a_storm(self, make: Make, seed: int) -> None:
-        """However attempts end, no more than the allowed ones are checked."""
+        """In whatever order attempts end, only the allowed number are checked."""
         chance = random.Random(seed)
         throttle = make(max_failures=(most := chance.randint(2, 5)))
         failed = await storm(throttle, chance, most)
         assert sum(not each.exceeded for each in failed) <= most
 
     async def test_burst_locks_once(self, make: Make) -> None:
-        """Of fifty failures at the same moment just as many are checked as are allowed."""
+        """Of fifty failures at once only the allowed number are checked."""
         throttle = make(max_failures=BUDGET)
         granted, late = await burst(throttle, [attempt()] * BURST)
         assert len(granted) <= BUDGET
@@ -384,6 +384,6 @@ class ThrottleContract:
 
     @pytest.mark.parametrize("max_failures", [0, 101, -1])
     def test_lock_that_comes_too_late(self, make: Make, max_failures: int) -> None:
-        """More than a hundred failures in a row are allowed to nobody."""
+        """A limit of more than a hundred failures in a row is a configuration error."""
         with pytest.raises(ConfigurationError, match="between 1 and 100"):
             make(max_failures=max_failures)

@@ -1,4 +1,4 @@
-"""Attempts wait for others in flight: how long, how many, and for which."""
+"""Attempts that wait for attempts in flight: how long, how many, and for which."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from tortoise_auth.throttling.waiting import Waiting
 
 RESERVATION = Reservation(attempt=attempt())
 LIMIT = 10
-"""Seconds after which what does not end is a failure."""
+"""Seconds after which a test that has not ended fails."""
 
 
 def rejecting(
     times: int, error: ThrottledError | None = None
 ) -> Callable[[], Awaitable[Reservation]]:
-    """Reject so many times, because of attempts in flight if no other error is given."""
+    """Reject *times* attempts, because of attempts in flight if no other error is given."""
     left = times
 
     async def reserve() -> Reservation:
@@ -49,14 +49,14 @@ async def test_tries_again() -> None:
 
 @pytest.mark.parametrize("error", [TooEarly(1), ThrottledError(1)], ids=["ours", "any"])
 async def test_does_not_wait_for_a_pause(error: ThrottledError) -> None:
-    """What no attempt in flight can change is rejected at once."""
+    """A pause, which no attempt in flight can end, rejects at once."""
     with pytest.raises(ThrottledError) as raised:
         await Waiting().reserve(rejecting(1, error))
     assert raised.value is error
 
 
 async def test_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    """After the longest time it is rejected, and the time to wait is said."""
+    """After the longest wait the attempt is rejected, with the seconds to wait."""
     monkeypatch.setattr(waiting, "_PATIENCE", 0.02)
     waits = Waiting()
     with pytest.raises(TooEarly) as error:
@@ -67,7 +67,7 @@ async def test_ends(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def test_only_so_many() -> None:
-    """Of a flood at one counter some wait, the others are rejected at once; at another one wait."""
+    """Of a flood at one counter some attempts wait, and the others are rejected at once."""
     waits, asked, flood = Waiting(), 0, waiting._MOST + 50
 
     async def reserve() -> Reservation:
@@ -87,7 +87,7 @@ async def test_only_so_many() -> None:
 
 
 async def test_cancelled() -> None:
-    """Who hangs up waits no longer, and takes no place."""
+    """A caller that is cancelled stops waiting, and frees its place."""
     waits = Waiting()
     task = asyncio.ensure_future(waits.reserve(rejecting(1 << 30)))
     async with asyncio.timeout(LIMIT):
@@ -100,7 +100,7 @@ async def test_cancelled() -> None:
 
 
 async def test_pauses_differ(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Attempts do not come back all at the same moment, and less often as time passes."""
+    """Waiting attempts retry at different moments, and less often as time passes."""
     monkeypatch.setattr(waiting, "_FIRST_PAUSE", 0.01)
     monkeypatch.setattr(waiting, "_LONGEST_PAUSE", 0.2)
     pauses: list[float] = []

@@ -1,1 +1,1 @@
-"""Files that mypy checks and nobody runs."""
+"""Files for mypy; only `test_events.py` is run."""

@@ -1,4 +1,4 @@
-"""The user model by itself, without a service: sign-up, passwords, what it tells and what it hides."""
+"""The user model without a service: sign-up, passwords, what it emits and what it hides."""
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ async def ada(db: TortoiseContext) -> User:
     return await User.create_user(email=EMAIL, password=PASSWORD, display_name="Ada")
 
 
-def test_tables_of_one_name_are_told_apart() -> None:
-    """Two models may share the name of their table in two schemas, and no account with that."""
+def test_tables_of_one_name_are_distinct() -> None:
+    """Two models may share the name of a table in two schemas without sharing an account."""
 
     class InOne(AbstractUser):
         class Meta(AbstractUser.Meta):
@@ -86,14 +86,14 @@ def test_tables_of_one_name_are_told_apart() -> None:
 
 class TestCreateUser:
     @pytest.mark.parametrize(("model", "values"), MODELS)
-    async def test_saves_hashes_and_tells(
+    async def test_saves_hashes_and_emits(
         self,
         db: TortoiseContext,
         events: Captured,
         model: type[AbstractUser],
         values: dict[str, str],
     ) -> None:
-        """Whatever the primary key, the account is stored, its password hashed, and told once."""
+        """Whatever the primary key, the account is stored, its password hashed, and its event emitted once."""
         user = await model.create_user(email=EMAIL, password=PASSWORD, **values)
         stored = await row(model, user.pk)
         assert str(stored["password"]).startswith("$argon2id$")
@@ -115,7 +115,7 @@ class TestCreateUser:
         ],
     )
     async def test_email_is_normalised(self, db: TortoiseContext, typed: str, stored: str) -> None:
-        """The object and the row hold one and the same spelling."""
+        """The object and the row hold the same spelling."""
         user = await User.create_user(email=typed, password=PASSWORD)
         assert user.email == stored
         assert (await row(User, user.pk))["email"] == stored
@@ -142,7 +142,7 @@ class TestCreateUser:
         ],
     )
     async def test_bad_email(self, db: TortoiseContext, events: Captured, email: str) -> None:
-        """What is no address is refused before a hash is computed."""
+        """Text that is no address is refused before a hash is computed."""
         with argon2_costs() as costs, pytest.raises(InvalidIdentifierError) as refusal:
             await User.create_user(email=email, password=PASSWORD)
         assert refusal.value.code == "invalid_identifier"
@@ -154,7 +154,7 @@ class TestCreateUser:
         "email", [None, 7, True, b"a@b.example", ["a@b.example"], "\ud800@b.example", "a" * 10**7]
     )
     async def test_hostile_email(self, db: TortoiseContext, email: Any) -> None:
-        """Other types, broken text and megabytes are refused just the same, and not repeated."""
+        """Other types, broken text and megabytes are refused, too, and not repeated."""
         with pytest.raises(InvalidIdentifierError) as refusal:
             await User.create_user(email=email, password=PASSWORD)
         assert str(refusal.value) == "That is not an e-mail address"
@@ -166,14 +166,14 @@ class TestCreateUser:
             await NamedUser.create_user(email=EMAIL, username=username, password=PASSWORD)
 
     async def test_missing_identifier(self, db: TortoiseContext) -> None:
-        """Without an identifier there is no account."""
+        """A sign-up without an identifier is refused."""
         with pytest.raises(InvalidIdentifierError):
             await User.create_user(password=PASSWORD)
         with pytest.raises(InvalidIdentifierError):
             await NamedUser.create_user(email=EMAIL, password=PASSWORD)
 
     async def test_missing_column(self, db: TortoiseContext) -> None:
-        """A column without a default has to be given, be it not what one logs in with."""
+        """A column without a default is required, even if it is not the identifier."""
         with pytest.raises(ValueError, match=r"^NamedUser: email .*needs one"):
             await NamedUser.create_user(username="ada", password=PASSWORD)
 
@@ -181,7 +181,7 @@ class TestCreateUser:
     async def test_taken(
         self, db: TortoiseContext, ada: User, events: Captured, typed: str
     ) -> None:
-        """A second account is refused in any spelling; neither text nor cause tell whose it is."""
+        """A second account is refused in any spelling; neither text nor cause names the first."""
         events.clear()
         with pytest.raises(IdentifierTakenError) as refusal:
             await User.create_user(email=typed, password=PASSWORD)
@@ -194,7 +194,7 @@ class TestCreateUser:
     async def test_taken_in_a_transaction_of_the_caller(
         self, db: TortoiseContext, ada: User
     ) -> None:
-        """The caller's own transaction goes on after the refusal."""
+        """The caller's own transaction can go on after the refusal."""
         async with in_transaction(connection_of(db).connection_name):
             with pytest.raises(IdentifierTakenError):
                 await User.create_user(email=EMAIL, password=PASSWORD)
@@ -202,7 +202,7 @@ class TestCreateUser:
         assert await User.filter(pk=bob.pk).exists()
 
     async def test_refused_by_the_database(self, db: TortoiseContext) -> None:
-        """A value that breaks a rule of the database is the caller's fault, and is not repeated."""
+        """A value that violates a constraint is a ValueError that does not repeat it."""
         connection = connection_of(db)
         await connection.execute_script(
             "ALTER TABLE app_user ADD CHECK (display_name <> 'canary')"
@@ -221,20 +221,20 @@ class TestCreateUser:
         ["is_active", "session_version", "last_login", "created_at", "updated_at"],
     )
     async def test_mass_assignment(self, db: TortoiseContext, smuggled: str) -> None:
-        """A form cannot decide about access."""
+        """A form cannot set columns that control access."""
         with pytest.raises(ValueError, match=smuggled):
             await User.create_user(email=EMAIL, password=PASSWORD, **{smuggled: None})
         assert await User.all().count() == 0
 
     async def test_password_is_never_stored_as_given(self, db: TortoiseContext) -> None:
-        """Even a hash is only a password, and hashed."""
+        """A hash that is given as a password is hashed, too."""
         given = "$argon2id$v=19$m=8,t=1,p=1$c29tZXNhbHQ$YQ"
         user = await User.create_user(email=EMAIL, password=given)
         assert user.password != given
         assert await user.check_password(given)
 
     async def test_unknown_column(self, db: TortoiseContext) -> None:
-        """A column that does not exist is named, with those that do."""
+        """The error of an unknown column names it, and lists those that exist."""
         with pytest.raises(ValueError, match=r"no field display_nam .*: display_name"):
             await User.create_user(email=EMAIL, password=PASSWORD, display_nam="Ada")
 
@@ -262,7 +262,7 @@ class TestCreateUser:
     async def test_policy(
         self, db: TortoiseContext, events: Captured, password: Any, code: str
     ) -> None:
-        """The policy is asked, and knows the address of the new account."""
+        """The policy is applied, with the address of the new account as context."""
         with argon2_costs() as costs, pytest.raises(PasswordPolicyError) as refusal:
             await User.create_user(email=EMAIL, password=password)
         assert [failure.code for failure in refusal.value.failures] == [code]
@@ -277,7 +277,7 @@ class TestCreateUser:
             await User.create_user(email=EMAIL, password=PASSWORD)
 
     async def test_without_password(self, db: TortoiseContext, auth: AuthService[User]) -> None:
-        """An account without a password exists, and no password opens it."""
+        """An account without a password can be created, and no password logs in to it."""
         user = await User.create_user(email=EMAIL)
         stored = str((await row(User, user.pk))["password"])
         assert not user.has_usable_password()
@@ -287,7 +287,7 @@ class TestCreateUser:
                 await auth.login(EMAIL, password)
 
     async def test_context(self, db: TortoiseContext, events: Captured) -> None:
-        """The event knows the request in which it happened."""
+        """The event carries the context of its request."""
         context = RequestContext(ip="203.0.113.7")
         token = request_context.set(context)
         try:
@@ -298,7 +298,7 @@ class TestCreateUser:
 
 
 class Club(Model):
-    """What accounts belong to."""
+    """A model that accounts refer to."""
 
     name = fields.CharField(max_length=20, default="")
 
@@ -307,7 +307,7 @@ class Club(Model):
 
 
 class Member(AbstractUser):
-    """Has unique columns of its own, and relations of every kind."""
+    """A user with unique columns of its own, and relations of every kind."""
 
     phone = fields.CharField(max_length=20, unique=True, null=True, source_field="Phone_no")
     badge = fields.CharField(max_length=20, null=True)
@@ -330,7 +330,7 @@ class Member(AbstractUser):
 
 @pytest.fixture(params=DATABASES)
 async def members(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[TortoiseContext]:
-    """Every database there is, with the accounts of clubs."""
+    """Every database, with the models of this module."""
     modules = [__name__, "tortoise_auth.models"]
     async with database(request.param, tmp_path, modules=modules) as context:
         yield context
@@ -347,7 +347,7 @@ class TestOwnColumns:
         ids=["column", "two columns", "one-to-one"],
     )
     async def test_unique(self, members: TortoiseContext, names: list[str], message: str) -> None:
-        """Two accounts that share a unique value of the host's are told by its column, not its value."""
+        """The error of a duplicate unique value names its column, not its value."""
         mentor = await Member.create_user(email="mentor@example.com")
         everything: dict[str, Any] = {
             "phone": "canary-1",
@@ -364,7 +364,7 @@ class TestOwnColumns:
         assert await Member.all().count() == 2
 
     async def test_identifier_goes_first(self, members: TortoiseContext) -> None:
-        """Whoever signs up twice is told that there is such an account; a key may be taken, too."""
+        """A second sign-up is an IdentifierTakenError, even if other columns, or the key, are taken, too."""
         ada = await Member.create_user(email=EMAIL, badge="7")
         with pytest.raises(IdentifierTakenError):
             await Member.create_user(email=EMAIL, badge="7")
@@ -372,20 +372,20 @@ class TestOwnColumns:
             await Member.create_user(email="bob@example.com", id=ada.pk)
 
     async def test_unique_by_an_expression(self, members: TortoiseContext) -> None:
-        """SQLite does not tell the column of such an index: then the account counts as taken."""
+        """SQLite does not report the column of such an index, so the identifier counts as taken."""
         await connection_of(members).execute_script(
             "CREATE UNIQUE INDEX app_member_alias ON app_member (lower(alias))"
         )
         await Member.create_user(email=EMAIL, alias="canary")
-        told = connection_of(members).capabilities.dialect == "postgres"
-        with pytest.raises(ValueError if told else IdentifierTakenError) as refusal:
+        reported = connection_of(members).capabilities.dialect == "postgres"
+        with pytest.raises(ValueError if reported else IdentifierTakenError) as refusal:
             await Member.create_user(email="bob@example.com", alias="CANARY")
-        assert ("Member: alias" in str(refusal.value)) == told
+        assert ("Member: alias" in str(refusal.value)) == reported
         assert "canary" not in str(refusal.value).lower()
 
     @pytest.mark.parametrize("relation", ["friends", "befriended", "pupil", "members", "pk"])
     async def test_what_is_no_column(self, members: TortoiseContext, relation: str) -> None:
-        """Relations without a column here are no fields to set; those with one are listed."""
+        """Relations without a column in this table cannot be set; those with one are listed."""
         values: dict[str, Any] = {relation: [1]}
         with pytest.raises(ValueError, match=f"^Member has no field {relation} that") as refusal:
             await Member.create_user(email=EMAIL, **values)
@@ -396,7 +396,7 @@ class TestOwnColumns:
 
     @pytest.mark.parametrize("name", ["club", "mentor"])
     async def test_relation(self, members: TortoiseContext, name: str) -> None:
-        """A relation takes a saved object of its model or nothing."""
+        """A relation accepts a saved object of its model, or None."""
         for misfit in (1, "1", [1], Club(), Member(), AuditRow(id=1)):
             values: dict[str, Any] = {name: misfit}
             with pytest.raises(ValueError, match=f"^Member: {name} cannot hold such a value$"):
@@ -406,7 +406,7 @@ class TestOwnColumns:
 
     @pytest.mark.parametrize("value", ["canary" * 9, b"canary" * 8])
     async def test_refused_value_is_not_quoted(self, members: TortoiseContext, value: Any) -> None:
-        """A column of the host may hold a secret: a refusal names the column alone."""
+        """A refusal names the column of the host, and not its value, which may be secret."""
         with pytest.raises(ValueError, match=r"^Member: phone cannot hold such a value") as refusal:
             await Member.create_user(email=EMAIL, phone=value)
         assert "canary" not in str(refusal.value)
@@ -414,7 +414,7 @@ class TestOwnColumns:
 
 
 class Diagnosis:
-    """The part of a psycopg error that names the key."""
+    """The part of a psycopg error that names the constraint."""
 
     message_detail = 'Ключ "(tenant, lower(email::text))=(7, a@b.c (x)=y)" уже существует.'
 
@@ -438,7 +438,7 @@ class TestViolatedColumns:
         ids=range(7),
     )
     def test_of_every_driver(self, text: str, details: dict[str, Any], columns: set[str]) -> None:
-        """SQLite, asyncpg and psycopg, whose text is in the language of the server."""
+        """The columns are read from the errors of SQLite, asyncpg and psycopg, in any language."""
         cause = Exception(text)
         for name, value in details.items():
             setattr(cause, name, value)
@@ -447,7 +447,7 @@ class TestViolatedColumns:
 
 
 class ShortUser(AbstractUser):
-    """Allows only short addresses."""
+    """A user whose column holds only short addresses."""
 
     email = EmailField(max_length=20, unique=True)
 
@@ -458,7 +458,7 @@ class ShortUser(AbstractUser):
 
 class TestNormalizeIdentifier:
     def test_is_idempotent(self) -> None:
-        """What was normalised is its own normal form."""
+        """A normalised identifier is its own normal form."""
         for model, typed in [
             (User, " REN\u00c9E@B\u00fccher.example"),
             (User, "\u0130stanbul@example.com"),
@@ -468,7 +468,7 @@ class TestNormalizeIdentifier:
             assert model.normalize_identifier(once) == once
 
     def test_fits_the_column(self) -> None:
-        """An identifier that is longer than its column cannot be one."""
+        """An identifier that is longer than its column is refused."""
         assert ShortUser.normalize_identifier("a" * 8 + "@example.com") == "aaaaaaaa@example.com"
         with pytest.raises(InvalidIdentifierError):
             ShortUser.normalize_identifier("a" * 9 + "@example.com")
@@ -486,7 +486,7 @@ class TestSetPassword:
         model: type[AbstractUser],
         values: dict[str, str],
     ) -> None:
-        """It needs no service: the hash is stored, all sessions end, and it is told once."""
+        """Without a service the hash is stored, all sessions end, and one event is emitted."""
         auth = AuthService(model, AuthConfig(secret=SECRET))
         user = await model.create_user(email=EMAIL, password=PASSWORD, **values)
         identifier = getattr(user, model.identifier_field)
@@ -504,7 +504,7 @@ class TestSetPassword:
         assert await auth.login(identifier, NEW_PASSWORD)
 
     async def test_writes_only_its_columns(self, db: TortoiseContext, ada: User) -> None:
-        """An object from before overwrites nothing and opens no closed account."""
+        """A stale object overwrites nothing, and reopens no closed account."""
         await User.filter(pk=ada.pk).update(display_name="Countess", is_active=False)
         before = await row(User, ada.pk)
         await ada.set_password(NEW_PASSWORD)
@@ -516,7 +516,7 @@ class TestSetPassword:
         )
 
     async def test_versions_never_repeat(self, db: TortoiseContext, ada: User) -> None:
-        """Two objects of one account do not give the same version twice."""
+        """Two objects of one account do not set the same version twice."""
         stale = await User.get(pk=ada.pk)
         await ada.set_password(NEW_PASSWORD)
         await stale.set_password(PASSWORD)
@@ -559,7 +559,7 @@ class TestCheckPassword:
     async def test_wrong(
         self, db: TortoiseContext, ada: User, hasher: PasswordHasher, password: Any
     ) -> None:
-        """Anything but the password is wrong, at the price of one hash, and changes nothing."""
+        """Any other text is wrong, costs one hash, and changes nothing."""
         before = await rows(User)
         with argon2_costs() as costs, statements(db) as seen:
             assert await ada.check_password(password) is False
@@ -568,7 +568,7 @@ class TestCheckPassword:
         assert await rows(User) == before
 
     async def test_right(self, db: TortoiseContext, ada: User, hasher: PasswordHasher) -> None:
-        """The password is right at the same price, and asks no database."""
+        """The right password costs one hash, too, and no statement."""
         with argon2_costs() as costs, statements(db) as seen:
             assert await ada.check_password(PASSWORD) is True
         assert costs == [full_cost(hasher)]
@@ -583,7 +583,7 @@ class TestCheckPassword:
         events: Captured,
         scheme: Any,
     ) -> None:
-        """The right password replaces an old hash, in the row and in memory; sessions go on."""
+        """The right password replaces an outdated hash, in the row and in memory, and ends no session."""
         rounds = 4 if scheme is bcrypt else 10
         ada.password = scheme.using(rounds=rounds).hash(PASSWORD)
         await ada.save()
@@ -611,7 +611,7 @@ class TestCheckPassword:
         events: Captured,
         object_: str,
     ) -> None:
-        """A password that was set while the old one is hashed anew stays, by whatever object."""
+        """A password that any object sets while the old one is rehashed stays."""
         outdated = pbkdf2_sha256.using(rounds=10).hash(PASSWORD)
         ada.password = outdated
         await ada.save()
@@ -638,7 +638,7 @@ class TestUnusablePassword:
     async def test_until_a_new_one_is_set(
         self, db: TortoiseContext, auth: AuthService[User], ada: User
     ) -> None:
-        """No password is right, sessions go on, and a new password works."""
+        """No password is accepted, sessions stay live, and a new password works."""
         result = await log_in(auth)
         ada.set_unusable_password()
         assert not ada.has_usable_password()
@@ -660,7 +660,7 @@ class TestUnusablePassword:
         assert first.password != second.password
 
     def test_an_empty_hash_is_unusable(self) -> None:
-        """A new object has no password."""
+        """A new object has no usable password."""
         assert not User().has_usable_password()
 
 
@@ -669,7 +669,7 @@ class TestDescription:
     async def test_shows_class_and_key_only(
         self, sqlite: TortoiseContext, model: type[AbstractUser], values: dict[str, str]
     ) -> None:
-        """Whatever a log prints of an account is its class and its primary key."""
+        """The text of an account is its class and its primary key."""
         user = await model.create_user(email=EMAIL, password=PASSWORD, **values)
         expected = f"<{model.__name__}: {user.pk}>"
         assert (repr(user), str(user), f"{user}") == (expected,) * 3
@@ -678,8 +678,8 @@ class TestDescription:
         """An object without a key can be printed."""
         assert repr(User(email=EMAIL)) == "<User: None>"
 
-    def test_is_somebody(self) -> None:
-        """An account is never an anonymous visitor."""
+    def test_is_authenticated(self) -> None:
+        """An account is always authenticated, never anonymous."""
         user = User()
         assert (user.is_authenticated, user.is_anonymous) == (True, False)
 
@@ -717,7 +717,7 @@ class TestPrimaryKey:
         ],
     )
     def test_reads_what_str_wrote(self, model: type[AbstractUser], text: str, key: object) -> None:
-        """The text of a key is read back."""
+        """The text of a key is parsed back."""
         assert primary_key(model, text) == key
 
     @pytest.mark.parametrize(
@@ -729,12 +729,12 @@ class TestPrimaryKey:
         ids=range(16),
     )
     def test_refuses_every_other_spelling(self, model: type[AbstractUser], text: str) -> None:
-        """A database that is more generous than this never gets to see it."""
+        """Another spelling of a key, which a database might accept, is refused before it is sent."""
         assert primary_key(model, text) is None
 
 
 def test_columns_of_a_new_account() -> None:
-    """The contract of the model: its fields and what they are at first."""
+    """The contract of the model: its fields and their initial values."""
     names = {"email", "password", "is_active", "last_login", "session_version"}
     names |= {"created_at", "updated_at", "password_locked_at", "id", "display_name"}
     assert set(columns(User())) == names

@@ -12,7 +12,6 @@ from collections.abc import KeysView, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from datetime import datetime
 from inspect import get_annotations
-from types import MappingProxyType
 from typing import Any, ClassVar, Generic, Literal, Protocol, Self, TypeAlias
 from uuid import UUID, uuid4
 from weakref import WeakSet
@@ -24,6 +23,7 @@ from tortoise_auth.clock import utc_now
 from tortoise_auth.context import RequestContext
 from tortoise_auth.events.classification import Classification
 from tortoise_auth.events.serialization import plain, restored
+from tortoise_auth.frozen import FrozenDict
 
 UserT = TypeVar("UserT", bound=Model, default=Model)
 """The host's user model: annotate a handler with ``UserLogin[User]`` to have ``event.user`` typed."""
@@ -181,7 +181,7 @@ class NamedEvent(Event):
     @classmethod
     def of(cls, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> NamedEvent:
         """Return the event *name* with a payload."""
-        event = cls(args=tuple(args), kwargs=MappingProxyType(dict(kwargs)))
+        event = cls(args=tuple(args), kwargs=FrozenDict(kwargs))
         object.__setattr__(event, "name", name)
         return event
 

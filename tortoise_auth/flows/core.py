@@ -62,8 +62,8 @@ class Core(Generic[UserT]):
         self.user_model = user_model
         self.config = config
         self.clock = checked_clock(clock)
-        self.sessions = Sessions(user_model, config, clock)
-        self.tokens = AccessTokens(config, clock)
+        self.sessions = Sessions(user_model, config, self.clock)
+        self.tokens = AccessTokens(config, self.clock, user_table(user_model))
         self.throttle = DatabaseThrottle(clock=clock) if throttle == "database" else throttle
         self._emitter = emitter
         self._passwords = passwords

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from uuid import UUID
 
@@ -31,7 +32,7 @@ class Revocation:
 
 async def logout(core: Core[UserT], token: str, context: RequestContext | None) -> Revocation:
     """End the session of an access or refresh token. Emits ``user_logout``."""
-    _reject_what_holds_tokens(token, "logout")
+    _require_token(token)
     pair = await _session_of(core, token)
     if pair is None:
         return Revocation(0, None)
@@ -71,7 +72,8 @@ async def revoke_session(
         core.require_own(user)
     if isinstance(session_id, Session):
         session_id = session_id.id
-    _reject_what_holds_tokens(session_id, "revoke_session")
+    if isinstance(session_id, AuthResult):
+        raise TypeError("revoke_session() takes result.session, not the AuthResult itself")
     pair = await core.sessions.find_by_id(session_id)
     if pair is None or (user is not None and pair.session.user_id != str(user.pk)):
         return Revocation(0, None)
@@ -110,7 +112,22 @@ async def _session_of(core: Core[UserT], token: str) -> SessionWithUser[UserT] |
     return await core.sessions.find(claims.session_id, claims.subject)
 
 
-def _reject_what_holds_tokens(value: object, method: str) -> None:
-    if isinstance(value, AuthResult | Session):
-        what = "result.access_token" if method == "logout" else "result.session"
-        raise TypeError(f"{method}() takes {what}, not the {type(value).__name__} itself")
+def _require_token(token: object) -> None:
+    """Reject what is no token at all; text that is none of ours ends nothing and is no error.
+
+    Raises:
+        TypeError: It is no text.
+        ValueError: It is a header or the id of a session.
+    """
+    if isinstance(token, AuthResult):
+        raise TypeError("logout() takes result.access_token, not the AuthResult itself")
+    if not isinstance(token, str):
+        raise TypeError(
+            f"logout() takes the text of an access or refresh token, not {type(token).__name__}; "
+            "to end a session without its token use revoke_session, or logout_all for a user"
+        )
+    if token[:7].lower() == "bearer ":
+        raise ValueError('logout() takes the token alone, without "Bearer " before it')
+    with suppress(ValueError):
+        UUID(token)
+        raise TypeError("logout() takes a token, not the id of a session: use revoke_session")

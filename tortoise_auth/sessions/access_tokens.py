@@ -12,12 +12,13 @@ import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from tortoise_auth.clock import Clock
 from tortoise_auth.config import AuthConfig
+from tortoise_auth.context import sanitize_text
 from tortoise_auth.exceptions import TokenExpiredError, TokenInvalidError
+from tortoise_auth.frozen import FrozenDict
 from tortoise_auth.lazy import LazyModule
 from tortoise_auth.sessions.encoding import from_base64url
 
@@ -40,7 +41,21 @@ _OF_ENCRYPTION = frozenset({"enc", "zip"})  # what only an encrypted token has i
 
 
 _REGISTERED_CLAIMS = frozenset(
-    {"iss", "aud", "sub", "sid", "jti", "iat", "exp", "nbf", "typ", "client_id", "auth_time", "amr"}
+    {
+        "user_table",
+        "iss",
+        "aud",
+        "sub",
+        "sid",
+        "jti",
+        "iat",
+        "exp",
+        "nbf",
+        "typ",
+        "client_id",
+        "auth_time",
+        "amr",
+    }
 )
 
 
@@ -69,10 +84,17 @@ class AccessClaims:
 
 
 class AccessTokens:
-    """Signs and reads access tokens with the keys of one configuration."""
+    """Signs and reads access tokens with the keys of one configuration.
 
-    def __init__(self, config: AuthConfig, clock: Clock) -> None:
+    Args:
+        config: The keys and lifetimes.
+        clock: The time, in UTC.
+        user_table: The table of the users that tokens are for; others are not read.
+    """
+
+    def __init__(self, config: AuthConfig, clock: Clock, user_table: str = "") -> None:
         self._config = config
+        self._user_table = user_table
         self._clock = clock
         self._keys = {key.kid: key for key in config.keys}
         self._jwt = jwt.PyJWT(
@@ -112,6 +134,7 @@ class AccessTokens:
             "aud": self._config.audience,
             "sub": subject,
             "sid": session_id,
+            "user_table": self._user_table,
             "jti": secrets.token_urlsafe(16),
             "iat": int(now.timestamp()),
             "exp": expires,
@@ -196,6 +219,12 @@ class AccessTokens:
             raise TokenInvalidError
         if not all(type(time) is int and time >= 0 for time in times):
             raise TokenInvalidError
+        # Two services may share one configuration: user 7 of the one is not user 7 of the other.
+        if claims.get("user_table", "") != self._user_table:
+            raise TokenInvalidError
+        # No primary key is written so, and drivers refuse it.
+        if any(sanitize_text(text, len(text)) != text for text in texts):
+            raise TokenInvalidError
         methods = claims.get("amr", [])
         if not isinstance(methods, list) or not all(isinstance(each, str) for each in methods):
             raise TokenInvalidError
@@ -210,7 +239,7 @@ class AccessTokens:
             expires_at=_moment(claims["exp"]),
             authenticated_at=_moment(claims["auth_time"]) if "auth_time" in claims else None,
             methods=tuple(methods),
-            extra=MappingProxyType(
+            extra=FrozenDict(
                 {name: value for name, value in claims.items() if name not in _REGISTERED_CLAIMS}
             ),
         )

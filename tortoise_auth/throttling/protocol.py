@@ -301,18 +301,7 @@ class CountingThrottle(ABC):
 
 
 def source_of(ip: str | None) -> str | None:
-    """Return the network that counts as one source: an IPv4 address, the /64 of an IPv6 address.
-
-    Anything else is taken as it is: the caller knows what it gives.
-    """
-    if ip is None or not ip.strip():
-        return None
-    try:
-        address = ipaddress.ip_address(ip.strip())
-    except ValueError:
+    """Return the network that counts as one source: an IPv4 address, the /64 of an IPv6 address."""
+    if ip is None or ":" not in ip:
         return ip
-    if isinstance(address, ipaddress.IPv6Address):
-        if address.ipv4_mapped is not None:
-            return str(address.ipv4_mapped)
-        return str(ipaddress.ip_network((int(address), 64), strict=False))
-    return str(address)
+    return str(ipaddress.ip_network((int(ipaddress.IPv6Address(ip)), 64), strict=False))

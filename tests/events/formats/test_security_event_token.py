@@ -135,7 +135,7 @@ class TestEveryEvent:
         """Every token, of any actor and in any request, keeps the rules of RFC 8417."""
         several = [set_claims(event, issuer=ISSUER, audience=AUDIENCE) for event in variants()]
         kept = [each for each in several if each is not None]
-        assert len(kept) > 80
+        assert len(kept) >= 60
         for each in kept:
             assert violations(as_sent(each), FILE, "claims") == []
 

@@ -60,7 +60,7 @@ def ecs(
         ValueError, TypeError: See `ocsf`.
     """
     classified = reading.classification_of(event)
-    context, ip = event.context, reading.ip(event.context.ip)
+    context, ip = event.context, event.context.ip
     name = None
     if classified.resource is None:
         name = reading.identifier(event, unknown=unknown_identifiers)
@@ -79,7 +79,7 @@ def ecs(
             "dataset": "tortoise_auth.events",
         },
         "user": {"target": account} if event.actor in ("admin", "system") else account,
-        "source": {"ip": ip, "address": context.ip},
+        "source": {"ip": ip, "address": ip},
         "user_agent": {"original": context.user_agent},
         "http": {"request": {"id": context.request_id}},
         "service": {"name": service},

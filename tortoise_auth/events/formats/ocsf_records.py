@@ -97,7 +97,7 @@ def ocsf(
     class_uid, activity, label = _ACTIVITIES[classified.activity]
     severity_id, severity = _SEVERITIES[classified.severity]
     status_id, status = _STATUSES[classified.outcome]
-    reason, ip = reading.reason(event, classified), reading.ip(event.context.ip)
+    reason, ip = reading.reason(event, classified), event.context.ip
     record = {
         "category_uid": class_uid // 1000,
         "class_uid": class_uid,
@@ -120,7 +120,7 @@ def ocsf(
             "correlation_uid": event.context.request_id,
         },
         **_subject(event, classified, unknown_identifiers),
-        "src_endpoint": {"ip": ip, "name": None if ip else event.context.ip},
+        "src_endpoint": {"ip": ip},
         "http_request": {"user_agent": event.context.user_agent, "uid": event.context.request_id},
         "unmapped": reading.details(event, classified),
     }

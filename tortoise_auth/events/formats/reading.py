@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from ipaddress import ip_address
 from typing import Any, get_args
 
 from tortoise_auth.events.classification import Classification, FailureReason
@@ -88,15 +87,6 @@ def resource(event: Event, classification: Classification) -> dict[str, str]:
     field = classification.resource_id
     uid = None if field is None else plain(getattr(event, field), f"{event.name}.{field}")
     return {"type": classification.resource} | ({} if uid is None else {"uid": str(uid)})
-
-
-def ip(text: str | None) -> str | None:
-    """Return an address in its usual spelling; ``None`` if it is none, or means one link's alone."""
-    try:
-        address = str(ip_address(text or ""))
-    except ValueError:
-        return None
-    return None if "%" in address else address
 
 
 def clean(text: str) -> str:
