@@ -398,10 +398,10 @@ def main() -> int:
     systems: dict[str, Make] = {FLOOR: bare_loop, OURS: ours, SEED: seed(load_seed(chosen.seed))}
     print(f"Python {sys.version.split()[0]}, {chosen.rounds} rounds, no-op async handlers\n")
     for name, (distribution, module, make) in PEERS.items():
-        if (version := installed(distribution, module)) is None:
+        if (release := installed(distribution, module)) is None:
             print(f"  {name}: not installed (pip install {distribution}), SKIPPED")
         else:
-            systems[f"{name} {version}"] = make
+            systems[f"{name} {release}"] = make
     peers = [name for name in systems if name not in (FLOOR, OURS, SEED)]
     found_times = asyncio.run(
         measure(systems | {SUBSET: subset, EVERYTHING: everything}, chosen.rounds)

@@ -250,11 +250,11 @@ async def measure_logins(logins: int) -> list[Row]:
 
 
 async def report(rows: int, logins: int) -> list[Row]:
-    report: list[Row] = []
+    result: list[Row] = []
 
     def show(title: str, lines: list[Row]) -> None:
         print(f"\n{title}", *lines, sep="\n")
-        report.extend(lines)
+        result.extend(lines)
 
     async with sqlite():
         show(f"SQLite file, {logins} logins each", await measure_logins(logins))
@@ -265,7 +265,7 @@ async def report(rows: int, logins: int) -> list[Row]:
         show(title, await measure_relays(rows))
     else:
         print(f"\nno PostgreSQL listens at {POSTGRES_URL}: relays are not measured")
-    return report
+    return result
 
 
 def options() -> argparse.Namespace:

@@ -69,11 +69,11 @@ async def user(sqlite: TortoiseContext) -> User:
 
 def test_only_the_gate_opens_sessions() -> None:
     """Only the gate calls ``sessions.open``, and only the store makes a row."""
-    openings = {
+    calls_of = {
         str(path.relative_to(PACKAGE)): list(openings(path.read_text()))
         for path in PACKAGE.rglob("*.py")
     }
-    assert {name: calls for name, calls in openings.items() if calls} == {
+    assert {name: calls for name, calls in calls_of.items() if calls} == {
         "flows/signin.py": ["core.sessions.open"],
         "sessions/store.py": ["Session.create"],
     }
