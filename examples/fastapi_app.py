@@ -201,7 +201,7 @@ if __name__ == "__main__":
 
     os.environ["DATABASE_URL"] = "sqlite://:memory:"
     ada = {"email": "ada@example.com", "password": "correct horse battery staple"}
-    with TestClient(app) as client:
+    with TestClient(app, client=("127.0.0.1", 50000)) as client:
         show(client.post("/sign-up", json=ada | {"display_name": "Ada"}))
         show(client.post("/sign-up", json=ada))
         show(client.post("/log-in", json=ada | {"password": "wrong donkey"}))

@@ -59,7 +59,8 @@ def normalize_ip(ip: object) -> str:
     except ValueError:
         raise ValueError(
             "RequestContext(ip=...) takes one address, without a port and without other addresses "
-            'behind it: "203.0.113.7", "2001:db8::7", or None if there is none'
+            'behind it: "203.0.113.7", "2001:db8::7", or None if there is none. The TestClient of '
+            'Starlette calls itself "testclient" unless told: TestClient(app, client=("127.0.0.1", 5))'
         ) from None
     if isinstance(address, ipaddress.IPv6Address):
         low = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
