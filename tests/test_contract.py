@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import dataclasses
 import pickle
+import re
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 from zoneinfo import ZoneInfo
 
@@ -239,3 +241,13 @@ class TestErrors:
         assert str(ThrottledError(1)).endswith("try again in 1 second")
         assert str(ThrottledError(1.5)).endswith("try again in 2 seconds")
         assert pickle.loads(pickle.dumps(ThrottledError(3))).retry_after == 3
+
+    def test_name_on_pypi(self) -> None:
+        """No page, example or message tells people to install another project of that name."""
+        root = Path(__file__).parents[1]
+        files = [root / "README.md", *(root / "docs").glob("*.md")]
+        for folder in ("tortoise_auth", "examples"):
+            files += (root / folder).rglob("*.py")
+        wrong = re.compile(r"pip install [^\n]*tortoise[-_]auth")
+        assert [file.name for file in files if wrong.search(file.read_text())] == []
+        assert len(files) > 90

@@ -843,7 +843,7 @@ class TestExtra:
         )
         assert finished.returncode == 1
         assert finished.stderr == (
-            f'The command tortoise-auth needs {package}: pip install "tortoise-auth[cli]"\n'
+            f"The command tortoise-auth needs {package}: pip install typer rich\n"
         )
 
     def test_not_imported(self) -> None:

@@ -1169,7 +1169,7 @@ class TestExtra:
         assert finished.returncode == 1
         last = finished.stderr.splitlines()[-1]
         assert last.startswith("ImportError: ")
-        assert "pip install 'tortoise-auth[faststream]'" in last
+        assert "pip install 'faststream[redis]'" in last
 
 
 PAGE = ROOT / "docs" / "brokers.md"

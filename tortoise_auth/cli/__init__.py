@@ -14,8 +14,6 @@ except ModuleNotFoundError as missing:
     package = (missing.name or "").partition(".")[0]
     if package not in ("typer", "rich"):
         raise
-    raise SystemExit(
-        f'The command tortoise-auth needs {package}: pip install "tortoise-auth[cli]"'
-    ) from None
+    raise SystemExit(f"The command tortoise-auth needs {package}: pip install typer rich") from None
 
 __all__ = ["main"]

@@ -30,8 +30,7 @@ except ModuleNotFoundError as error:
         raise
     raise ImportError(
         "tortoise_auth.integrations.faststream needs FastStream: "
-        "pip install 'tortoise-auth[faststream]' and FastStream's extra for your broker, "
-        "for example 'faststream[redis]'"
+        "pip install 'faststream[redis]', or its extra for another broker"
     ) from error
 
 __all__ = ["CloudEventError", "event_from", "feed", "publish_events"]

@@ -1,6 +1,6 @@
 """Throttling over many machines: the counts live in Redis, kept by the `limits` library.
 
-Needs the extra ``limits``: ``pip install "tortoise-auth[limits]"``.
+Needs the extra ``limits`` of this package: in its checkout ``pip install ".[limits]"``.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ try:
 except ImportError as missing:
     raise ImportError(
         "tortoise_auth.integrations.limits needs the limits library: "
-        'pip install "tortoise-auth[limits]"'
+        'pip install limits redis, or in our checkout pip install ".[limits]"'
     ) from missing
 
 _FAILURES_KEPT = int(FAILURES_KEPT.total_seconds())
