@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
-PYTEST := $(BIN)/python -m pytest -q -n auto --dist worksteal
+PYTEST := $(BIN)/python -m pytest -q -n auto --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test lint types check cov fmt bench clean
@@ -44,7 +44,7 @@ DOORS := passwords/* keys config sessions/* service throttling/* flows/* users/*
 
 cov: $(STAMP) ## Branch coverage
 	$(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest -q -n auto --dist worksteal $(ARGS)
+	$(BIN)/coverage run -m pytest -q -n auto --dist loadfile $(ARGS)
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 	set -f; for door in $(DOORS); do $(BIN)/coverage report --fail-under=100 --include=tortoise_auth/$$door.py || exit; done

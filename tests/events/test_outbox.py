@@ -243,7 +243,7 @@ class TestWriting:
         emitter.on(PageTurned, receive, delivery="durable")
         async with TortoiseContext() as context:
             await context.init(
-                db_url="sqlite://:memory:", modules={"models": ["tests.support.ledger"]}
+                db_url="sqlite://:memory:", modules={"host": ["tests.support.ledger"]}
             )
             with pytest.raises(ConfigurationError, match=r"tortoise_auth\.models"):
                 await emitter.emit(PageTurned(page=1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import ipaddress
 import json
 import unicodedata
 import uuid
@@ -172,7 +173,21 @@ class TestLogin:
         if not is_text(identifier, 120):
             assert all("tortoise_auth_attempts" in statement for statement in work.sql)
 
-    @given(ip=ANYTHING, user_agent=ANYTHING, request_id=ANYTHING)
+    @given(ip=ANYTHING)
+    def test_address(self, ip: Any) -> None:
+        """Whatever is given for an address is one in its usual spelling, or an error of two kinds."""
+        try:
+            context = RequestContext(ip=ip)
+        except (TypeError, ValueError) as error:
+            assert str(error).startswith("RequestContext(ip=...) takes ")
+        else:
+            assert context.ip is None or str(ipaddress.ip_address(context.ip)) == context.ip
+
+    @given(
+        ip=st.none() | st.ip_addresses() | st.ip_addresses().map(str),
+        user_agent=ANYTHING,
+        request_id=ANYTHING,
+    )
     @settings(in_the_same_database, max_examples=100)
     async def test_circumstances(
         self,
@@ -622,7 +637,10 @@ def assert_refused_everywhere(auth: AuthService[User], token: Any) -> None:
     for door in doors:
         with pytest.raises(TokenError):
             door()
-    assert at_once(auth.logout(token)) == Revocation(0, None)
+    try:
+        assert at_once(auth.logout(token)) == Revocation(0, None)
+    except (TypeError, ValueError) as error:  # what is no token at all
+        assert str(error).startswith("logout() takes ")
 
 
 class TestTokens:
