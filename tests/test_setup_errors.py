@@ -74,6 +74,16 @@ class Ambiguous(AbstractUser):
         abstract = False
 
 
+class RelatedKey(AbstractUser):
+    """Its key is a relation, as of a profile."""
+
+    person: fields.OneToOneRelation[User] = fields.OneToOneField("models.User", primary_key=True)
+
+    class Meta(AbstractUser.Meta):
+        table = "app_related_key"
+        abstract = False
+
+
 class TestConstruction:
     """Mistakes that are reported before the first request."""
 
@@ -98,6 +108,11 @@ class TestConstruction:
             ConfigurationError, match=r"identifier_field is 'username'.*unique=True"
         ):
             AuthService(model, CONFIG)
+
+    def test_relation_as_key(self) -> None:
+        """A relation as primary key is refused when the service is made, not at the first login."""
+        with pytest.raises(ConfigurationError, match="primary key of RelatedKey is a relation"):
+            AuthService(RelatedKey, CONFIG)
 
     def test_identifier_without_a_service(self) -> None:
         """The model reports an invalid identifier without a service, too."""
