@@ -34,6 +34,11 @@ DEAR = {
     "argon2 memory": "$argon2id$v=19$m=4194304000,t=1,p=1" + TAIL,
     "argon2 lanes": "$argon2id$v=19$m=1048576,t=1,p=16384" + TAIL,
     "argon2 without version": "$argon2i$m=65536,t=4000000,p=1" + TAIL,
+    "argon2 with data": "$argon2id$v=19$m=65536,t=4000000,p=1,data=YWJj" + TAIL,
+    "argon2 of 11 digits": "$argon2id$v=19$m=65536,t=40000000000,p=1" + TAIL,
+    "argon2 in other digits": "$argon2id$v=19$m=65536,t=\u0664000000,p=1" + TAIL,
+    "argon2 in another order": "$argon2id$v=19$t=4000000,m=65536,p=1" + TAIL,
+    "pbkdf2 of 14 digits": "$pbkdf2-sha256$10000000000000" + TAIL,
     "pbkdf2": "$pbkdf2-sha256$1000000000" + TAIL,
     "pbkdf2 of Django": "pbkdf2_sha256$1000000000$abcdefgh$" + "A" * 43 + "=",
 }

@@ -323,7 +323,8 @@ class PasswordCheck(Generic[UserT]):
         elif not self._core.passwords.affords(stored):
             logger.warning(
                 "%s has a password hash that costs more to check than PasswordHasher(caps=...) "
-                "allows, so every password is wrong for it. `set_password` mends it",
+                "allows, or does not state its cost, so every password is wrong for it. "
+                "`set_password` mends it",
                 owner,
             )
 

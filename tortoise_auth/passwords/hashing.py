@@ -63,10 +63,10 @@ _SCHEMES: Mapping[str, tuple[str, ...]] = {
 """The schemes that can be checked, by passlib's names, and how their hashes begin."""
 _COSTS: Mapping[str, re.Pattern[str]] = {
     "argon2": re.compile(
-        r"\$argon2(?:id|i|d)\$(?:v=\d+\$)?m=(\d{1,10}),t=(\d{1,10}),p=(\d{1,8})\$"
+        r"\$argon2(?:id|i|d)\$(?:v=\d+\$)?m=(\d{1,10}),t=(\d{1,10}),p=(\d{1,8})\$", re.ASCII
     ),
-    "pbkdf2": re.compile(r"\$?pbkdf2[-_]sha256\$(\d{1,10})\$"),
-    "bcrypt": re.compile(r"\$2[abxy]?\$(\d\d)\$"),
+    "pbkdf2": re.compile(r"\$?pbkdf2[-_]sha256\$(\d{1,10})\$", re.ASCII),
+    "bcrypt": re.compile(r"\$2[abxy]?\$(\d\d)\$", re.ASCII),
 }
 """How a hash states its cost."""
 _BCRYPT_BYTES = 72
@@ -246,7 +246,11 @@ class PasswordHasher:
         return hashed.startswith(tuple(chain.from_iterable(self._schemes.values())))
 
     def affords(self, hashed: str) -> bool:
-        """Return whether a stored hash costs no more to check than `caps` allow."""
+        """Return whether a stored hash costs no more to check than `caps` allow.
+
+        A hash that does not state its cost in a form that is known here is not checked: whatever
+        reads it may understand more than this.
+        """
         scheme, costs = _stated_cost(hashed)
         if scheme == "argon2":
             memory, passes, lanes = costs
@@ -259,7 +263,7 @@ class PasswordHasher:
             )
         if scheme == "pbkdf2":
             return costs[0] <= self.caps.pbkdf2_iterations
-        return not costs or costs[0] <= self.caps.bcrypt_rounds
+        return scheme == "bcrypt" and costs[0] <= self.caps.bcrypt_rounds
 
     def close(self) -> None:
         """Stop the threads once they are idle. The next call starts new ones."""
