@@ -56,7 +56,7 @@ def sample(kind: type[Event], **values: Any) -> Any:
     given["context"] = FULL
     given |= {name: _VALUES[name] for name in _VALUES.keys() & names}
     if issubclass(kind, UserEvent):
-        given["user"] = User(id=7, email=f"{CANARY}@example.com", password=f"!{CANARY}")
+        given["user"] = User(id=7, email=f"{CANARY}@example.com", password=f"!{CANARY * 2}")
     return kind(**given | {name: value for name, value in values.items() if name in names})
 
 

@@ -72,6 +72,7 @@ _COSTS: Mapping[str, re.Pattern[str]] = {
 _BCRYPT_BYTES = 72
 _LANES = 64
 _UNUSABLE_PREFIX = "!"
+_UNUSABLE = re.compile(r"!(?:[A-Za-z0-9_-]{32,})?", re.ASCII)
 _this_thread = threading.local()
 
 
@@ -126,9 +127,13 @@ def is_usable_hash(hashed: str | None) -> bool:
 
 
 def is_hash(value: str) -> bool:
-    """Return whether a value is a hash of a scheme known here, or matches no password."""
-    beginnings = chain.from_iterable(_SCHEMES.values())
-    return value.startswith((_UNUSABLE_PREFIX, *beginnings))
+    """Return whether a value is a hash of a scheme known here, or is made to match no password.
+
+    The second kind is that of `unusable_hash`, or Django's: a password may begin with "!", too.
+    """
+    return value.startswith(tuple(chain.from_iterable(_SCHEMES.values()))) or (
+        _UNUSABLE.fullmatch(value) is not None
+    )
 
 
 def input_failures(password: object) -> list[PolicyFailure]:
