@@ -67,7 +67,9 @@ class TestPasswordColumn:
     @pytest.mark.parametrize(
         "write", [update, assign, create, get_or_create, bulk_create, update_from_dict]
     )
-    @pytest.mark.parametrize("value", ["clear text", PASSWORD, "$ecret", "x" * 300, "!secret", "!a b"])
+    @pytest.mark.parametrize(
+        "value", ["clear text", PASSWORD, "$ecret", "x" * 300, "!secret", "!a b"]
+    )
     async def test_is_no_hash(
         self, ada: User, write: Callable[[User, str], Awaitable[None]], value: str
     ) -> None:
