@@ -310,7 +310,7 @@ class TestManyRefreshes:
         clock: FakeClock,
         events: Captured,
     ) -> None:
-        """Within the grace both of two refreshes get tokens, and no event of reuse is emitted."""
+        """Within the grace two refreshes get the same token, and one event is emitted."""
         config = AuthConfig(secret=SECRET, refresh_reuse_grace=timedelta(seconds=10))
         auth = AuthService(User, config, clock=clock)
         session = await log_in(auth)
@@ -322,7 +322,9 @@ class TestManyRefreshes:
         )
         for result in (first, second):
             assert await auth.authenticate(result.access_token) == ada
+        assert first.refresh_token == second.refresh_token
         await assert_live(auth, second)
+        assert events.names.count("session_refreshed") == 1
         assert "refresh_token_reused" not in events.names
         await fresh.assert_events_equal_changes(events)
 

@@ -48,8 +48,9 @@ class AuthConfig:
         session_lifetime: When a session expires even if it is used (30 days, the maximum of
             NIST SP 800-63B-4, 2.1.3).
         leeway: How far the clocks of two machines may differ (10 seconds, at most 5 minutes).
-        refresh_reuse_grace: How long after a refresh the spent token is still exchanged, for
-            clients that refresh twice at the same time. Off by default.
+        refresh_reuse_grace: How long after a rotation the spent token and its successor are both
+            answered with that successor: for browsers, whose tabs refresh at the same time, and for
+            clients that lose answers. 30 seconds are plenty; off by default.
             Warning: within this window a stolen token goes unnoticed (RFC 9700, 4.14.2).
 
     Raises:

@@ -172,8 +172,9 @@ class AuthService(Generic[UserT]):
         """Exchange a refresh token for a new pair. Emits ``session_refreshed``.
 
         Of any number of concurrent callers exactly one succeeds. The others have presented a spent
-        token, and that ends the session (RFC 9700, 4.14.2) and emits ``refresh_token_reused``; see
-        ``AuthConfig.refresh_reuse_grace`` for clients that cannot help it.
+        token, and that ends the session (RFC 9700, 4.14.2) and emits ``refresh_token_reused``. With
+        ``AuthConfig.refresh_reuse_grace`` all of them receive the same new refresh token, and one
+        event is emitted.
 
         Args:
             refresh_token: The unspent token.

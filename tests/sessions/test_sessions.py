@@ -51,7 +51,6 @@ from tortoise_auth.events import (
 )
 from tortoise_auth.exceptions import (
     EventError,
-    TokenError,
     TokenExpiredError,
     TokenInvalidError,
     TokenReusedError,
@@ -309,72 +308,6 @@ def _raising(emitter: EventEmitter) -> Iterator[None]:
     yield
     emitter.off("session_refreshed", fail)
     emitter.errors = "log"
-
-
-class TestReuseGrace:
-    @pytest.fixture
-    def auth(self, clock: FakeClock) -> AuthService[User]:
-        """A service that accepts a spent token for half a minute."""
-        config = AuthConfig(secret=SECRET, refresh_reuse_grace=timedelta(seconds=30))
-        return AuthService(User, config, clock=clock)
-
-    async def test_within(
-        self, auth: AuthService[User], ada: User, clock: FakeClock, events: Captured
-    ) -> None:
-        """A client that refreshes twice gets two pairs, and no event of reuse is emitted."""
-        first = await log_in(auth)
-        events.clear()
-        second = await auth.refresh(first.refresh_token)
-        clock.advance(timedelta(seconds=30) - timedelta(microseconds=1))
-        third = await auth.refresh(first.refresh_token)
-
-        assert third.refresh_token != second.refresh_token
-        assert await auth.authenticate(second.access_token) == ada
-        assert events.names == ["session_refreshed", "session_refreshed"]
-        await assert_live(auth, third)
-
-    async def test_after(
-        self, auth: AuthService[User], ada: User, clock: FakeClock, events: Captured
-    ) -> None:
-        """After the window a spent token ends its session."""
-        first = await log_in(auth)
-        second = await auth.refresh(first.refresh_token)
-        clock.advance(timedelta(seconds=30))
-        with pytest.raises(TokenReusedError):
-            await auth.refresh(first.refresh_token)
-        await assert_over(auth, second)
-        assert events.names[-1] == "refresh_token_reused"
-
-    async def test_only_the_token_before(
-        self, auth: AuthService[User], ada: User, events: Captured
-    ) -> None:
-        """Within the window a token that was spent earlier still ends its session."""
-        first = await log_in(auth)
-        second = await auth.refresh(first.refresh_token)
-        third = await auth.refresh(second.refresh_token)
-        with pytest.raises(TokenReusedError):
-            await auth.refresh(first.refresh_token)
-        await assert_over(auth, third)
-        assert events.names[-1] == "refresh_token_reused"
-
-    async def test_lost_answer(
-        self, auth: AuthService[User], ada: User, emitter: EventEmitter
-    ) -> None:
-        """Within the window a client that lost the answer may refresh again."""
-        first = await log_in(auth)
-        with _raising(emitter), pytest.raises(EventError):
-            await auth.refresh(first.refresh_token)
-        await emitter.aclose(10)
-        await assert_live(auth, await auth.refresh(first.refresh_token))
-
-    async def test_not_after_the_end(self, auth: AuthService[User], ada: User) -> None:
-        """The window revives no session that was ended."""
-        first = await log_in(auth)
-        second = await auth.refresh(first.refresh_token)
-        await auth.logout(second.access_token)
-        with pytest.raises(TokenError):
-            await auth.refresh(first.refresh_token)
-        await assert_over(auth, second)
 
 
 class TestLogout:

@@ -1055,6 +1055,9 @@ def read_or_refused(token: str) -> None:
     assert claims.expires_at + CONFIG.leeway > FakeClock()()
 
 
+KEY = bytes(range(32))
+
+
 class TestRefreshTokens:
     def test_round_trip(self) -> None:
         """The token that a client presents is the one that was made."""
@@ -1068,15 +1071,17 @@ class TestRefreshTokens:
         token = RefreshToken.new()
         line = [token]
         for _ in range(50):
-            line.append(line[-1].next())
+            line.append(line[-1].next(KEY))
         assert {each.family_hash for each in line} == {token.family_hash}
         assert len({each.hash for each in line}) == len({each.text for each in line}) == 51
         assert all(RefreshToken.parse(each.text) == each for each in line)
 
-    def test_next_is_not_predictable(self) -> None:
-        """The next token of one token is different each time."""
-        token = RefreshToken.new()
-        assert len({token.next().hash for _ in range(100)}) == 100
+    def test_next_is_derived(self) -> None:
+        """The next token follows from the whole token and the key, and from nothing less."""
+        token, other = RefreshToken.new(), RefreshToken.new()
+        assert token.next(KEY) == RefreshToken.parse(token.text).next(KEY)
+        others = [other.next(KEY), token.next(bytes(32)), token.next(KEY).next(KEY)]
+        assert len({each.hash for each in [token, token.next(KEY), *others]}) == 5
 
     def test_unique(self) -> None:
         """No two tokens share a part, and no hash contains a part of its token."""

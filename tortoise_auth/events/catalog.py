@@ -166,7 +166,7 @@ class PasswordRehashed(UserEvent[UserT]):
 
 @dataclass(frozen=True, kw_only=True)
 class SessionRefreshed(UserEvent[UserT]):
-    """A refresh token was spent and replaced.
+    """A refresh token was spent and replaced. Repeated answers within the grace period emit nothing.
 
     Attributes:
         session_id: The public id of the session.

@@ -10,6 +10,7 @@ from tortoise_auth.events.catalog import RefreshTokenReused, SessionRefreshed
 from tortoise_auth.events.unit_of_work import emit_failure
 from tortoise_auth.exceptions import (
     EventError,
+    ServiceUnavailableError,
     TokenExpiredError,
     TokenInvalidError,
     TokenReusedError,
@@ -20,6 +21,9 @@ from tortoise_auth.models import Session
 from tortoise_auth.sessions import RefreshToken, SessionWithUser
 from tortoise_auth.users import UserT
 
+_TURNS = 5
+"""How often a refresh looks at a token that another caller has just spent; the second look sees it."""
+
 
 async def refresh(
     core: Core[UserT],
@@ -27,18 +31,48 @@ async def refresh(
     context: RequestContext | None,
     claims: Mapping[str, object] | None,
 ) -> AuthResult[UserT]:
-    """Spend a refresh token. Emits ``session_refreshed`` or ``refresh_token_reused``."""
+    """Spend a refresh token. Emits ``session_refreshed`` or ``refresh_token_reused``.
+
+    A token that is presented again within the grace period is answered with the successor that it
+    already has: nothing changes, and nothing is emitted.
+    """
     core.tokens.check_extra(claims or {})
     context = current_context(context)
     presented = RefreshToken.parse(refresh_token)
-    while True:
+    for _ in range(_TURNS):
         pair = await core.sessions.find_by_refresh_token(presented)
         if pair is None:
             raise TokenInvalidError
-        following = await _rotate(core, pair, presented, context)
+        following = await _exchange(core, pair, presented, context)
         if following is not None:
             return result_of(core, pair.user, pair.session, following, claims)
         # Another caller was first: the next look sees a spent token.
+    # Unless the caller's transaction always reads what was there when it began.
+    raise ServiceUnavailableError(
+        "refresh() cannot see that the token was spent meanwhile. Call it outside the transaction, "
+        "or in one of the isolation level READ COMMITTED"
+    )
+
+
+async def _exchange(
+    core: Core[UserT],
+    pair: SessionWithUser[UserT],
+    presented: RefreshToken,
+    context: RequestContext,
+) -> RefreshToken | None:
+    session, now = pair.session, core.clock()
+    if session.refresh_expires_at <= now or session.expires_at <= now:
+        raise TokenExpiredError
+    repeated = core.sessions.is_repeated(session, presented)
+    if not repeated and not core.sessions.is_unspent(session, presented):
+        raise await _reused(core, pair, context)
+    pair.require_alive(now)
+    if not repeated:
+        return await _rotate(core, pair, presented, context)
+    newest = core.sessions.newest(session, presented)
+    if newest is None:  # the signing key was replaced within these seconds: that is no theft
+        raise TokenInvalidError
+    return newest
 
 
 async def _rotate(
@@ -47,12 +81,7 @@ async def _rotate(
     presented: RefreshToken,
     context: RequestContext,
 ) -> RefreshToken | None:
-    session, user, now = pair.session, pair.user, core.clock()
-    if session.refresh_expires_at <= now or session.expires_at <= now:
-        raise TokenExpiredError
-    if not core.sessions.is_spendable(session, presented):
-        raise await _reused(core, pair, context)
-    pair.require_alive(now)
+    session, user = pair.session, pair.user
     following: RefreshToken | None = None
     unit = core.unit_of_work()
     try:

@@ -1,12 +1,13 @@
-"""Refresh tokens: random, stored as hashes.
+"""Refresh tokens: a random first one, each next one derived from the one before; stored as hashes.
 
-128 random bits for the session and 256 for the token itself. They mean nothing to anything but the
+128 bits for the session and 256 for the token itself. They mean nothing to anything but the
 database.
 """
 
 from __future__ import annotations
 
 import hashlib
+import hmac
 import secrets
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -17,7 +18,7 @@ from tortoise_auth.sessions.encoding import base64url, from_base64url
 
 @dataclass(frozen=True, slots=True)
 class RefreshToken:
-    """A refresh token: 128 random bits that its session keeps, 256 that change with every refresh.
+    """A refresh token: 128 random bits that its session keeps, 256 that change with every rotation.
 
     The first part finds the session; only a holder of one of its tokens knows it. So an
     unknown second part behind a known first one is a spent token, however old. Four bytes of
@@ -39,11 +40,20 @@ class RefreshToken:
     @classmethod
     def new(cls) -> RefreshToken:
         """Return the first token of a new session."""
-        return cls._made_of(secrets.token_bytes(cls._FAMILY_SIZE))
+        family = secrets.token_bytes(cls._FAMILY_SIZE)
+        return cls._made_of(family, secrets.token_bytes(cls._SECRET_SIZE))
 
-    def next(self) -> RefreshToken:
-        """Return the next token of the same session."""
-        return self._made_of(self._decoded(self.text)[: self._FAMILY_SIZE])
+    def next(self, key: bytes) -> RefreshToken:
+        """Return the next token of the same session.
+
+        It is derived, so that a client that presents this one again can be given the same answer,
+        although only hashes are stored. Without *key* this token says nothing about the next.
+
+        Args:
+            key: 256 bits, of which no client knows anything.
+        """
+        body = self._decoded(self.text)[: -self._CHECK_SIZE]
+        return self._made_of(body[: self._FAMILY_SIZE], hmac.digest(key, body, "sha256"))
 
     @classmethod
     def parse(cls, text: str) -> RefreshToken:
@@ -64,8 +74,8 @@ class RefreshToken:
         return text.startswith(cls._PREFIX)
 
     @classmethod
-    def _made_of(cls, family: bytes) -> RefreshToken:
-        body = family + secrets.token_bytes(cls._SECRET_SIZE)
+    def _made_of(cls, family: bytes, secret: bytes) -> RefreshToken:
+        body = family + secret
         raw = body + _digest(body)[: cls._CHECK_SIZE]
         return cls._of(cls._PREFIX + base64url(raw), raw)
 

@@ -39,6 +39,7 @@ class Sessions(Generic[UserT]):
         self._config = config
         self._clock = clock
         self._reader = SessionReader(user_model)
+        self._chain_keys = [key.derive("refresh chain") for key in config.keys]
 
     def connection(self) -> BaseDBAsyncClient:
         """Return the connection of sessions and users; see `shared_connection`."""
@@ -109,7 +110,7 @@ class Sessions(Generic[UserT]):
         self, session: Session, spent: RefreshToken, context: RequestContext, unit: UnitOfWork
     ) -> RefreshToken | None:
         """Spend a refresh token for the next one; ``None`` if another caller was first."""
-        now, following = self._clock(), spent.next()
+        now, following = self._clock(), spent.next(self._chain_keys[0])
         changes = {
             "refresh_hash": following.hash,
             "previous_refresh_hash": session.refresh_hash,
@@ -132,13 +133,29 @@ class Sessions(Generic[UserT]):
         session.update_from_dict(changes)  # read for this rotation, and dropped if it fails
         return following
 
-    def is_spendable(self, session: Session, token: RefreshToken) -> bool:
-        """Return whether *token* is the unspent one, or the one before within the grace period."""
-        if secrets.compare_digest(token.hash, session.refresh_hash):
-            return True
+    def is_unspent(self, session: Session, token: RefreshToken) -> bool:
+        """Return whether *token* is the newest one of the session."""
+        return secrets.compare_digest(token.hash, session.refresh_hash)
+
+    def is_repeated(self, session: Session, token: RefreshToken) -> bool:
+        """Return whether *token* belongs to the last rotation, within its grace period.
+
+        It does if it was spent then or came into being then. Both are answered with the latter.
+        """
         grace_ends = session.last_used_at + self._config.refresh_reuse_grace
-        is_previous = secrets.compare_digest(token.hash, session.previous_refresh_hash or "")
-        return is_previous and self._clock() < grace_ends
+        if not session.generation or self._clock() >= grace_ends:
+            return False
+        spent = secrets.compare_digest(token.hash, session.previous_refresh_hash or "")
+        return spent or self.is_unspent(session, token)
+
+    def newest(self, session: Session, token: RefreshToken) -> RefreshToken | None:
+        """Return the unspent token of a session: *token*, or the one derived from it.
+
+        Returns:
+            ``None`` if the key that derived it is configured no more.
+        """
+        line = [token, *(token.next(key) for key in self._chain_keys)]
+        return next((each for each in line if self.is_unspent(session, each)), None)
 
     async def revoke(self, session: Session, connection: BaseDBAsyncClient) -> bool:
         """End one session; false if it had ended before."""
