@@ -787,6 +787,11 @@ class Store:
         raise error
 
     @translates_database_errors
+    async def outer(self, error: BaseException) -> None:
+        """Call another such method."""
+        await self.login(error)
+
+    @translates_database_errors
     async def count(self, model: type[Model]) -> int:
         """Query the database."""
         return await model.all().count()
@@ -841,6 +846,56 @@ class TestTranslatesDatabaseErrors:
         assert str(raised.value) == f"The database failed during login ({kind})"
         assert raised.value.__cause__ is None
         assert raised.value.__context__ is None
+
+    @pytest.mark.parametrize(
+        ("error", "cause"),
+        [
+            (ConnectionRefusedError(111, "Connect call failed"), "[Errno 111] Connect call failed"),
+            (
+                OperationalError(sqlite3.OperationalError("database is locked")),
+                "database is locked",
+            ),
+            (OperationalError(asyncpg.AdminShutdownError("is\nstopped")), "is stopped"),
+            (DBConnectionError(asyncpg.InvalidPasswordError("of role app")), "of role app"),
+        ],
+    )
+    async def test_is_logged_with_its_cause(
+        self, caplog: pytest.LogCaptureFixture, error: Exception, cause: str
+    ) -> None:
+        """An outage is one record at ERROR, with the cause on its line and the traceback below."""
+        with pytest.raises(ServiceUnavailableError) as raised:
+            await Store().outer(error)
+        (record,) = caplog.records
+        assert (record.name, record.levelname) == ("tortoise_auth", "ERROR")
+        assert record.getMessage() == f"{raised.value}: {cause}"
+        assert "in login" in caplog.text
+        assert "raise error" in caplog.text
+
+    @pytest.mark.parametrize(
+        "error",
+        [
+            IntegrityError(asyncpg.UniqueViolationError(SQL)),
+            OperationalError(asyncpg.DataError(SQL)),
+            OperationalError(SQL),
+            asyncpg.InterfaceError(SQL),
+        ],
+    )
+    async def test_log_has_no_value(
+        self, caplog: pytest.LogCaptureFixture, error: Exception
+    ) -> None:
+        """The text of an error that may quote what is stored is not logged."""
+        error.__cause__ = RuntimeError(SQL)
+        with pytest.raises(ServiceUnavailableError):
+            await Store().login(error)
+        assert len(caplog.records) == 1
+        assert type(error.args[0] if error.args[0] is not SQL else error).__name__ in caplog.text
+        assert SECRET_VALUE not in caplog.text
+
+    async def test_missing_table_is_not_logged(self, caplog: pytest.LogCaptureFixture) -> None:
+        """What only a developer can mend is the error itself, and no outage."""
+        with pytest.raises(ConfigurationError):
+            await Store().login(OperationalError(sqlite3.OperationalError("no such table: x")))
+        assert caplog.records == []
 
     @pytest.mark.parametrize(
         "error",

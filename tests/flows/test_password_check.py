@@ -1311,10 +1311,11 @@ class TestStoreIsDown:
         hasher: PasswordHasher,
         monkeypatch: pytest.MonkeyPatch,
         events: Captured,
+        caplog: pytest.LogCaptureFixture,
         method: str,
         error: Exception,
     ) -> None:
-        """Whatever a throttle raises, the login is refused and the message of the error is not shown."""
+        """Whatever a throttle raises, the login is refused it is logged once, and the caller sees no text."""
         throttle = DatabaseThrottle(clock=clock)
         auth = AuthService(User, AuthConfig(secret=SECRET), throttle=throttle, clock=clock)
 
@@ -1328,6 +1329,9 @@ class TestStoreIsDown:
             await auth.login(EMAIL, WRONG if method == "failed" else PASSWORD)
         assert "canary" not in str(failure.value)
         assert type(error).__name__ in str(failure.value)
+        (logged,) = [each for each in caplog.records if each.levelname == "ERROR"]
+        assert logged.getMessage().startswith(str(failure.value))
+        assert "in down" in caplog.text, "with its traceback"
         await auth.emitter.aclose(LIMIT)
         assert events.names == (["user_login_failed"] if method == "failed" else [])
         assert await auth.sessions(ada) == []

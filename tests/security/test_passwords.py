@@ -242,6 +242,7 @@ class TestExhaustion:
         auth: AuthService[User],
         ada: User,
         emitter: EventEmitter,
+        caplog: pytest.LogCaptureFixture,
         monkeypatch: pytest.MonkeyPatch,
         failure: Exception,
         identifier: str,
@@ -256,7 +257,10 @@ class TestExhaustion:
             with pytest.raises(ServiceUnavailableError) as refusal:
                 await auth.login(identifier, PASSWORD)
         assert (refusal.value.__cause__, refusal.value.__context__) == (None, None)
-        assert "argon2id" not in str(refusal.value)
+        assert "$argon2id$" not in str(refusal.value) + caplog.text
+        (logged,) = [each for each in caplog.records if each.levelname == "ERROR"]
+        assert logged.getMessage() == str(refusal.value)
+        assert "in fail" in caplog.text, "with its traceback"
         assert events.names == []
         assert not any(await AttemptCount.all().values_list("count", flat=True))
         assert await log_in(auth)

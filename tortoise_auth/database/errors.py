@@ -3,35 +3,39 @@
 from __future__ import annotations
 
 import functools
+import logging
 import re
 import sqlite3
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from tortoise.exceptions import BaseORMException, IntegrityError
 from tortoise.exceptions import ConfigurationError as TortoiseConfigurationError
 
-from tortoise_auth.exceptions import ConfigurationError, ServiceUnavailableError
+from tortoise_auth.exceptions import ConfigurationError, ServiceUnavailableError, describe
+
+logger = logging.getLogger("tortoise_auth")
 
 P = ParamSpec("P")
-
-
 ReturnT = TypeVar("ReturnT")
-
-
 SelfT = TypeVar("SelfT")
+
+_OUTAGES = ("08", "28", "3D", "40", "53", "55", "57", "58")
+"""Classes of SQLSTATE whose messages name the server, its locks and roles, and no value of a row."""
+
+_MAX_CAUSE_LENGTH = 300
 
 
 def translates_database_errors(
     method: Callable[Concatenate[SelfT, P], Awaitable[ReturnT]],
 ) -> Callable[Concatenate[SelfT, P], Coroutine[Any, Any, ReturnT]]:
-    """Turn every error of the database or its driver into `ServiceUnavailableError`.
+    """Turn every error of the database or its driver into `ServiceUnavailableError`, and log it.
 
     A database that is down must never look like wrong credentials.
     """
 
     @functools.wraps(method)
-    async def guarding(self: SelfT, /, *args: P.args, **kwargs: P.kwargs) -> ReturnT:
+    async def translating(self: SelfT, /, *args: P.args, **kwargs: P.kwargs) -> ReturnT:
         try:
             return await method(self, *args, **kwargs)
         except Exception as error:
@@ -41,11 +45,11 @@ def translates_database_errors(
             failure = translated(error, method.__name__)
         raise failure
 
-    return guarding
+    return translating
 
 
 def translated(error: Exception, doing: str) -> Exception:
-    """Return our error for one of a database, without the values in its text."""
+    """Return our error for one of a database, without the values in its text; log an outage."""
     if isinstance(error, TortoiseConfigurationError):
         return ConfigurationError(f"Tortoise ORM is not set up as it must be: {error}")
     if is_missing_table(error):
@@ -54,9 +58,44 @@ def translated(error: Exception, doing: str) -> Exception:
             "migrations, or `await Tortoise.generate_schemas()` in a test."
         )
     kind = type(error.args[0] if error.args and isinstance(error.args[0], Exception) else error)
-    return ServiceUnavailableError(
-        f"The database failed during {doing.lstrip('_')} ({kind.__name__})"
+    return outage(error, f"The database failed during {doing.lstrip('_')} ({kind.__name__})")
+
+
+def outage(error: Exception, message: str) -> ServiceUnavailableError:
+    """Log at ERROR that a database or another store failed, and return the error for the caller.
+
+    The record has the traceback of *error*. Its text is there only where it cannot contain a value.
+    """
+    failure = ServiceUnavailableError(message)
+    texts = (text for each in _causes(error) if (text := _text_without_values(each)))
+    cause = next(texts, "")[:_MAX_CAUSE_LENGTH]
+    logger.error(
+        "%s%s",
+        *(message, f": {cause}" if cause else ""),
+        exc_info=(type(failure), failure, error.__traceback__),
     )
+    return failure
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """Return an error, what it wraps, and what it was raised from."""
+    seen: list[BaseException] = []
+    todo: list[object] = [error]
+    while todo:
+        each = todo.pop(0)
+        if isinstance(each, BaseException) and not any(each is other for other in seen):
+            seen.append(each)
+            todo += [*each.args[:1], each.__cause__, each.__context__]
+    return iter(seen)
+
+
+def _text_without_values(error: BaseException) -> str:
+    """Return the text of an error on one line; empty for a kind that may quote what is stored."""
+    state = getattr(error, "sqlstate", None)
+    speaks_of_the_server = isinstance(state, str) and state.startswith(_OUTAGES)
+    if speaks_of_the_server or isinstance(error, OSError | sqlite3.OperationalError):
+        return " ".join(describe(error).split())
+    return ""
 
 
 def is_database_failure(error: Exception) -> bool:

@@ -37,7 +37,12 @@ from tortoise_auth.events.invocation import (
 from tortoise_auth.events.observer import Delivered, Observer, Outcome
 from tortoise_auth.events.registry import Registry
 from tortoise_auth.events.subscription import Handler, Subscription, describe_handler
-from tortoise_auth.exceptions import ConfigurationError, EventError, describe
+from tortoise_auth.exceptions import (
+    ConfigurationError,
+    EventError,
+    ServiceUnavailableError,
+    describe,
+)
 from tortoise_auth.models import OutboxEntry
 from tortoise_auth.threads import ThreadsStuckError
 
@@ -472,5 +477,6 @@ async def _logged(work: Coroutine[Any, Any, None], what: str) -> None:
         if not is_database_failure(error):
             logger.exception("%s failed", what)
             return
-        failure = translated(error, what)  # drivers put values into their messages
-        logger.error("%s failed: %s", what, failure)
+        failure = translated(error, what)  # and logged, if it is an outage
+        if not isinstance(failure, ServiceUnavailableError):
+            logger.error("%s failed: %s", what, failure)

@@ -12,7 +12,13 @@ from functools import partial
 from typing import Any, Generic, TypeVar
 
 from tortoise_auth.context import RequestContext, sanitize_text
-from tortoise_auth.database import is_missing_table, is_transaction, translated, wait_uncancelled
+from tortoise_auth.database import (
+    is_missing_table,
+    is_transaction,
+    outage,
+    translated,
+    wait_uncancelled,
+)
 from tortoise_auth.events.catalog import (
     AccountLocked,
     Event,
@@ -25,7 +31,6 @@ from tortoise_auth.events.unit_of_work import UnitOfWork, emit_failure
 from tortoise_auth.exceptions import (
     AuthenticationError,
     ConfigurationError,
-    ServiceUnavailableError,
     ThrottledError,
     TortoiseAuthError,
 )
@@ -412,11 +417,11 @@ async def _available(
     except TortoiseAuthError:
         raise
     except Exception as error:  # noqa: BLE001 - any store, any client library
-        failure: Exception = ServiceUnavailableError(
-            f"The throttle could not count this attempt ({type(error).__name__})"
-        )
         if is_missing_table(error):
             failure = translated(error, "login")
+        else:
+            kind = type(error).__name__
+            failure = outage(error, f"The throttle could not count this attempt ({kind})")
     raise failure
 
 

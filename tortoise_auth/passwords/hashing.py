@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import importlib.util
+import logging
 import os
 import re
 import secrets
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
 else:
     argon2_low_level = LazyModule("argon2.low_level")
     passlib_context = LazyModule("passlib.context")
+
+logger = logging.getLogger("tortoise_auth")
 
 ResultT = TypeVar("ResultT")
 
@@ -405,8 +408,11 @@ class PasswordHasher:
         try:
             return await asyncio.wrap_future(self._pool.submit(job))
         except (ValueError, MemoryError, RuntimeError) as error:
-            kind = type(error).__name__  # passlib quotes the stored hash in its errors
-        raise ServiceUnavailableError(f"This machine could not compute a hash ({kind})")
+            # Without the text of the error: passlib quotes the stored hash there.
+            kind = type(error).__name__
+            failure = ServiceUnavailableError(f"This machine could not compute a hash ({kind})")
+            logger.error("%s", failure, exc_info=(type(failure), failure, error.__traceback__))
+        raise failure
 
 
 def _stated_cost(hashed: str) -> tuple[str, tuple[int, ...]]:
