@@ -25,7 +25,7 @@ password, token, key, hash or SQL.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -224,3 +224,15 @@ def describe(error: BaseException) -> str:
         return str(error)
     except Exception as failure:  # noqa: BLE001 - a broken __str__ must not replace the error it describes
         return f"<no text: {type(failure).__name__} in __str__>"
+
+
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """Return an error, what it wraps, and what it was raised from."""
+    seen: list[BaseException] = []
+    todo: list[object] = [error]
+    while todo:
+        each = todo.pop(0)
+        if isinstance(each, BaseException) and not any(each is other for other in seen):
+            seen.append(each)
+            todo += [*each.args[:1], each.__cause__, each.__context__]
+    return iter(seen)

@@ -6,13 +6,13 @@ import functools
 import logging
 import re
 import sqlite3
-from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from tortoise.exceptions import BaseORMException, IntegrityError
 from tortoise.exceptions import ConfigurationError as TortoiseConfigurationError
 
-from tortoise_auth.exceptions import ConfigurationError, ServiceUnavailableError, describe
+from tortoise_auth.exceptions import ConfigurationError, ServiceUnavailableError, causes, describe
 
 logger = logging.getLogger("tortoise_auth")
 
@@ -67,7 +67,7 @@ def outage(error: Exception, message: str) -> ServiceUnavailableError:
     The record has the traceback of *error*. Its text is there only where it cannot contain a value.
     """
     failure = ServiceUnavailableError(message)
-    texts = (text for each in _causes(error) if (text := _text_without_values(each)))
+    texts = (text for each in causes(error) if (text := _text_without_values(each)))
     cause = next(texts, "")[:_MAX_CAUSE_LENGTH]
     logger.error(
         "%s%s",
@@ -75,18 +75,6 @@ def outage(error: Exception, message: str) -> ServiceUnavailableError:
         exc_info=(type(failure), failure, error.__traceback__),
     )
     return failure
-
-
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    """Return an error, what it wraps, and what it was raised from."""
-    seen: list[BaseException] = []
-    todo: list[object] = [error]
-    while todo:
-        each = todo.pop(0)
-        if isinstance(each, BaseException) and not any(each is other for other in seen):
-            seen.append(each)
-            todo += [*each.args[:1], each.__cause__, each.__context__]
-    return iter(seen)
 
 
 def _text_without_values(error: BaseException) -> str:

@@ -28,6 +28,7 @@ from tortoise_auth.exceptions import (
     PasswordPolicyError,
     PolicyFailure,
     ServiceUnavailableError,
+    causes,
 )
 from tortoise_auth.lazy import LazyModule
 from tortoise_auth.threads import Threads, usable_cpus
@@ -411,7 +412,12 @@ class PasswordHasher:
             # Without the text of the error: passlib quotes the stored hash there.
             kind = type(error).__name__
             failure = ServiceUnavailableError(f"This machine could not compute a hash ({kind})")
-            logger.error("%s", failure, exc_info=(type(failure), failure, error.__traceback__))
+            kinds = " from ".join(type(each).__name__ for each in causes(error))
+            logger.error(
+                "%s: %s",
+                *(failure, kinds),
+                exc_info=(type(failure), failure, error.__traceback__),
+            )
         raise failure
 
 
