@@ -11,15 +11,7 @@ from tortoise.backends.base.client import BaseDBAsyncClient
 from tortoise.exceptions import ValidationError
 from tortoise.models import Model
 
-from tortoise_auth.database import run_statement
 from tortoise_auth.fields import UtcDatetimeField
-
-_END_ALL = """
-UPDATE tortoise_auth_session SET revoked_at = {at}
-WHERE user_table = {user_table} AND user_id = {user_id} AND id <> {keep}
-AND revoked_at IS NULL AND expires_at > {at}
-RETURNING refresh_expires_at > {at} AS was_alive
-"""
 
 
 class Session(Model):
@@ -81,22 +73,21 @@ class Session(Model):
         keep: UUID | None = None,
         using_db: BaseDBAsyncClient,
     ) -> int:
-        """End every live session of an account but *keep*, in one statement; return how many.
+        """End every live session of an account but *keep*; return how many.
 
         Those that have lain idle for too long are over and not counted, but revoked all the same:
         a refresh that began in time may just be about to prolong one.
         """
-        rows = await run_statement(
-            using_db,
-            _END_ALL,
-            {
-                "user_table": user_table,
-                "user_id": user_id,
-                "at": at,
-                "keep": str(keep or UUID(int=0)),
-            },
-        )
-        return sum(bool(row["was_alive"]) for row in rows)
+        rest = cls.filter(
+            user_table=user_table,
+            user_id=user_id,
+            id__not=keep or UUID(int=0),
+            revoked_at__isnull=True,
+            expires_at__gt=at,
+        ).using_db(using_db)
+        ended = await rest.filter(refresh_expires_at__gt=at).update(revoked_at=at)
+        await rest.update(revoked_at=at)
+        return ended
 
 
 class OutboxEntry(Model):

@@ -292,9 +292,11 @@ class AuthService(Generic[UserT]):
         )
 
     @translates_database_errors
-    async def sessions(self, user: UserT) -> list[Session]:
-        """Return the live sessions of *user*, the one used last first."""
-        return await session_upkeep.list_sessions(self._core, user)
+    async def sessions(
+        self, user: UserT, *, limit: int = 100, before: Session | None = None
+    ) -> list[Session]:
+        """Return live sessions, the one used last first; *before* is the last of the page before."""
+        return await session_upkeep.list_sessions(self._core, user, limit, before)
 
     @translates_database_errors
     async def revoke_session(
@@ -350,9 +352,10 @@ class AuthService(Generic[UserT]):
 
     @translates_database_errors
     async def purge_expired(self) -> int:
-        """Delete the rows of sessions whose lifetime is over; return how many. For a cron job.
+        """Delete sessions whose lifetime is over, and old counters; return how many sessions.
 
-        Old counters of the database throttle go, too.
+        For a cron job, outside a transaction. Rows of any user model go in short batches with
+        pauses, so that requests go on: a million take minutes.
         """
         return await session_upkeep.purge_expired(self._core)
 

@@ -693,6 +693,34 @@ class TestPurge:
         clock.advance(timedelta(microseconds=1))
         assert await throttle.purge() == 1
 
+    async def test_in_batches(
+        self, db: TortoiseContext, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Each DELETE is short, those that are kept are read once, and one that is used meanwhile stays."""
+        throttle = DatabaseThrottle(clock=clock)
+        monkeypatch.setattr("tortoise_auth.throttling.database.BATCH_SIZE", 3)
+        monkeypatch.setattr("tortoise_auth.database.pacing._PAUSE", 0)
+        now = int(clock().timestamp() * 1e6)
+        await AttemptCount.bulk_create(
+            AttemptCount(
+                key=f"{number:02}",
+                failures=number % 2,
+                counted_at=now,
+                previous_at=0,
+                reserved_at=now + max(0, number - 10),  # the first ten at the same moment
+            )
+            for number in range(20)
+        )
+        clock.advance(timedelta(days=2))
+        await AttemptCount.filter(key="14").update(reserved_at=int(clock().timestamp() * 1e6))
+        with statements(db) as seen:
+            assert await throttle.purge() == 9
+        left = [each.key for each in await AttemptCount.all().order_by("key")]
+        assert left == sorted([*(f"{number:02}" for number in range(1, 20, 2)), "14"])
+        deletions = [text for text in seen if text.startswith("DELETE")]
+        reads = [text for text in seen if text.startswith("SELECT")]
+        assert len(deletions) == len(reads) == 7
+
 
 class TestSourceOf:
     @pytest.mark.parametrize(

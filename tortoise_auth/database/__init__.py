@@ -19,6 +19,7 @@ from tortoise_auth.database.errors import (
     translates_database_errors,
     violated_columns,
 )
+from tortoise_auth.database.pacing import BATCH_SIZE, batches
 from tortoise_auth.database.transactions import transaction
 from tortoise_auth.database.wrappers import (
     context_outside_transactions,
@@ -28,9 +29,11 @@ from tortoise_auth.database.wrappers import (
 )
 
 __all__ = [
+    "BATCH_SIZE",
     "CommitEffect",
     "Listener",
     "attach",
+    "batches",
     "connection_for",
     "context_outside_transactions",
     "current_connection",

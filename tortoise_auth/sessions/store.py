@@ -9,10 +9,12 @@ from typing import Generic
 from uuid import UUID
 
 from tortoise.backends.base.client import BaseDBAsyncClient
+from tortoise.expressions import Q
 
 from tortoise_auth.clock import Clock
 from tortoise_auth.config import AuthConfig
 from tortoise_auth.context import RequestContext
+from tortoise_auth.database import BATCH_SIZE, batches
 from tortoise_auth.events.unit_of_work import UnitOfWork
 from tortoise_auth.exceptions import TokenRevokedError
 from tortoise_auth.models import Session, primary_key, user_table
@@ -21,8 +23,6 @@ from tortoise_auth.sessions.refresh_tokens import RefreshToken
 from tortoise_auth.throttling import source_of
 from tortoise_auth.users.changes import shared_connection
 from tortoise_auth.users.model import UserT
-
-_PURGE_BATCH = 1000
 
 
 class Sessions(Generic[UserT]):
@@ -190,8 +190,8 @@ class Sessions(Generic[UserT]):
             .update(session_version=version)
         )
 
-    async def list(self, user: UserT) -> list[Session]:
-        """Return the live sessions of *user*, the one used last first."""
+    async def list(self, user: UserT, *, limit: int, before: Session | None) -> list[Session]:
+        """Return live sessions of *user*, the one used last first; only those after *before*."""
         connection = self.connection()
         versions = await (
             self._user_model.filter(pk=user.pk, is_active=True)
@@ -199,8 +199,14 @@ class Sessions(Generic[UserT]):
             .values_list("session_version", flat=True)
         )
         now = self._clock()
+        after = Q()
+        if before is not None:
+            after = Q(last_used_at__lt=before.last_used_at) | Q(
+                last_used_at=before.last_used_at, id__lt=before.id
+            )
         return await (
             Session.filter(
+                after,
                 user_id=str(user.pk),
                 user_table=user_table(self._user_model),
                 session_version__in=versions,
@@ -209,7 +215,8 @@ class Sessions(Generic[UserT]):
                 expires_at__gt=now,
             )
             .using_db(connection)
-            .order_by("-last_used_at")
+            .order_by("-last_used_at", "-id")
+            .limit(limit)
         )
 
     async def were_opened_from(self, user_id: str, source: str | None) -> bool:
@@ -224,23 +231,20 @@ class Sessions(Generic[UserT]):
         return source is not None and source in {source_of(row["ip"]) for row in rows}
 
     async def purge(self) -> int:
-        """Delete sessions whose absolute lifetime is over, in batches; return how many.
+        """Delete sessions whose absolute lifetime is over, of any user model; return how many.
 
         Not earlier: until then a spent token of theirs must be recognised as one.
         """
         connection, deleted = self.connection(), 0
-        while True:
-            expired = (
-                Session.filter(
-                    expires_at__lte=self._clock(), user_table=user_table(self._user_model)
-                )
-                .using_db(connection)
-                .limit(_PURGE_BATCH)
-            )
-            ids = await expired.values_list("id", flat=True)
-            if not ids:
-                return deleted
-            deleted += await Session.filter(id__in=ids).using_db(connection).delete()
+        expired = Session.filter(expires_at__lte=self._clock()).using_db(connection)
+        oldest = expired.order_by("expires_at").limit(BATCH_SIZE)
+        async for _ in batches():
+            ids = await oldest.values_list("id", flat=True)
+            if ids:
+                deleted += await Session.filter(id__in=ids).using_db(connection).delete()
+            if len(ids) < BATCH_SIZE:
+                break
+        return deleted
 
     async def _one(self, **which: object) -> Session | None:
         connection = self.connection()

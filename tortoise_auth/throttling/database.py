@@ -13,6 +13,8 @@ from tortoise.expressions import Q
 from tortoise_auth.clock import Clock, utc_now
 from tortoise_auth.config import checked_clock
 from tortoise_auth.database import (
+    BATCH_SIZE,
+    batches,
     connection_for,
     is_transaction,
     root_of,
@@ -156,11 +158,25 @@ class DatabaseThrottle(CountingThrottle):
 
         Those with failures in a row are kept for 400 days after the last one.
         """
-        now = self._now()
+        now, deleted, place = self._now(), 0, (-1, "")
         reset = now - max(self._account.reset_after, self._source.reset_after) // _MICROSECOND
         forgotten = Q(reserved_at__lt=now - FAILURES_KEPT // _MICROSECOND)
         stale = Q(reserved_at__lt=reset, failures=0) | forgotten
-        return await AttemptCount.all().using_db(_connection()).filter(stale).delete()
+        counters = AttemptCount.all().using_db(_connection())
+        async for _ in batches():
+            # From where the last batch ended: those that are kept are looked at once.
+            at, key = place
+            behind = Q(reserved_at__gt=at) | Q(reserved_at=at, key__gt=key)
+            old = counters.filter(behind, reserved_at__gte=at, reserved_at__lt=reset)
+            oldest = old.order_by("reserved_at", "key").limit(BATCH_SIZE)
+            rows = await oldest.values_list("reserved_at", "key")
+            if rows:  # a counter that was used since is not stale any more
+                keys = [key for _, key in rows]
+                deleted += await counters.filter(stale, key__in=keys).delete()
+            if len(rows) < BATCH_SIZE:
+                break
+            place = rows[-1]
+        return deleted
 
     async def _peek(self, counted: Counted) -> None:
         row = await AttemptCount.filter(key=counted.key).using_db(_connection()).first()
