@@ -37,6 +37,7 @@ from tortoise_auth import (
     AuthService,
     EventEmitter,
     PasswordHasher,
+    RequestContext,
     Revocation,
     TortoiseAuthError,
 )
@@ -53,10 +54,12 @@ from tortoise_auth.events import (
     UserLogout,
 )
 from tortoise_auth.exceptions import (
+    EventError,
     IdentifierTakenError,
     TokenReusedError,
     TokenRevokedError,
 )
+from tortoise_auth.models import AttemptCount
 from tortoise_auth.sessions import Sessions
 from tortoise_auth.testing import Captured, FakeClock, capture
 from tortoise_auth.throttling import DatabaseThrottle
@@ -422,6 +425,53 @@ class TestLoginAndEnd:
         assert type(refused) is AuthenticationError
         assert await fresh.live_sessions() == 0
         await fresh.assert_events_equal_changes(events)
+
+
+class TestOneAddress:
+    """People behind one address share a counter, and nothing else."""
+
+    async def test_login_under_way_locks_no_shared_row(
+        self, fresh: Database, auth: AuthService[User], ada: User, emitter: EventEmitter
+    ) -> None:
+        """While one login is about to commit, another from its address is neither held up nor refused."""
+        await User.create_user(email="bob@example.com", password=PASSWORD)
+        here = RequestContext(ip="203.0.113.7")
+        within, go_on = asyncio.Event(), asyncio.Event()
+
+        @emitter.on("user_login", delivery="transaction")
+        async def pause(user: User) -> None:
+            if user == ada:
+                within.set()
+                await go_on.wait()
+
+        async with asyncio.timeout(LIMIT):
+            first = asyncio.ensure_future(auth.login(EMAIL, PASSWORD, context=here))
+            await within.wait()
+            second = await auth.login("bob@example.com", PASSWORD, context=here)
+            assert not first.done()
+            go_on.set()
+            assert {(await first).user.pk, second.user.pk} == {1, 2}
+
+    async def test_count_of_the_address(
+        self, fresh: Database, auth: AuthService[User], ada: User
+    ) -> None:
+        """After a login, and after one that a handler refused, nothing of it is counted."""
+        here = RequestContext(ip="203.0.113.7")
+        await auth.login(EMAIL, PASSWORD, context=here)
+        with pytest.raises(AuthenticationError):
+            await auth.login(EMAIL, "a wrong donkey charger", context=here)
+        await auth.login(EMAIL, PASSWORD, context=here)
+
+        @auth.emitter.on("user_login", delivery="transaction")
+        async def veto() -> None:
+            raise RuntimeError
+
+        with pytest.raises(EventError):
+            await auth.login(EMAIL, PASSWORD, context=here)
+        await auth.emitter.aclose(LIMIT)
+        counted = {each.key.partition(":")[0]: each for each in await AttemptCount.all()}
+        assert (counted["source"].count, counted["source"].in_flight) == (1, 0)
+        assert (counted["account"].count, counted["account"].in_flight) == (0, 0)
 
 
 class TestLock:

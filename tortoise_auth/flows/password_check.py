@@ -7,7 +7,7 @@ import hashlib
 import hmac
 import logging
 from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Generic, TypeVar
 
@@ -150,6 +150,13 @@ class PasswordCheck(Generic[UserT]):
             await _available(resetting)
         else:
             await self._settle(self._throttle.succeeded(verified.reservation))
+
+    async def source_released(self, verified: Verified[UserT]) -> Verified[UserT]:
+        """Give the source its attempt back before the login begins, which resets the account."""
+        if not isinstance(self._throttle, DatabaseThrottle) or verified.reservation is None:
+            return verified
+        released = self._throttle.source_released(verified.reservation)
+        return replace(verified, reservation=await _available(released, _PATIENCE))
 
     async def lost(self, verified: Verified[UserT]) -> None:
         """Count a right password that opened nothing as a failure: it was replaced or locked."""

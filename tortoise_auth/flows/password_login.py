@@ -31,6 +31,8 @@ async def login(
     if not spending.within:
         await passwords.succeeded(verified)
     try:
+        if spending.within:
+            spending.verified = verified = await passwords.source_released(verified)
         result = await sign_in(core, spending.proof(core), context, claims)
     except BaseException:  # rolled back, or cancelled
         if spending.within and not spending.committed:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
 
@@ -143,8 +143,9 @@ class DatabaseThrottle(CountingThrottle):
 
         Args:
             reservation: The attempt.
-            using_db: The transaction of the login, to reset in it. Warning: until it ends, every
-                attempt of the account waits for the row; so never a transaction of the caller.
+            using_db: The transaction of the login, to reset in it; see `source_released`. Warning:
+                until it ends, every attempt of the account waits for the row; so never a
+                transaction of the caller.
         """
         connection = using_db if using_db is not None else _connection()
         for counted in self._to_reset(reservation):
@@ -152,6 +153,18 @@ class DatabaseThrottle(CountingThrottle):
                 await self._give_back_on(connection, counted)
             else:
                 await run_statement(connection, _RESET, {"key": counted.key})
+
+    async def source_released(self, reservation: Reservation) -> Reservation:
+        """Give the source its attempt back; return the reservation of the account, still in flight.
+
+        For a login that resets the account in its own transaction, before that begins: everybody
+        behind one address shares the row of the source, and it would stay locked until the commit.
+        """
+        for counted in reservation.counted:
+            if counted.of_source:
+                await self._give_back(counted)
+        rest = (counted for counted in reservation.counted if not counted.of_source)
+        return replace(reservation, counted=tuple(rest))
 
     async def purge(self) -> int:
         """Delete counters that say nothing any more; return how many.
