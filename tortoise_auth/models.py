@@ -38,6 +38,8 @@ class Session(Model):
         expires_at: When the session ends whatever happens (absolute lifetime).
         revoked_at: When it was ended before that.
         ip, user_agent: Where it was opened or refreshed last.
+        network_hash: A keyed hash of the network of that address, by which attempts on the account
+            from there are recognised.
     """
 
     id = fields.UUIDField(primary_key=True)
@@ -57,11 +59,12 @@ class Session(Model):
     revoked_at: UtcDatetimeField[datetime | None] = UtcDatetimeField(null=True)
     ip = fields.CharField(max_length=64, null=True)
     user_agent = fields.CharField(max_length=255, null=True)
+    network_hash = fields.CharField(max_length=64, null=True)
 
     class Meta(Model.Meta):
         table = "tortoise_auth_session"
         table_description = "One login: a chain of refresh tokens, at most one of which is unspent."
-        indexes = (("user_id", "user_table"),)
+        indexes = (("user_id", "user_table", "network_hash"),)
 
     @classmethod
     async def end_all(

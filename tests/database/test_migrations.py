@@ -356,7 +356,13 @@ class TestHost:
 
 
 class TestShipped:
-    ALLOWED: ClassVar = (ops.CreateModel, ops.DeleteModel, ops.AddField, ops.AddIndex)
+    ALLOWED: ClassVar = (
+        ops.CreateModel,
+        ops.DeleteModel,
+        ops.AddField,
+        ops.AddIndex,
+        ops.RemoveIndex,
+    )
 
     @pytest.fixture
     def shipped(self) -> list[Migration]:

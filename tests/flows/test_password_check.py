@@ -9,6 +9,7 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
+from uuid import uuid4
 
 import pytest
 from passlib.hash import pbkdf2_sha256
@@ -30,6 +31,7 @@ from tortoise_auth import (
     EventEmitter,
     PasswordHasher,
     RequestContext,
+    SigningKey,
     TortoiseAuthError,
 )
 from tortoise_auth.events import (
@@ -48,7 +50,7 @@ from tortoise_auth.exceptions import (
 )
 from tortoise_auth.flows import password_check
 from tortoise_auth.flows.password_check import PasswordCheck
-from tortoise_auth.models import AttemptCount
+from tortoise_auth.models import AttemptCount, Session
 from tortoise_auth.passwords import Verification
 from tortoise_auth.testing import Captured, FakeClock, capture
 from tortoise_auth.throttling import Backoff, DatabaseThrottle, waiting
@@ -757,6 +759,48 @@ class TestVictim:
         home = RequestContext(ip=now)
         await fail(strict, BUDGET - 1, context=home)
         assert await guess(strict, EMAIL, PASSWORD, home) == "in"
+
+    @pytest.mark.parametrize("moved", ["by a refresh", "to a new signing key"])
+    async def test_source_stays_known(
+        self, ada: User, strict: AuthService[User], clock: FakeClock, moved: str
+    ) -> None:
+        """A source is known from where a session was used last, and under every configured key."""
+        auth, home = strict, RequestContext(ip="203.0.113.7")
+        first = await auth.login(EMAIL, PASSWORD, context=HERE if moved[0] == "b" else home)
+        if moved == "by a refresh":
+            await auth.refresh(first.refresh_token, context=home)
+        else:
+            keys = [SigningKey("n3w-" + SECRET), SigningKey(SECRET)]
+            throttle = auth._core.throttle
+            assert throttle is not None
+            auth = AuthService(User, AuthConfig(secret=keys), throttle=throttle, clock=clock)
+        await fail(auth, BUDGET, context=ELSEWHERE)
+        assert await guess(auth, EMAIL, PASSWORD, ELSEWHERE) == "ThrottledError"
+        assert await guess(auth, EMAIL, PASSWORD, home) == "in"
+
+    async def test_known_by_one_look_up(
+        self, db: TortoiseContext, ada: User, strict: AuthService[User]
+    ) -> None:
+        """Whether a source is known is one row of an index, however many addresses an account has."""
+        first = (await strict.login(EMAIL, PASSWORD, context=HERE)).session
+        copies = [first.clone(pk=uuid4()) for _ in range(500)]
+        for number, each in enumerate(copies):
+            each.family_hash, each.network_hash = f"f{number}", f"n{number}"
+        await Session.bulk_create(copies)
+        await fail(strict, BUDGET, context=ELSEWHERE)
+        with statements(db) as sent:
+            assert await guess(strict, EMAIL, PASSWORD, ELSEWHERE) == "ThrottledError"
+        (look_up,) = {each for each in sent if "network_hash" in each}
+        assert look_up.startswith("SELECT 1")
+        assert look_up.endswith(("LIMIT 1", "LIMIT ?", "LIMIT $4"))
+        postgres = db.connections.all()[0].capabilities.dialect == "postgres"
+        explain = "EXPLAIN " if postgres else "EXPLAIN QUERY PLAN "
+        values = [str(ada.pk), "app_user", "n7", 1][: look_up.count("$" if postgres else "?")]
+        _, plan = await connection_of(db).execute_query(explain + look_up, values)
+        text = " ".join(str(dict(step)) for step in plan)
+        assert "network_hash" in text
+        assert "Seq Scan" not in text
+        assert "SCAN" not in text
 
     async def test_known_source_of_another_account(
         self, ada: User, strict: AuthService[User]

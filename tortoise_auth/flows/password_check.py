@@ -344,7 +344,7 @@ class PasswordCheck(Generic[UserT]):
         source = source_of(case.context.ip)
 
         async def known_source() -> bool:
-            return await self._sessions.were_opened_from(_id(case.user) or "", source)
+            return await self._sessions.were_opened_from(_id(case.user) or "", case.context.ip)
 
         stored = "" if case.user is None else case.user.password
         return Attempt(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import hmac
 import secrets
 from collections.abc import Sequence
 from datetime import datetime
@@ -40,6 +42,7 @@ class Sessions(Generic[UserT]):
         self._clock = clock
         self._reader = SessionReader(user_model)
         self._chain_keys = [key.derive("refresh chain") for key in config.keys]
+        self._network_keys = [key.derive("network of a session") for key in config.keys]
 
     def connection(self) -> BaseDBAsyncClient:
         """Return the connection of sessions and users; see `shared_connection`."""
@@ -75,6 +78,7 @@ class Sessions(Generic[UserT]):
             expires_at=ends,
             ip=context.ip,
             user_agent=context.user_agent,
+            network_hash=self._network_hash(context.ip),
             using_db=connection,
         )
         return session, token
@@ -121,6 +125,7 @@ class Sessions(Generic[UserT]):
             ),
             "ip": context.ip or session.ip,
             "user_agent": context.user_agent or session.user_agent,
+            "network_hash": self._network_hash(context.ip) or session.network_hash,
         }
         spendable = Session.filter(
             id=session.id,
@@ -219,16 +224,13 @@ class Sessions(Generic[UserT]):
             .limit(limit)
         )
 
-    async def were_opened_from(self, user_id: str, source: str | None) -> bool:
-        """Return whether a user has a session that was opened from *source*, as far as rows are kept."""
-        connection = self.connection()
-        rows = await (
-            Session.filter(user_id=user_id, user_table=user_table(self._user_model))
-            .using_db(connection)
-            .distinct()
-            .values("ip")
+    async def were_opened_from(self, user_id: str, ip: str | None) -> bool:
+        """Return whether a user has a session from the network of *ip*, as far as rows are kept."""
+        hashes = [_hash_of_network(ip, key) for key in self._network_keys]
+        matching = Session.filter(
+            user_id=user_id, user_table=user_table(self._user_model), network_hash__in=hashes
         )
-        return source is not None and source in {source_of(row["ip"]) for row in rows}
+        return await matching.using_db(self.connection()).exists()
 
     async def purge(self) -> int:
         """Delete sessions whose absolute lifetime is over, of any user model; return how many.
@@ -246,6 +248,9 @@ class Sessions(Generic[UserT]):
                 break
         return deleted
 
+    def _network_hash(self, ip: str | None) -> str | None:
+        return None if ip is None else _hash_of_network(ip, self._network_keys[0])
+
     async def _one(self, **which: object) -> Session | None:
         connection = self.connection()
         matching = Session.filter(user_table=user_table(self._user_model), **which)
@@ -255,6 +260,10 @@ class Sessions(Generic[UserT]):
         pk = primary_key(self._user_model, session.user_id)
         user = await self._user_model.filter(pk=pk).using_db(self.connection()).first()
         return None if user is None else SessionWithUser(session, user)
+
+
+def _hash_of_network(ip: str | None, key: bytes) -> str:
+    return hmac.new(key, (source_of(ip) or "").encode(), hashlib.sha256).hexdigest()
 
 
 def _uuid(value: object) -> UUID | None:
