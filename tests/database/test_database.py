@@ -8,7 +8,7 @@ import itertools
 import sqlite3
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import aclosing, contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,7 @@ from tests.support.database import SHARED_DATABASES, database
 from tests.support.services import needs_postgres
 from tortoise_auth.database import (
     Listener,
+    batches,
     connection_for,
     context_outside_transactions,
     current_connection,
@@ -1049,3 +1050,23 @@ class TestPrivateNames:
         assert type(client) is AsyncpgDBClient
         for name in ("host", "port", "user", "password", "database", "extra"):
             assert hasattr(client, name)
+
+
+class TestBatches:
+    async def test_pause(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """After each batch the database is free for four times as long as the batch took."""
+        times, pauses = iter([10.0, 10.5, 20.0, 20.25, 30.0]), []
+
+        async def pause(seconds: float) -> None:
+            pauses.append(seconds)
+
+        class Loop:
+            def time(self) -> float:
+                return next(times)
+
+        monkeypatch.setattr("tortoise_auth.database.pacing.asyncio.get_running_loop", Loop)
+        monkeypatch.setattr("tortoise_auth.database.pacing.asyncio.sleep", pause)
+        async with aclosing(batches()) as turns:
+            for _ in range(3):
+                await anext(turns)
+        assert pauses == [2.0, 1.0]

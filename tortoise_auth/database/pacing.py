@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 
 BATCH_SIZE = 100
 """Rows. On SQLite every request waits for a batch, which takes a few milliseconds."""
@@ -12,7 +12,7 @@ _PAUSE = 4
 """How many times as long as a batch the pause after it is."""
 
 
-async def batches() -> AsyncIterator[None]:
+async def batches() -> AsyncGenerator[None, None]:
     """Yield once for each batch, after a pause in proportion to the batch before.
 
     Example::
