@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Coroutine
-from typing import Any
+from typing import Annotated, Any
 from unittest.mock import AsyncMock, Mock, create_autospec
 
 import pytest
@@ -36,6 +37,11 @@ ADA = User(id=7, email="ada@example.com")
 CONTEXT = RequestContext(ip="192.0.2.1")
 LOGIN = UserLogin(user=ADA, subject_id="7", session_id="s-1", context=CONTEXT)
 FAILED = UserLoginFailed(identifier="ada@example.com", reason="bad_password", user_id="7")
+
+
+@pytest.fixture
+def strict() -> EventEmitter:
+    return EventEmitter(strict=True)
 
 
 def shapes(note: Note) -> dict[str, Handler]:
@@ -349,6 +355,183 @@ class TestNeverSupplied:
     def test_positional_alias_without_positional_arguments(self) -> None:
         """An event with keywords alone has nothing for a parameter of another name."""
         assert Parameters.of(lambda account: None).never_supplied_by(UserLoginFailed) == ["account"]
+
+
+class Client:
+    """What the injection below supplies."""
+
+
+def inject(handler: Handler) -> Handler:
+    """Supply ``client``, as libraries of dependency injection do."""
+
+    @functools.wraps(handler)
+    async def injected(*args: Any, **kwargs: Any) -> Any:
+        return await handler(*args, **kwargs, client=Client())
+
+    return injected
+
+
+def inject_for_one(handler: Handler) -> Handler:
+    """Supply ``client`` to a function of one argument."""
+
+    @functools.wraps(handler)
+    async def injected(user: Any) -> Any:
+        return await handler(user, client=Client())
+
+    return injected
+
+
+def inject_and_show(handler: Handler) -> Handler:
+    """Supply ``client`` and show the remaining parameters."""
+    injected = inject(handler)
+    shown = inspect.signature(handler)
+    parameters = [each for name, each in shown.parameters.items() if name != "client"]
+    vars(injected)["__signature__"] = shown.replace(parameters=parameters)
+    return injected
+
+
+class Injected:
+    """The same as a callable object."""
+
+    def __init__(self, handler: Handler) -> None:
+        functools.update_wrapper(self, handler)
+        self._handler = handler
+
+    async def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call it with a client."""
+        return await self._handler(*args, **kwargs, client=Client())
+
+
+def retried(handler: Handler) -> Handler:
+    """Pass everything on, as a decorator that logs or repeats does."""
+
+    @functools.wraps(handler)
+    async def passed_on(*args: Any, **kwargs: Any) -> Any:
+        return await handler(*args, **kwargs)
+
+    return passed_on
+
+
+def with_keywords(handler: Handler) -> Handler:
+    """Pass keywords on, and nothing else."""
+
+    @functools.wraps(handler)
+    async def passed_on(**kwargs: Any) -> Any:
+        return await handler(**kwargs, client=Client())
+
+    return passed_on
+
+
+class Mails:
+    """Has handlers that are methods."""
+
+    def __init__(self, note: Note) -> None:
+        self._note = note
+
+    @inject
+    async def mail(self, user: object, *, client: Annotated[Client, "supplied"]) -> None:
+        """Note what arrives."""
+        self._note(user, type(client))
+
+    @functools.lru_cache  # noqa: B019 - a handler that is cached
+    def cached(self, user: object) -> None:
+        """Note what arrives."""
+        self._note(user, Client)
+
+
+WRAPPERS: dict[str, Callable[[Handler], Handler]] = {
+    "inject": inject,
+    "inject for one": inject_for_one,
+    "inject and show": inject_and_show,
+    "object": Injected,
+    "retried": lambda handler: retried(inject(handler)),
+    "retried for one": lambda handler: retried(inject_for_one(handler)),
+    "keywords": with_keywords,
+    "partial": lambda handler: functools.partial(inject(handler)),
+    "inside": lambda handler: inject(functools.partial(handler)),
+}
+
+
+class TestWrappers:
+    @pytest.mark.parametrize("wrapper", WRAPPERS.values(), ids=WRAPPERS)
+    async def test_may_supply_what_the_event_has_not(
+        self, strict: EventEmitter, wrapper: Callable[[Handler], Handler]
+    ) -> None:
+        """A handler behind any wrapper is registered and called with what its outermost takes."""
+        note = Mock()
+
+        async def mail(user: object, client: Annotated[Client, "supplied"]) -> None:
+            note(user, type(client))
+
+        strict.on("user_login", wrapper(mail))
+        await strict.emit(LOGIN)
+        await strict.emit("user_login", user=ADA)
+
+        assert note.mock_calls == [((ADA, Client),)] * 2
+
+    async def test_by_class(self, strict: EventEmitter) -> None:
+        """A handler of the event object may have further parameters that a wrapper supplies."""
+        note = Mock()
+
+        @strict.on(UserLogin)
+        @inject
+        async def mail(event: UserLogin[User], client: Annotated[Client, "supplied"]) -> None:
+            note(event, type(client))
+
+        await strict.emit(LOGIN)
+
+        note.assert_called_once_with(LOGIN, Client)
+
+    @pytest.mark.parametrize("method", ["mail", "cached"])
+    async def test_around_methods(self, strict: EventEmitter, method: str) -> None:
+        """The account of a wrapped method is the second argument of its function."""
+        note = Mock()
+
+        strict.on("user_login", getattr(Mails(note), method))
+        await strict.emit(LOGIN)
+
+        note.assert_called_once_with(ADA, Client)
+
+    async def test_get_what_they_take(self, strict: EventEmitter) -> None:
+        """A wrapper of certain parameters gets those, whatever the function inside takes."""
+        note = Mock()
+
+        async def mail(user: object, session_id: str) -> None: ...
+
+        @functools.wraps(mail)
+        async def without_session(user: object) -> None:
+            note(user)
+
+        strict.on("user_login", without_session)
+        await strict.emit(LOGIN)
+
+        note.assert_called_once_with(ADA)
+
+    @pytest.mark.parametrize("shown", [True, False])
+    def test_are_refused_for_what_they_require(self, strict: EventEmitter, shown: bool) -> None:
+        """What the outermost function itself requires, the event has to have."""
+
+        async def mail(user: object) -> None: ...
+
+        @functools.wraps(mail)
+        async def for_tenant(user: object, *, tenant: str) -> None: ...
+
+        if shown:
+            vars(for_tenant)["__signature__"] = inspect.signature(mail)
+
+        with pytest.raises(SubscriptionError, match="requires 'tenant'"):
+            strict.on("user_login", for_tenant)
+
+    def test_one_that_binds_a_keyword(self, strict: EventEmitter) -> None:
+        """A partial of a wrapped function is seen with its keywords."""
+
+        async def mail(user: object, *, client: Client, tenant: str) -> None: ...
+
+        bound = functools.partial(inject(mail), tenant="a")
+        assert Parameters.of(bound).never_supplied_by(UserLogin) == []
+        assert Parameters.of(functools.partial(mail, tenant="a")).never_supplied_by(UserLogin) == [
+            "client"
+        ]
 
 
 class TestOptions:

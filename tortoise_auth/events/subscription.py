@@ -10,6 +10,7 @@ from fnmatch import fnmatchcase
 from typing import Any, Literal, TypeAlias, get_args, get_origin
 
 from tortoise_auth.events.event import Event, NamedEvent, classes_named
+from tortoise_auth.events.signatures import signature_of
 from tortoise_auth.exceptions import SubscriptionError
 
 Delivery: TypeAlias = Literal["inline", "transaction", "background", "durable"]
@@ -178,6 +179,8 @@ class Parameters:
         positional: Names of the parameters that can be given by position, in order.
         keyword_only: Names of those that cannot.
         required: Those of both without a default.
+        positional_only: Names of those that cannot be given as keywords.
+        supplied: Those that a wrapper around the handler may supply.
         any_positional: It has ``*args``.
         any_keyword: It has ``**kwargs``.
         known: False for callables that cannot be inspected, which get everything.
@@ -187,6 +190,7 @@ class Parameters:
     keyword_only: tuple[str, ...] = ()
     required: frozenset[str] = frozenset()
     positional_only: frozenset[str] = frozenset()
+    supplied: frozenset[str] = frozenset()
     any_positional: bool = True
     any_keyword: bool = True
     known: bool = False
@@ -195,10 +199,10 @@ class Parameters:
     def of(cls, handler: Handler) -> Parameters:
         """Inspect *handler*."""
         try:
-            parameters = inspect.signature(handler).parameters.values()
+            signature, supplied = signature_of(handler)
         except (TypeError, ValueError):
             return cls()
-        kinds = inspect.Parameter
+        parameters, kinds = signature.parameters.values(), inspect.Parameter
         return cls(
             positional=tuple(
                 p.name
@@ -214,6 +218,7 @@ class Parameters:
             positional_only=frozenset(
                 p.name for p in parameters if p.kind is kinds.POSITIONAL_ONLY
             ),
+            supplied=supplied,
             any_positional=any(p.kind is kinds.VAR_POSITIONAL for p in parameters),
             any_keyword=any(p.kind is kinds.VAR_KEYWORD for p in parameters),
             known=True,
@@ -227,7 +232,12 @@ class Parameters:
     @property
     def one_argument(self) -> bool:
         """Whether the handler can be called with one positional argument."""
-        return self.most_positional > 0 and self.required <= set(self.positional[:1])
+        return self.most_positional > 0 and self._demanded <= set(self.positional[:1])
+
+    @property
+    def _demanded(self) -> frozenset[str]:
+        """What every call has to give: nothing else can."""
+        return self.required - self.supplied
 
     @property
     def keywords(self) -> frozenset[str] | None:
@@ -301,11 +311,11 @@ class Parameters:
         named = {*self.positional, *self.keyword_only}
         by_position = sum(name not in named for name in event.positional)
         missing = [
-            name for name in self.positional if name in self.required and name not in available
+            name for name in self.positional if name in self._demanded and name not in available
         ]
         missing = missing[by_position:]
         return missing + [
-            name for name in self.keyword_only if name in self.required and name not in available
+            name for name in self.keyword_only if name in self._demanded and name not in available
         ]
 
 
