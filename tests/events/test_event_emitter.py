@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any, Literal
+from unittest.mock import Mock
 
 import pytest
 from tortoise.context import TortoiseContext
@@ -1023,6 +1024,91 @@ class TestEmitSync:
         ran: list[int] = []
         emitter.on("evt", noting(ran, 1))
         with pytest.raises(RuntimeError, match="await emit"):
+            emitter.emit_sync("evt")
+        assert ran == []
+
+    def test_without_handlers_is_a_look_up(
+        self, emitter: EventEmitter, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A name without handlers makes no loop, whatever else there are handlers for."""
+        emitter.on("other", noting([], 1))
+        monkeypatch.setattr(asyncio, "new_event_loop", Mock(side_effect=AssertionError))
+        emitter.emit_sync("evt", 1, two=2)
+        emitter.emit_sync(login())
+
+    @pytest.mark.parametrize("handled", ["plain", "async", None])
+    def test_leaves_the_current_loop_alone(
+        self, emitter: EventEmitter, handled: str | None
+    ) -> None:
+        """The loop that a program has set for its thread is its current one afterwards, and open."""
+        if handled is not None:
+            emitter.on("evt", noting([], 1) if handled == "async" else lambda: None)
+        mine = asyncio.new_event_loop()
+        asyncio.set_event_loop(mine)
+        try:
+            emitter.emit_sync("evt")
+            assert asyncio.get_event_loop() is mine
+            assert mine.run_until_complete(asyncio.sleep(0, "open")) == "open"
+        finally:
+            asyncio.set_event_loop(None)
+            mine.close()
+
+    @pytest.mark.parametrize("among", [False, True], ids=["alone", "among async ones"])
+    def test_plain_functions_run_on_this_thread(self, emitter: EventEmitter, among: bool) -> None:
+        """A plain function needs no thread here, and may run a loop itself, whatever runs beside it."""
+        ran: list[object] = []
+
+        def plain() -> None:
+            asyncio.run(asyncio.sleep(0))
+            ran.append(threading.current_thread())
+
+        if among:
+            emitter.on("evt", noting(ran, "first"))
+        emitter.on("evt", plain)
+        if among:
+            emitter.on("evt", noting(ran, "last"))
+        emitter.emit_sync("evt")
+        here = threading.current_thread()
+        assert ran == (["first", here, "last"] if among else [here])
+
+    def test_a_timeout_needs_a_thread(self, emitter: EventEmitter) -> None:
+        """A plain function that hangs is left behind after its time."""
+        release, ran = threading.Event(), list[int]()
+        emitter.on("evt", lambda: release.wait(PATIENCE), timeout=0.01)
+        emitter.on("evt", lambda: ran.append(1))
+        emitter.emit_sync("evt")
+        assert ran == [1]
+        release.set()
+
+    def test_plain_functions_have_every_option(self) -> None:
+        """Once, awaitable results, the error policies and the observer are the same without a loop."""
+        seen, ran = list[Delivered](), list[object]()
+        emitter = EventEmitter(errors="group", observer=seen.append)
+
+        def fail() -> None:
+            raise asyncio.CancelledError
+
+        emitter.once("evt", lambda: ran.append("once"))
+        emitter.on("evt", lambda: noting(ran, "awaited")())
+        emitter.on("evt", fail)
+        emitter.on("evt", noting(ran, "background"), delivery="background")
+        for _ in range(2):
+            with pytest.raises(ExceptionGroup) as group:
+                emitter.emit_sync("evt")
+        (error,) = group.value.exceptions
+        assert isinstance(error, EventError)
+        assert isinstance(error.original, asyncio.CancelledError)
+        assert ran == ["once", "awaited", "background", "awaited", "background"]
+        assert [each.outcome for each in seen[:4]] == [
+            *("succeeded", "succeeded", "failed", "succeeded")
+        ]
+
+    def test_a_failure_that_is_raised_stops_plain_functions(self) -> None:
+        """The first failure is raised, and what comes after it does not run."""
+        emitter, ran = EventEmitter(propagate_errors=True), list[int]()
+        emitter.on("evt", dict[str, int]().popitem)
+        emitter.on("evt", lambda: ran.append(1))
+        with pytest.raises(EventError, match="KeyError"):
             emitter.emit_sync("evt")
         assert ran == []
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
 
@@ -173,6 +174,16 @@ class Deliverer:
         if rest:
             self.spawn(self._run_quietly(emitted, rest), emitted.text)
 
+    def conclude(self, emitted: Emitted, settled: Sequence[Settled]) -> list[object]:
+        """Return the results of handlers, or raise their failures, by the error policy."""
+        failures = [each.failure for each in settled if each.failure is not None]
+        if failures and self.errors == "group":
+            raise ExceptionGroup(f"Handlers for event '{emitted.name}' failed", failures)
+        if failures and self.errors == "raise":
+            self._log(failures[1:])
+            raise failures[0] from failures[0].original
+        return [result for each in settled for result in each.results]
+
     def failed(self, event: str, handler: Handler, failure: BaseException) -> EventError:
         """Return the error for the failure of a handler, having reported it."""
         if isinstance(failure, RecursionError) and Nested.depth() > 0:
@@ -255,13 +266,7 @@ class Deliverer:
             settled = await self._together(emitted, subscriptions)
         else:
             settled = await self._in_order(emitted, subscriptions)
-        failures = [each.failure for each in settled if each.failure is not None]
-        if failures and self.errors == "group":
-            raise ExceptionGroup(f"Handlers for event '{emitted.name}' failed", failures)
-        if failures and self.errors == "raise":
-            self._log(failures[1:])
-            raise failures[0] from failures[0].original
-        return [result for each in settled for result in each.results]
+        return self.conclude(emitted, settled)
 
     async def _in_order(
         self, emitted: Emitted, subscriptions: Iterable[Subscription]
@@ -270,7 +275,7 @@ class Deliverer:
         settled: list[Settled] = []
         for subscription in remaining:
             try:
-                settled.append(await self._settle(emitted, subscription))
+                settled.append(await self.settle(emitted, subscription))
             except asyncio.CancelledError:
                 self.rescue(emitted, list(remaining))
                 raise
@@ -289,7 +294,7 @@ class Deliverer:
             for each in order:
                 returned = asyncio.get_running_loop().create_future()
                 done = partial(_set, returned)
-                settle = self._settle(emitted, each, together=together, returned=done)
+                settle = self.settle(emitted, each, together=together, returned=done)
                 tasks[each] = self._create_task(emitted, settle)
                 tasks[each].add_done_callback(done)
                 if not each.is_async:
@@ -302,7 +307,7 @@ class Deliverer:
             raise
         return [tasks[each].result() for each in subscriptions]
 
-    async def _settle(
+    async def settle(
         self,
         emitted: Emitted,
         subscription: Subscription,
@@ -342,16 +347,24 @@ class Deliverer:
         """Call a handler; return its result, and nothing for a ``once`` that had its call."""
         if subscription.once and not self.registry.consume(subscription):
             return []
-        began = time.perf_counter()
-        outcome: Outcome = "cancelled"
-        try:
+        with self.observing(emitted, subscription, attempt):
             args, kwargs = emitted.arguments_for(subscription)
             spawn = partial(self._create_task, emitted)
             result = await invoke(
                 subscription, args, kwargs, spawn, together=together, returned=returned
             )
-            outcome = "succeeded"
             return [result]
+
+    @contextmanager
+    def observing(
+        self, emitted: Emitted, subscription: Subscription, attempt: int = 1
+    ) -> Iterator[None]:
+        """Report to the observer how the call of a handler inside the block ended."""
+        began = time.perf_counter()
+        outcome: Outcome = "cancelled"
+        try:
+            yield
+            outcome = "succeeded"
         except BaseException as failure:
             if is_handler_failure(failure):
                 outcome = "failed"
@@ -408,7 +421,7 @@ class Deliverer:
             settled += await self._together(emitted, others)
         else:
             for each in others:
-                settled.append(await self._settle(emitted, each))
+                settled.append(await self.settle(emitted, each))
         if self.errors != "log":
             self._log([each.failure for each in settled if each.failure is not None])
 

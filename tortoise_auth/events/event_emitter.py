@@ -28,6 +28,7 @@ from tortoise_auth.events.invocation import (
 from tortoise_auth.events.observer import Observer
 from tortoise_auth.events.registry import Listening, Registry, Table
 from tortoise_auth.events.subscription import Delivery, Handler, Subscription, event_class
+from tortoise_auth.events.without_loop import OwnLoop, deliver_here
 from tortoise_auth.exceptions import EventError
 
 HandlerT = TypeVar("HandlerT", bound=Handler)
@@ -405,20 +406,23 @@ class EventEmitter:
         """Run all handlers of *event*, async ones too, from code without an event loop.
 
         It returns when they are done; a backend of your own may take longer for background ones.
+        Plain functions run on this thread. An event loop is made only for handlers that need one,
+        and is never the current one of the thread.
 
         Raises:
             RuntimeError: An event loop is running in this thread; await `emit`.
             EventError: As `emit` does.
         """
-        try:
-            asyncio.get_running_loop()
-        except RuntimeError:
-            asyncio.run(self._emit_and_finish(event, args, kwargs))
-        else:
+        if asyncio._get_running_loop() is not None:
             raise RuntimeError(
                 "emit_sync() would block the running event loop. Use `await emit(...)`, or "
                 "emit_nowait(...)."
             )
+        if event.__class__ is str and not (self._tables.get(event) or self._registry.table(event)):
+            return
+        emitted = Emitted.of(event, args, kwargs)
+        with OwnLoop(self._finish_loop) as loop:
+            deliver_here(self._deliverer, emitted, self._registry.subscriptions(emitted.name), loop)
 
     def emit_threadsafe(
         self,
@@ -459,17 +463,13 @@ class EventEmitter:
         """
         return await self._deliverer.finish(timeout)
 
-    async def _emit_and_finish(
-        self, event: str | Event, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
-        try:
-            await self.emit(event, *args, **kwargs)
-        finally:
-            if isinstance(self.backend, BackgroundQueue):
-                await self.aclose()
-            else:  # which may be running in another loop
-                await self._deliverer.finish_tasks(None)
-            end_threads()
+    async def _finish_loop(self) -> None:
+        """Finish what is under way in a loop that `emit_sync` made."""
+        if isinstance(self.backend, BackgroundQueue):
+            await self.aclose()
+        else:  # which may be running in another loop
+            await self._deliverer.finish_tasks(None)
+        end_threads()
 
     def _after(
         self,

@@ -185,10 +185,10 @@ async def invoke(
         TimeoutError: It took longer than its subscription allows.
         ThreadsStuckError: It is a plain function, and its earlier calls hang on all its threads.
     """
-    call = _call(subscription, args, kwargs, spawn, together, returned)
+    work = _call(subscription, args, kwargs, spawn, together, returned)
     if subscription.timeout is None:
-        return await call
-    task = spawn(call)
+        return await work
+    task = spawn(work)
     try:
         done, _ = await asyncio.wait([task], timeout=subscription.timeout)
     except asyncio.CancelledError:
@@ -214,7 +214,7 @@ async def _call(
         elif subscription.is_async:
             result = subscription.handler(*args, **kwargs)
         else:
-            result = _called(subscription.handler, args, kwargs)
+            result = call(subscription.handler, args, kwargs)
         if result is None or not inspect.isawaitable(result):
             return result
         returned()
@@ -226,16 +226,16 @@ async def _on_thread(
 ) -> object:
     threads = _threads_of(subscription)
     context = contextvars.copy_context()
-    call = threads.submit(
-        functools.partial(context.run, _called, subscription.handler, args, kwargs)
+    running = threads.submit(
+        functools.partial(context.run, call, subscription.handler, args, kwargs)
     )
-    result = asyncio.wrap_future(call)
+    result = asyncio.wrap_future(running)
     try:
         await asyncio.wait([result])
     except asyncio.CancelledError as cancelled:
         if _TOO_LATE in cancelled.args:
             result.cancel()
-            threads.give_up(call)
+            threads.give_up(running)
         else:
             spawn(_awaiting(result))  # it goes on, or begins only then
         raise
@@ -271,7 +271,8 @@ def end_threads() -> None:
         threads.close()
 
 
-def _called(handler: Handler, args: Sequence[Any], kwargs: dict[str, Any]) -> object:
+def call(handler: Handler, args: Sequence[Any], kwargs: dict[str, Any]) -> object:
+    """Call a plain function; what it raises can be raised again anywhere."""
     try:
         return handler(*args, **kwargs)
     except (StopIteration, GeneratorExit) as error:
@@ -290,6 +291,8 @@ def is_handler_failure(failure: BaseException) -> bool:
     `GeneratorExit`, with which Python closes a coroutine that is not awaited to its end.
     """
     if isinstance(failure, asyncio.CancelledError):
+        if asyncio._get_running_loop() is None:
+            return True  # a plain function that `emit_sync` calls: nothing can be cancelled
         task = asyncio.current_task()
         return task is None or task.cancelling() == 0
     return not isinstance(failure, KeyboardInterrupt | SystemExit | GeneratorExit)
