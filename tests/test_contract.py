@@ -29,6 +29,7 @@ from tortoise_auth import (
 )
 from tortoise_auth.events import NamedEvent, UserLogin
 from tortoise_auth.exceptions import ThrottledError, TokenInvalidError
+from tortoise_auth.models import Session
 from tortoise_auth.sessions.access_tokens import AccessTokens
 from tortoise_auth.testing import FakeClock
 from tortoise_auth.throttling import source_of
@@ -161,6 +162,29 @@ class TestTwoUserModels:
             auth.decode(forged)
         with pytest.raises(TokenInvalidError):
             await auth.authenticate(forged)
+
+    @pytest.mark.parametrize("key", ["k" * 40, "😀" * 40], ids=["ASCII", "long in JSON"])
+    async def test_any_key_and_the_largest_claims(
+        self, db: TortoiseContext, clock: FakeClock, key: str
+    ) -> None:
+        """A login returns tokens that can be used, or opens no session, however long its parts are."""
+        config = AuthConfig(secret=SECRET, issuer="\x01" * 255, audience="\x01" * 255)
+        auth = AuthService(StrUser, config, clock=clock)
+        await StrUser.create_user(email=EMAIL, password=PASSWORD, code=key)
+        opened = 0
+        for size in range(0, 3000, 100):
+            claims = {"claim": "x" * size}
+            try:
+                result = await auth.login(EMAIL, PASSWORD, claims=claims)
+            except ValueError as error:
+                assert "too large" in str(error)
+                continue
+            opened += 1
+            assert (await auth.authenticate(result.access_token)).pk == key
+            result = await auth.refresh(result.refresh_token, claims=claims)
+            assert (await auth.authenticate(result.access_token)).pk == key
+        assert await Session.all().count() == opened
+        assert 10 < opened < 30
 
 
 class TestCopies:

@@ -84,6 +84,24 @@ class RelatedKey(AbstractUser):
         abstract = False
 
 
+class LongKey(AbstractUser):
+    """Its key does not fit into a session."""
+
+    code = fields.CharField(max_length=256, primary_key=True)
+
+    class Meta(AbstractUser.Meta):
+        table = "app_long_key"
+        abstract = False
+
+
+class LongTable(AbstractUser):
+    """The name of its table does not fit into a session."""
+
+    class Meta(AbstractUser.Meta):
+        table = "t" * 129
+        abstract = False
+
+
 class TestConstruction:
     """Mistakes that are reported before the first request."""
 
@@ -113,6 +131,18 @@ class TestConstruction:
         """A relation as primary key is refused when the service is made, not at the first login."""
         with pytest.raises(ConfigurationError, match="primary key of RelatedKey is a relation"):
             AuthService(RelatedKey, CONFIG)
+
+    @pytest.mark.parametrize(
+        ("model", "what"),
+        [
+            (LongKey, "primary key of LongKey may have at most 255"),
+            (LongTable, "table of LongTable has more than 128"),
+        ],
+    )
+    def test_what_a_session_cannot_hold(self, model: type[AbstractUser], what: str) -> None:
+        """A key or table name that no session can hold is refused when the service is made."""
+        with pytest.raises(ConfigurationError, match=what):
+            AuthService(model, CONFIG)
 
     def test_identifier_without_a_service(self) -> None:
         """The model reports an invalid identifier without a service, too."""

@@ -32,6 +32,13 @@ SecretT = TypeVar("SecretT")
 Algorithm: TypeAlias = Literal["HS256", "HS384", "HS512", "EdDSA", "ES256", "RS256"]
 
 _HMAC_KEY_SIZES: Mapping[str, int] = {"HS256": 32, "HS384": 48, "HS512": 64}
+_SIGNATURE_SIZES: Mapping[str, int] = {
+    "HS256": 32,
+    "HS384": 48,
+    "HS512": 64,
+    "EdDSA": 64,
+    "ES256": 64,
+}
 _FAMILIES: Mapping[str, str] = {
     "HS256": "HMAC",
     "HS384": "HMAC",
@@ -152,6 +159,13 @@ class SigningKey:
     def can_sign(self) -> bool:
         """Whether this is a secret or private key."""
         return self.family == "HMAC" or b"PRIVATE KEY" in self._bytes
+
+    @property
+    def signature_size(self) -> int:
+        """How many bytes its signatures have."""
+        if self.family == "RSA":
+            return (int(self.verifying.key_size) + 7) // 8
+        return _SIGNATURE_SIZES[self.algorithm]
 
     @property
     def verifying(self) -> Any:  # noqa: ANN401 - one of cryptography's key classes, or bytes

@@ -12,9 +12,12 @@ import random
 import secrets
 import socket
 import string
+from bisect import bisect_left
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Any, get_args
+from uuid import uuid4
 
 import jwt
 import pytest
@@ -607,12 +610,77 @@ class TestExtraClaims:
 
     def test_too_large(self, tokens: AccessTokens, clock: FakeClock) -> None:
         """Claims may fill at most half a token, which can still be read."""
-        most = MAX_TOKEN_LENGTH // 2 - len(json.dumps({"claim": ""}))
+        most = MAX_TOKEN_LENGTH // 2 - len('{"claim":""}')
         token = issue(tokens, clock, claim="x" * most)
         assert len(token) <= MAX_TOKEN_LENGTH
         assert tokens.read(token).extra["claim"] == "x" * most
         with pytest.raises(ValueError, match="too large"):
             issue(tokens, clock, claim="x" * (most + 1))
+
+
+class TestLongestTokens:
+    """What is issued can be read: everything that ends in a token is bounded."""
+
+    @pytest.mark.parametrize("text", ["x" * 255, "é" * 127, "😀" * 63, '"' * 255, "\x01" * 255])
+    @pytest.mark.parametrize("algorithm", ["HS256", "HS512", "EdDSA", "ES256", "RS256"])
+    def test_settings_at_their_limits(self, clock: FakeClock, algorithm: Any, text: str) -> None:
+        """With the longest issuer, audience and kid the largest claims still make a token to read."""
+        key = SigningKey(key_for(algorithm), "k" * 64, algorithm)
+        config = AuthConfig(secret=[key], issuer=text, audience=text)
+        tokens = AccessTokens(config, clock, "t" * 128)
+        for claim in ("x", "é", '"'):
+            fits = partial(self.fits, tokens, claim)
+            most = bisect_left(range(MAX_TOKEN_LENGTH), True, key=lambda n: not fits(n)) - 1
+            assert most > 100
+            token, _ = tokens.issue(
+                subject="s" * 255,
+                session_id=str(uuid4()),
+                session_ends=clock() + timedelta(days=1),
+                authenticated_at=clock(),
+                methods=("pwd", "otp"),
+                extra={"claim": claim * most},
+            )
+            assert tokens.read(token).extra["claim"] == claim * most
+
+    @staticmethod
+    def fits(tokens: AccessTokens, claim: str, count: int) -> bool:
+        """Return whether a claim of so many characters is accepted."""
+        try:
+            tokens.check_extra({"claim": claim * count})
+        except ValueError:
+            return False
+        return True
+
+    def test_settings_that_fill_a_token(
+        self, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Settings that leave no room for claims are refused at construction."""
+        monkeypatch.setattr(SigningKey, "signature_size", 16384 // 8)  # which takes minutes to make
+        AccessTokens(AuthConfig(secret=SECRET, issuer="x" * 255, audience="x" * 255), clock)
+        config = AuthConfig(secret=SECRET, issuer="\x01" * 255, audience="\x01" * 255)
+        with pytest.raises(ConfigurationError, match="shorter issuer and audience, in ASCII"):
+            AccessTokens(config, clock)
+
+    def test_claims_say_how_much_room_there_is(self, clock: FakeClock) -> None:
+        """A long issuer leaves less for claims, and the error names both numbers."""
+        tokens = AccessTokens(AuthConfig(secret=SECRET, issuer="\x01" * 255), clock)
+        with pytest.raises(
+            ValueError, match=r"4012 characters of JSON.* there is room for 3\d\d\d"
+        ):
+            issue(tokens, clock, claim="x" * 4000)
+
+    def test_a_longer_spelling_of_the_key(self, clock: FakeClock) -> None:
+        """A primary key that JSON escapes takes its room from the claims."""
+        tokens = AccessTokens(CONFIG, clock, longest_subject=64)
+        tokens.check_extra({"claim": "x" * 4000}, "k" * 64)
+        with pytest.raises(ValueError, match="too large"):
+            tokens.check_extra({"claim": "x" * 4000}, "😀" * 255)
+
+    def test_depth(self, clock: FakeClock, tokens: AccessTokens) -> None:
+        """Claims are nested no deeper than every reader of JSON can follow."""
+        assert tokens.read(issue(tokens, clock, claim=nested(49))).extra["claim"]
+        with pytest.raises(ValueError, match="nested at most 50"):
+            issue(tokens, clock, claim=nested(50))
 
 
 class TestRotation:

@@ -43,6 +43,7 @@ async def refresh(
         pair = await core.sessions.find_by_refresh_token(presented)
         if pair is None:
             raise TokenInvalidError
+        core.tokens.check_extra(claims or {}, pair.session.user_id)
         following = await _exchange(core, pair, presented, context)
         if following is not None:
             return result_of(core, pair.user, pair.session, following, claims)

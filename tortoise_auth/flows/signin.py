@@ -73,8 +73,14 @@ async def sign_in(
 
     Returns:
         The session with its tokens; ``None`` if the proof does not hold any more.
+
+    Raises:
+        ValueError: No access token can be made with these claims for this account.
     """
     user = proof.user
+    core.tokens.check_extra(
+        claims or {}, str(user.pk)
+    )  # no session without a token that can be read
     opened: tuple[Session, RefreshToken] | None = None
     unit = core.unit_of_work()
     try:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from tortoise_auth.clock import Clock
 from tortoise_auth.config import AuthConfig
 from tortoise_auth.context import sanitize_text
-from tortoise_auth.exceptions import TokenExpiredError, TokenInvalidError
+from tortoise_auth.exceptions import ConfigurationError, TokenExpiredError, TokenInvalidError
 from tortoise_auth.frozen import FrozenDict
 from tortoise_auth.lazy import LazyModule
 from tortoise_auth.sessions.encoding import from_base64url
@@ -28,7 +28,18 @@ else:
     jwt = LazyModule("jwt")
 
 MAX_TOKEN_LENGTH = 8192
-"""Characters. Longer input is refused before it is decoded."""
+"""Characters. Longer input is refused before it is decoded, and no longer token is issued."""
+
+MAX_SUBJECT_LENGTH = 255
+"""Characters of a primary key."""
+
+_MAX_CLAIMS = MAX_TOKEN_LENGTH // 2
+"""Characters of the JSON of extra claims; fewer where the rest of a token leaves no room for them."""
+
+_MIN_CLAIMS = 1024
+
+_MAX_DEPTH = 50
+"""How deep extra claims may be nested: readers of JSON have limits, and each another."""
 
 
 _ACCESS_TYPE = "at+jwt"
@@ -90,13 +101,26 @@ class AccessTokens:
         config: The keys and lifetimes.
         clock: The time, in UTC.
         user_table: The table of the users that tokens are for; others are not read.
+        longest_subject: How many characters a primary key of these users may have.
+
+    Raises:
+        ConfigurationError: The settings alone fill a token.
     """
 
-    def __init__(self, config: AuthConfig, clock: Clock, user_table: str = "") -> None:
+    def __init__(
+        self,
+        config: AuthConfig,
+        clock: Clock,
+        user_table: str = "",
+        *,
+        longest_subject: int = MAX_SUBJECT_LENGTH,
+    ) -> None:
         self._config = config
         self._user_table = user_table
         self._clock = clock
         self._keys = {key.kid: key for key in config.keys}
+        self._longest_subject = longest_subject
+        self._room = self._room_for_claims()
         self._jwt = jwt.PyJWT(
             options={
                 "require": ["iss", "aud", "sub", "sid", "jti", "iat", "exp"],
@@ -127,34 +151,59 @@ class AccessTokens:
         now = self._clock()
         expires_at = min(now + self._config.access_token_lifetime, session_ends)
         key = self._config.keys[0]
-        expires = int(expires_at.timestamp())
-        claims = {
-            **extra,
+        issued, expires = int(now.timestamp()), int(expires_at.timestamp())
+        claims = {**extra, **self._own_claims(subject, session_id, issued, expires)}
+        if authenticated_at is not None:
+            claims |= {"auth_time": int(authenticated_at.timestamp()), "amr": [*methods]}
+        token = self._jwt.encode(
+            claims, key.signing, algorithm=key.algorithm, headers=self._header()
+        )
+        return token, datetime.fromtimestamp(expires, UTC)
+
+    def _header(self) -> dict[str, str]:
+        return {"typ": _ACCESS_TYPE, "kid": self._config.keys[0].kid}
+
+    def _own_claims(
+        self, subject: str, session_id: str, issued: int, expires: int
+    ) -> dict[str, object]:
+        return {
             "iss": self._config.issuer,
             "aud": self._config.audience,
             "sub": subject,
             "sid": session_id,
             "user_table": self._user_table,
             "jti": secrets.token_urlsafe(16),
-            "iat": int(now.timestamp()),
+            "iat": issued,
             "exp": expires,
         }
-        if authenticated_at is not None:
-            claims |= {"auth_time": int(authenticated_at.timestamp()), "amr": [*methods]}
-        token = self._jwt.encode(
-            claims,
-            key.signing,
-            algorithm=key.algorithm,
-            headers={"typ": _ACCESS_TYPE, "kid": key.kid},
-        )
-        return token, datetime.fromtimestamp(expires, UTC)
 
-    @staticmethod
-    def check_extra(extra: Mapping[str, object]) -> None:
-        """Refuse extra claims that would replace ours, or cannot be written.
+    def _room_for_claims(self) -> int:
+        """Return how many characters of JSON extra claims may have."""
+        key = self._config.keys[0]
+        latest = 10**11
+        own = self._own_claims("x" * self._longest_subject, "x" * 36, latest, latest)
+        own |= {"auth_time": latest, "amr": ["x" * 128]}
+        header = _base64_length(len(_json({"alg": key.algorithm, **self._header()})))
+        signature = _base64_length(key.signature_size)
+        room = (MAX_TOKEN_LENGTH - header - signature - 2) * 3 // 4 - len(_json(own)) - 8
+        if room < _MIN_CLAIMS:
+            raise ConfigurationError(
+                f"An access token may have {MAX_TOKEN_LENGTH} characters. The issuer, the audience "
+                f"and a signature of {key.algorithm} leave {max(room, 0)} for claims, and "
+                f"{_MIN_CLAIMS} are needed. Use a shorter issuer and audience, in ASCII, and a "
+                "smaller key."
+            )
+        return min(room, _MAX_CLAIMS)
+
+    def check_extra(self, extra: Mapping[str, object], subject: str = "") -> None:
+        """Refuse extra claims that would replace ours, cannot be written, or make a token too long.
+
+        Args:
+            extra: The claims of the host.
+            subject: The primary key that stands in the token, once it is known.
 
         Raises:
-            ValueError: They are such.
+            ValueError: They are such, or no token can be made for *subject*.
         """
         if not isinstance(extra, Mapping):
             raise ValueError("Extra claims must be a dict")
@@ -164,13 +213,21 @@ class AccessTokens:
                 f"These claims are set by the service and cannot be given: {', '.join(ours)}"
             )
         try:
-            size = len(json.dumps(dict(extra), allow_nan=False))
+            size = len(_json(dict(extra)))
         except (TypeError, ValueError, RecursionError):
             raise ValueError(
                 "Extra claims must be JSON: text, numbers, lists and dicts of them"
             ) from None
-        if size > MAX_TOKEN_LENGTH // 2:
-            raise ValueError(f"Extra claims are too large: {size} characters of JSON")
+        if _is_deeper(extra, _MAX_DEPTH):
+            raise ValueError(f"Extra claims must be JSON that is nested at most {_MAX_DEPTH} deep")
+        if sanitize_text(subject, len(subject)) != subject:
+            raise ValueError("No token names a primary key with a NUL or a lone surrogate in it")
+        longer = max(0, len(_json(subject)) - 2 - self._longest_subject)
+        if size > self._room - longer:
+            raise ValueError(
+                f"Extra claims are too large: {size} characters of JSON. Beside the rest of a token "
+                f"there is room for {max(0, self._room - longer)}."
+            )
 
     def read(self, token: str, *, even_if_expired: bool = False) -> AccessClaims:
         """Verify *token* and return what it says.
@@ -243,6 +300,25 @@ class AccessTokens:
                 {name: value for name, value in claims.items() if name not in _REGISTERED_CLAIMS}
             ),
         )
+
+
+def _json(value: object) -> str:
+    """Return *value* as PyJWT writes it."""
+    return json.dumps(value, separators=(",", ":"), allow_nan=False)
+
+
+def _base64_length(size: int) -> int:
+    return (size * 8 + 5) // 6
+
+
+def _is_deeper(value: object, levels: int) -> bool:
+    if isinstance(value, Mapping):
+        inside: Iterable[object] = value.values()
+    elif isinstance(value, list | tuple):
+        inside = value
+    else:
+        return False
+    return levels == 0 or any(_is_deeper(each, levels - 1) for each in inside)
 
 
 def _json_object(part: str) -> dict[str, Any]:
