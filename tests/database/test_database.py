@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import anyio
 import asyncpg
 import pytest
 from tortoise import fields
@@ -366,6 +367,49 @@ class TestCancellation:
         go_on.set()
         with pytest.raises(asyncio.CancelledError):
             await task
+        assert block.committed
+        await expect_nothing_left(root)
+        assert await rows(root) == ["a"]
+
+    @pytest.mark.parametrize("nested", [False, True])
+    async def test_in_a_scope_that_cancels_in_each_round(
+        self, root: BaseDBAsyncClient, monkeypatch: pytest.MonkeyPatch, nested: bool
+    ) -> None:
+        """A cancelled scope of AnyIO costs a few rounds of the loop, however long the commit takes."""
+        loop: Any = asyncio.get_running_loop()
+        rounds = 0
+
+        def run_once(original: Callable[[], None] = loop._run_once) -> None:
+            nonlocal rounds
+            rounds += 1
+            original()
+
+        block = transaction(root)
+
+        async def work() -> None:
+            async with block as connection:
+                await write(connection, "a")
+                commit = connection.commit
+
+                async def slow_commit() -> None:
+                    nonlocal rounds
+                    scope.cancel()
+                    rounds = 0
+                    await asyncio.sleep(0.1)
+                    assert rounds < 100
+                    await commit()
+
+                monkeypatch.setattr(connection, "commit", slow_commit)
+
+        monkeypatch.setattr(loop, "_run_once", run_once)
+        with anyio.CancelScope() as scope:
+            if nested:
+                async with anyio.create_task_group() as group:
+                    group.start_soon(work)
+            else:
+                await work()
+            pytest.fail("the cancellation was lost")
+        assert scope.cancelled_caught
         assert block.committed
         await expect_nothing_left(root)
         assert await rows(root) == ["a"]

@@ -6,6 +6,7 @@ from tortoise_auth.database.commits import (
     on_commit,
     pending_effects,
     unless_kept,
+    wait_for,
     wait_uncancelled,
 )
 from tortoise_auth.database.connections import connection_for, current_connection
@@ -53,5 +54,6 @@ __all__ = [
     "translates_database_errors",
     "unless_kept",
     "violated_columns",
+    "wait_for",
     "wait_uncancelled",
 ]

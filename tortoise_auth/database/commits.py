@@ -18,6 +18,8 @@ from contextlib import asynccontextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from typing import Any, Protocol, TypeVar
 
+import anyio
+import anyio.lowlevel
 from tortoise.backends.base.client import BaseDBAsyncClient, TransactionalDBClient
 
 from tortoise_auth.database.dialects import mark_of, set_mark
@@ -413,13 +415,23 @@ async def wait_for(work: Awaitable[ReturnT]) -> ReturnT:
 
 
 async def wait_uncancelled(task: asyncio.Task[Any]) -> None:
-    """Wait until *task* is done, even if cancelled meanwhile; raise the cancellation after."""
+    """Wait until *task* is done, even if cancelled meanwhile; raise the cancellation after.
+
+    A cancelled scope of AnyIO, which Starlette and FastAPI use, cancels in each round of the event
+    loop until its tasks have left it: 370 000 times in three seconds. A shielded scope keeps it
+    waiting, so that it cancels once, after.
+    """
     cancelled: asyncio.CancelledError | None = None
-    while not task.done():
-        try:
-            await asyncio.wait([task])
-        except asyncio.CancelledError as error:
-            cancelled = error
+    with anyio.CancelScope(shield=True):
+        while not task.done():
+            try:
+                await asyncio.wait([task])
+            except asyncio.CancelledError as error:
+                cancelled = error
+    try:
+        await anyio.lowlevel.checkpoint_if_cancelled()
+    except asyncio.CancelledError as error:
+        cancelled = error
     if cancelled is not None:
         if not task.cancelled():
             task.exception()

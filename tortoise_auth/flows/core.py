@@ -13,7 +13,7 @@ from tortoise.fields import CharField, TextField
 from tortoise_auth.clock import Clock
 from tortoise_auth.config import AuthConfig, checked_clock
 from tortoise_auth.context import RequestContext, current_context
-from tortoise_auth.database import on_commit
+from tortoise_auth.database import on_commit, wait_for
 from tortoise_auth.events.catalog import Actor, Event, SessionRevoked
 from tortoise_auth.events.event_emitter import EventEmitter, deliverer_of
 from tortoise_auth.events.unit_of_work import UnitOfWork
@@ -21,10 +21,14 @@ from tortoise_auth.exceptions import ConfigurationError
 from tortoise_auth.models import Session, user_table
 from tortoise_auth.passwords import PasswordHasher, PasswordPolicy
 from tortoise_auth.sessions import AccessTokens, Sessions
+from tortoise_auth.sessions.access_tokens import MAX_SUBJECT_LENGTH
 from tortoise_auth.throttling import DatabaseThrottle, Throttle
 from tortoise_auth.users import AbstractUser, UserT
 
 EventT = TypeVar("EventT", bound=Event)
+
+_MAX_TABLE_NAME = 128
+"""Characters in ``Session.user_table``."""
 
 
 class Core(Generic[UserT]):
@@ -63,7 +67,12 @@ class Core(Generic[UserT]):
         self.config = config
         self.clock = checked_clock(clock)
         self.sessions = Sessions(user_model, config, self.clock)
-        self.tokens = AccessTokens(config, self.clock, user_table(user_model))
+        self.tokens = AccessTokens(
+            config,
+            self.clock,
+            user_table(user_model),
+            longest_subject=_longest_key(user_model),
+        )
         self.throttle = DatabaseThrottle(clock=clock) if throttle == "database" else throttle
         self._emitter = emitter
         self._passwords = passwords
@@ -130,10 +139,11 @@ class Core(Generic[UserT]):
     ) -> None:
         """End a session whose tokens no client holds, once other connections see the session."""
         with suppress(Exception):  # a transaction that takes no statement any more is not committed
-            await on_commit(
+            ending = on_commit(
                 self.sessions.connection(),
                 lambda: self.spawn(self._end_orphan(user, session, context), "orphan session"),
             )
+            await wait_for(ending)  # the caller may be in a scope that cancels again and again
 
     async def _end_orphan(self, user: UserT, session: Session, context: RequestContext) -> None:
         async with self.unit_of_work() as unit:
@@ -206,9 +216,26 @@ def _check_model(user_model: type[AbstractUser]) -> None:
             f"The primary key of {user_model.__name__} is a relation. Give the model a key of its "
             "own, and the relation unique=True, or make it a OneToOneField beside the key."
         )
+    longest = _MAX_TABLE_NAME
+    if len(user_table(user_model)) > longest:
+        raise ConfigurationError(
+            f"The name of the table of {user_model.__name__} has more than {longest} characters, "
+            "which a session cannot name"
+        )
+    if _longest_key(user_model) > MAX_SUBJECT_LENGTH:
+        raise ConfigurationError(
+            f"The primary key of {user_model.__name__} may have at most {MAX_SUBJECT_LENGTH} "
+            "characters: sessions and access tokens hold it"
+        )
     field = meta.fields_map.get(user_model.identifier_field)
     if not isinstance(field, CharField | TextField) or not (field.unique or field.pk):
         raise ConfigurationError(
             f"{user_model.__name__}.identifier_field is {user_model.identifier_field!r}; the model "
             "needs such a field, a CharField with unique=True"
         )
+
+
+def _longest_key(user_model: type[AbstractUser]) -> int:
+    """Return how many characters the text of a primary key may have; of a number or UUID, 40."""
+    field = user_model._meta.pk
+    return field.max_length if isinstance(field, CharField) else 40
