@@ -31,6 +31,7 @@ from tortoise_auth.exceptions import (
     causes,
 )
 from tortoise_auth.lazy import LazyModule
+from tortoise_auth.passwords.installation import require_libpass
 from tortoise_auth.threads import Threads, usable_cpus
 
 if TYPE_CHECKING:
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
 else:
     argon2_low_level = LazyModule("argon2.low_level")
     passlib_context = LazyModule("passlib.context")
+
+require_libpass()
 
 logger = logging.getLogger("tortoise_auth")
 
