@@ -28,8 +28,8 @@ from tortoise_auth.exceptions import (
     TokenReusedError,
     TokenRevokedError,
     TortoiseAuthError,
-    describe,
 )
+from tortoise_auth.legible import describe
 
 CODES: dict[type[TortoiseAuthError], str] = {
     TortoiseAuthError: "auth_error",
@@ -131,7 +131,7 @@ class TestTree:
         """The errors that the package itself offers are these."""
         offered = {
             value
-            for value in vars(tortoise_auth).values()
+            for value in (getattr(tortoise_auth, name) for name in tortoise_auth.__all__)
             if isinstance(value, type) and issubclass(value, Exception)
         }
         assert offered

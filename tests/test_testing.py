@@ -8,6 +8,7 @@ import sys
 from datetime import UTC, datetime, timedelta
 from importlib.metadata import entry_points
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -64,7 +65,10 @@ class TestCapture:
     async def test_one(self, emitter: EventEmitter) -> None:
         """`one` returns the only event, and otherwise names the events that there were."""
         with capture(emitter) as events:
-            with pytest.raises(AssertionError, match=r"^0 UserLogin among no events$"):
+            with pytest.raises(
+                AssertionError,
+                match=r"^0 UserLogin among no events \(of this emitter; .*auth\.emitter",
+            ):
                 events.one(UserLogin)
             event = login()
             await emitter.emit(event)
@@ -74,6 +78,15 @@ class TestCapture:
                 AssertionError, match=r"^2 UserLogin among \['user_login', 'user_lo"
             ):
                 events.one(UserLogin)
+
+    @pytest.mark.parametrize("wrong", ["user_login", None, int, User])
+    def test_what_is_no_class_of_events(self, emitter: EventEmitter, wrong: Any) -> None:
+        """A name instead of a class is refused with the words to use instead."""
+        with (
+            capture(emitter) as events,
+            pytest.raises(TypeError, match=r"UserLogin.*assert_emitted"),
+        ):
+            events.one(wrong)
 
     async def test_assert_emitted(self, emitter: EventEmitter) -> None:
         """`assert_emitted` accepts exactly these events, in this order."""

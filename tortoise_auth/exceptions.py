@@ -29,6 +29,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from tortoise_auth.legible import describe, legible, named
+
 
 class TortoiseAuthError(Exception):
     """The base class of every error the library raises.
@@ -188,8 +190,8 @@ class EventError(TortoiseAuthError):
 
     def __init__(self, event_name: str, handler_name: str, original: BaseException) -> None:
         super().__init__(
-            f"Handler '{handler_name}' for event '{event_name}' raised "
-            f"{type(original).__name__}: {describe(original)}"
+            f"Handler '{named(handler_name)}' for event '{named(event_name)}' raised "
+            f"{type(original).__name__}: {legible(describe(original))}"
         )
         self.event_name = event_name
         self.handler_name = handler_name
@@ -216,14 +218,6 @@ class ServiceUnavailableError(TortoiseAuthError):
     """
 
     code = "service_unavailable"
-
-
-def describe(error: BaseException) -> str:
-    """Return the text of an error, even of one whose own ``__str__`` fails."""
-    try:
-        return str(error)
-    except Exception as failure:  # noqa: BLE001 - a broken __str__ must not replace the error it describes
-        return f"<no text: {type(failure).__name__} in __str__>"
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:

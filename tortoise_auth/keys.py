@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar, cast
 
 from tortoise_auth.exceptions import ConfigurationError
 from tortoise_auth.lazy import LazyModule
+from tortoise_auth.legible import quoted
 
 if TYPE_CHECKING:
     import cryptography.exceptions as crypto_exceptions
@@ -129,7 +130,7 @@ class SigningKey:
         Hidden.hide(self, "key")
         if not isinstance(self.algorithm, str) or self.algorithm not in _FAMILIES:
             raise ConfigurationError(
-                f"Unknown signing algorithm {self.algorithm!r}. Use one of {', '.join(_FAMILIES)}."
+                f"Unknown signing algorithm {quoted(self.algorithm)}. Use one of {', '.join(_FAMILIES)}."
             )
         key = revealed(self.key)
         if not isinstance(key, str | bytes):

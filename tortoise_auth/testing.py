@@ -10,7 +10,9 @@ from typing import ClassVar, TypeVar, get_origin, overload
 from tortoise_auth.database import pending_effects
 from tortoise_auth.events import Event, EventEmitter
 from tortoise_auth.events.event_emitter import deliverer_of
+from tortoise_auth.events.subscription import event_class
 from tortoise_auth.events.unit_of_work import Outcome
+from tortoise_auth.legible import listed, quoted
 from tortoise_auth.passwords import PasswordHasher
 
 EventT = TypeVar("EventT", bound=Event)
@@ -67,8 +69,17 @@ class Captured(Sequence[Event]):
         return [event.name for event in self._events]
 
     def of(self, kind: type[EventT]) -> list[EventT]:
-        """Return the events of one class."""
+        """Return the events of one class.
+
+        Raises:
+            TypeError: It is no class of events, but a name, for example.
+        """
         cls: type[EventT] = get_origin(kind) or kind  # UserLogin, also for UserLogin[User]
+        if event_class(kind) is None:
+            raise TypeError(
+                f"This takes a class of events, such as UserLogin, not {quoted(kind)}. "
+                "For names there are `names` and `assert_emitted`."
+            )
         return [event for event in self._events if isinstance(event, cls)]
 
     def one(self, kind: type[EventT]) -> EventT:
@@ -79,7 +90,7 @@ class Captured(Sequence[Event]):
         """
         events = self.of(kind)
         if len(events) != 1:
-            raise AssertionError(f"{len(events)} {kind.__name__} among {self.names or 'no events'}")
+            raise AssertionError(f"{len(events)} {kind.__name__} among {self._emitted()}")
         return events[0]
 
     def assert_emitted(self, *names: str) -> None:
@@ -89,7 +100,13 @@ class Captured(Sequence[Event]):
             AssertionError: Other events were emitted; the message lists them.
         """
         if self.names != list(names):
-            raise AssertionError(f"emitted: {self.names}, expected: {list(names)}")
+            expected = f"[{listed(map(quoted, names))}]"
+            raise AssertionError(f"emitted: {self._emitted()}, expected: {expected}")
+
+    def _emitted(self) -> str:
+        if self._events:
+            return f"[{listed(map(quoted, self.names))}]"
+        return "no events (of this emitter; that of a service is `auth.emitter`)"
 
     def clear(self) -> None:
         """Remove all recorded events."""
@@ -107,7 +124,7 @@ class Captured(Sequence[Event]):
         return len(self._events)
 
     def __repr__(self) -> str:
-        return f"<{type(self).__name__}: {', '.join(self.names) or 'nothing'}>"
+        return f"<{type(self).__name__}: {listed(self.names) or 'nothing'}>"
 
 
 @contextmanager

@@ -14,7 +14,8 @@ from tortoise.context import TortoiseContext
 
 from tortoise_auth.cli.loading import FAILED, CommandError, load_settings
 from tortoise_auth.database import connection_for, root_of
-from tortoise_auth.exceptions import ConfigurationError, describe
+from tortoise_auth.exceptions import ConfigurationError
+from tortoise_auth.legible import describe
 from tortoise_auth.models import OutboxEntry
 from tortoise_auth.users import AbstractUser
 

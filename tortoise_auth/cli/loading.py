@@ -13,7 +13,7 @@ from typing import TypeAlias
 from tortoise.cli.utils import tortoise_orm_config
 from tortoise.config import TortoiseConfig
 
-from tortoise_auth.exceptions import describe
+from tortoise_auth.legible import describe
 from tortoise_auth.service import AuthService
 from tortoise_auth.users import AbstractUser
 

@@ -28,7 +28,7 @@ from tortoise_auth.cli.loading import (
 )
 from tortoise_auth.cli.output import add_row, new_table, show
 from tortoise_auth.events.relay import Relay, RelaySettings
-from tortoise_auth.exceptions import describe
+from tortoise_auth.legible import describe
 from tortoise_auth.models import OutboxEntry
 from tortoise_auth.users import AbstractUser
 

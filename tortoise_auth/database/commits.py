@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import logging
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, nullcontext, suppress
@@ -30,8 +29,9 @@ from tortoise_auth.database.wrappers import (
     open_transactions,
     outermost,
 )
+from tortoise_auth.legible import logger_of
 
-logger = logging.getLogger("tortoise_auth.database")
+logger = logger_of("tortoise_auth.database")
 
 ReturnT = TypeVar("ReturnT")
 

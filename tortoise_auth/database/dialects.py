@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import logging
 import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -14,8 +13,9 @@ from typing import Any
 from tortoise.backends.base.client import BaseDBAsyncClient
 
 from tortoise_auth.database.wrappers import root_of
+from tortoise_auth.legible import logger_of
 
-logger = logging.getLogger("tortoise_auth.database")
+logger = logger_of("tortoise_auth.database")
 
 
 async def run_statement(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
 import re
 import sqlite3
 from collections.abc import Awaitable, Callable, Coroutine
@@ -12,9 +11,10 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 from tortoise.exceptions import BaseORMException, IntegrityError
 from tortoise.exceptions import ConfigurationError as TortoiseConfigurationError
 
-from tortoise_auth.exceptions import ConfigurationError, ServiceUnavailableError, causes, describe
+from tortoise_auth.exceptions import ConfigurationError, ServiceUnavailableError, causes
+from tortoise_auth.legible import describe, logger_of
 
-logger = logging.getLogger("tortoise_auth")
+logger = logger_of("tortoise_auth")
 
 P = ParamSpec("P")
 ReturnT = TypeVar("ReturnT")

@@ -7,7 +7,6 @@ after the other. A handler that is slow, hangs, or floods its lane holds up no o
 from __future__ import annotations
 
 import asyncio
-import logging
 import threading
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Hashable, Iterable
@@ -19,8 +18,9 @@ from weakref import WeakKeyDictionary
 
 from tortoise_auth.database import context_outside_transactions
 from tortoise_auth.events.invocation import is_handler_failure
+from tortoise_auth.legible import logger_of
 
-logger = logging.getLogger("tortoise_auth.events")
+logger = logger_of("tortoise_auth.events")
 
 Overflow: TypeAlias = Literal["log", "raise"]
 

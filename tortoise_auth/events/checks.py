@@ -19,6 +19,7 @@ from tortoise_auth.events.subscription import (
     is_pattern,
 )
 from tortoise_auth.exceptions import SubscriptionError
+from tortoise_auth.legible import listed, named, quoted
 
 
 class SubscriptionWarning(UserWarning):
@@ -45,11 +46,13 @@ def check_call(events: Sequence[object], handler: object, options: Mapping[str, 
     if not events:
         raise SubscriptionError('Say which event to subscribe to: @on("user_login")')
     if not callable(handler):
-        raise SubscriptionError(f"A handler is a function or another callable, not {handler!r}")
+        raise SubscriptionError(
+            f"A handler is a function or another callable, not {quoted(handler)}"
+        )
     unknown = options.keys() - Options.__annotations__.keys()
     if unknown:
         raise SubscriptionError(
-            f"Handler '{describe_handler(handler)}': unknown option {', '.join(sorted(unknown))}. "
+            f"Handler '{describe_handler(handler)}': unknown option {listed(sorted(unknown))}. "
             f"There are {', '.join(Options.__annotations__)}."
         )
 
@@ -94,7 +97,7 @@ def _check_pattern(called: str, subscription: Subscription) -> None:
     matching = [each for each in declared_events() if fnmatchcase(each.name, pattern)]
     if not matching:
         raise SubscriptionError(
-            f"Handler '{called}' for event '{pattern}': no declared event has a name that matches "
+            f"Handler '{called}' for event '{named(pattern)}': no declared event has a name that matches "
             "this pattern, so that no event can reach the handler. Import the module that declares "
             "the events before this line, or use an emitter that is not strict."
         )
@@ -108,9 +111,9 @@ def _check_arguments(called: str, subscription: Subscription, event: type[Event]
     missing = subscription.takes.never_supplied_by(event)
     if missing:
         raise SubscriptionError(
-            f"Handler '{called}' for event '{event.name}' requires "
-            f"{', '.join(map(repr, missing))}, which this event never has. "
-            f"It may name: {', '.join(sorted(available_names(event)))}."
+            f"Handler '{called}' for event '{named(event.name)}' requires "
+            f"{listed(map(repr, missing))}, which this event never has. "
+            f"It may name: {listed(sorted(available_names(event)))}."
         )
 
 
@@ -118,7 +121,7 @@ def _warn_of_near_miss(called: str, name: str) -> None:
     near = difflib.get_close_matches(name, {each.name for each in declared_events()}, 1, 0.8)
     if near:
         warnings.warn(
-            f"Handler '{called}' subscribes to '{name}', which is not declared. "
+            f"Handler '{called}' subscribes to '{named(name)}', which is not declared. "
             f"Did you mean '{near[0]}'?",
             SubscriptionWarning,
             stacklevel=_level_of_caller(),

@@ -6,6 +6,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, get_args
 
+from tortoise_auth.legible import quoted
+
 FailureReason: TypeAlias = Literal["not_found", "inactive", "bad_password", "throttled", "locked"]
 Activity: TypeAlias = Literal[
     "logon",
@@ -99,15 +101,17 @@ class Classification:
         """Return what is wrong with it in an event with these *fields*; ``None`` if nothing is."""
         for name, allowed in _WORDS.items():
             if (word := getattr(self, name)) not in allowed:
-                return f"{name} is {word!r}; allowed are {', '.join(map(repr, allowed))}"
+                return f"{name} is {quoted(word)}; allowed are {', '.join(map(repr, allowed))}"
         if not isinstance(self.message, str) or not self.message.strip():
-            return f"message is {self.message!r}; it must be a sentence"
+            return f"message is {quoted(self.message)}; it must be a sentence"
         if self.resource is not None and not isinstance(self.resource, str):
-            return f"resource is {self.resource!r}; it must be text, such as 'invoice'"
+            return f"resource is {quoted(self.resource)}; it must be text, such as 'invoice'"
         if self.activity.startswith("resource.") != bool(self.resource):
-            return f"resource is {self.resource!r}; it goes with the 'resource.' activities alone"
+            return f"resource is {quoted(self.resource)}; it goes with the 'resource.' activities alone"
         if self.resource_id is not None and self.resource_id not in fields:
-            return f"resource_id is {self.resource_id!r}; fields are {', '.join(sorted(fields))}"
+            return (
+                f"resource_id is {quoted(self.resource_id)}; fields are {', '.join(sorted(fields))}"
+            )
         if self.signal == "credential-change" and not self.activity.startswith("password."):
-            return f"signal is {self.signal!r}, which goes with the activities of a password alone"
+            return f"signal is {quoted(self.signal)}, which goes with the activities of a password alone"
         return None

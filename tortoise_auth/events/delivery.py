@@ -8,7 +8,6 @@ need it.
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -42,21 +41,16 @@ from tortoise_auth.exceptions import (
     ConfigurationError,
     EventError,
     ServiceUnavailableError,
-    describe,
 )
+from tortoise_auth.legible import describe, logger_of, named
 from tortoise_auth.models import OutboxEntry
 from tortoise_auth.threads import ThreadsStuckError
 
-logger = logging.getLogger("tortoise_auth.events")
+logger = logger_of("tortoise_auth.events")
 
 ReturnT = TypeVar("ReturnT")
 
 ErrorPolicy: TypeAlias = Literal["log", "raise", "group"]
-
-_CONTROL_CHARACTERS = {code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0))} | {
-    0x2028: "\\u2028",
-    0x2029: "\\u2029",
-}
 
 
 class Settled(NamedTuple):
@@ -109,7 +103,7 @@ class Deliverer:
         try:
             self.hand_over(Emitted.of(event), subscriptions)
         except Exception:
-            logger.exception("event '%s' was not delivered in the background", event.name)
+            logger.exception("event '%s' was not delivered in the background", named(event.name))
 
     def run_spawned(self, event: Event, subscriptions: Sequence[Subscription]) -> None:
         """Run some handlers of *event* in a task of their own, outside any transaction."""
@@ -196,7 +190,7 @@ class Deliverer:
             try:
                 self._on_error(error)
             except Exception:  # the error path must not be able to fail
-                logger.exception("on_error failed for event %r", event)
+                logger.exception("on_error failed for event '%s'", named(event))
         return error
 
     async def finish(self, timeout: float | None) -> list[str]:  # noqa: ASYNC109 - the deadline is the feature
@@ -400,7 +394,7 @@ class Deliverer:
         except BaseException as failure:
             if not is_handler_failure(failure):
                 raise
-            logger.exception("The observer failed for event %r", emitted.name)
+            logger.exception("The observer failed for event '%s'", named(emitted.name))
 
     async def _run_quietly(self, emitted: Emitted, subscriptions: Sequence[Subscription]) -> None:
         """Run handlers in a context of their own, with no caller to raise failures to.
@@ -432,7 +426,7 @@ class Deliverer:
                 continue  # a handler that hangs is called often: once is enough
             logger.error(
                 "%s",
-                describe(error).translate(_CONTROL_CHARACTERS),
+                describe(error),
                 exc_info=(type(cause), cause, cause.__traceback__),
             )
 

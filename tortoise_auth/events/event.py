@@ -24,6 +24,7 @@ from tortoise_auth.context import RequestContext
 from tortoise_auth.events.classification import Classification
 from tortoise_auth.events.serialization import plain, restored
 from tortoise_auth.frozen import FrozenDict
+from tortoise_auth.legible import quoted
 
 UserT = TypeVar("UserT", bound=Model, default=Model)
 """The host's user model: annotate a handler with ``UserLogin[User]`` to have ``event.user`` typed."""
@@ -113,9 +114,11 @@ class Event:
         named = (each for each in declared_events() if each.name == name)
         kind = next((each for each in named if issubclass(each, cls)), None)
         if kind is None:
-            raise ValueError(f"{name!r} is not the name of a declared {cls.__name__}")
+            raise ValueError(f"{quoted(name)} is not the name of a declared {cls.__name__}")
         if type(version := data.get("schema_version")) is not int or version > kind.schema_version:
-            raise ValueError(f"{name} has schema version {version!r}, not {kind.schema_version}")
+            raise ValueError(
+                f"{quoted(name)} has schema version {quoted(version)}, not {kind.schema_version}"
+            )
         values: dict[str, Any] = dict.fromkeys(_live(kind))
         values |= restored(kind, _stored(kind), data)
         return kind(**values)

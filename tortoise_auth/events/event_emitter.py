@@ -30,6 +30,7 @@ from tortoise_auth.events.registry import Listening, Registry, Table
 from tortoise_auth.events.subscription import Delivery, Handler, Subscription, event_class
 from tortoise_auth.events.without_loop import OwnLoop, deliver_here
 from tortoise_auth.exceptions import EventError
+from tortoise_auth.legible import quoted
 
 HandlerT = TypeVar("HandlerT", bound=Handler)
 ReturnT = TypeVar("ReturnT")
@@ -107,7 +108,7 @@ class EventEmitter:
     @errors.setter
     def errors(self, policy: ErrorPolicy) -> None:
         if policy not in ("log", "raise", "group"):
-            raise ValueError(f'errors must be "log", "raise" or "group", not {policy!r}')
+            raise ValueError(f'errors must be "log", "raise" or "group", not {quoted(policy)}')
         self._deliverer.errors = policy
         self._choose_path()
 

@@ -16,6 +16,7 @@ from weakref import WeakKeyDictionary
 
 from tortoise_auth.events.event import Event, NamedEvent
 from tortoise_auth.events.subscription import EVERYTHING, Arguments, Handler, Subscription
+from tortoise_auth.legible import named, quoted
 from tortoise_auth.threads import Threads
 
 Spawn: TypeAlias = Callable[[Coroutine[Any, Any, Any]], asyncio.Task[Any]]
@@ -63,7 +64,9 @@ class Emitted:
         if isinstance(event, str):
             return cls(event, None, args, kwargs or {})
         if not isinstance(event, Event):
-            raise TypeError(f"emit() takes the name of an event or an event object, not {event!r}")
+            raise TypeError(
+                f"emit() takes the name of an event or an event object, not {quoted(event)}"
+            )
         if args or kwargs:
             raise TypeError("emit() takes an event object alone: its fields are the payload")
         if isinstance(event, NamedEvent):
@@ -73,7 +76,7 @@ class Emitted:
     @property
     def text(self) -> str:
         """What to call it in messages."""
-        return f"event '{self.name}'"
+        return f"event '{named(self.name)}'"
 
     def arguments_for(self, subscription: Subscription) -> Arguments:
         """Return what to call a handler with.
@@ -87,7 +90,7 @@ class Emitted:
             return [NamedEvent.of(self.name, self.args, self.kwargs)], {}
         if subscription.wants_event:
             raise TypeError(
-                f"it listens to the class of '{self.name}' and needs an event object, but the "
+                f"it listens to the class of '{named(self.name)}' and needs an event object, but the "
                 "event was emitted by name"
             )
         count, names = subscription.takes.fit(len(self.args), tuple(self.kwargs))

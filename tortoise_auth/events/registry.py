@@ -28,6 +28,7 @@ from tortoise_auth.events.subscription import (
     subscribe,
 )
 from tortoise_auth.exceptions import SubscriptionError
+from tortoise_auth.legible import named
 
 _MAX_SHAPES = 64
 _MAX_MADE_UP = 64
@@ -116,7 +117,7 @@ class Registry:
                     return self._remove(subscription)
         raise ValueError(
             f"Handler '{describe_handler(handler)}' is not registered for event "
-            f"'{_key(event_name)}'"
+            f"'{named(_key(event_name))}'"
         )
 
     def off(self, event_name: str | type[Event], handler: Handler | None = None) -> None:
@@ -200,8 +201,8 @@ class Registry:
         for subscription in (each for every in self._subscriptions.values() for each in every):
             if subscription.name == new.name and (of_any or subscription.delivery == "durable"):
                 raise SubscriptionError(
-                    f"Handler '{describe_handler(new.handler)}' for event '{new.event}': the name "
-                    f"'{new.name}' is taken by a handler for '{subscription.event}'. "
+                    f"Handler '{describe_handler(new.handler)}' for event '{named(new.event)}': the name "
+                    f"'{named(new.name)}' is taken by a handler for '{named(subscription.event)}'. "
                     "Give another one with name=."
                 )
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import logging
 import os
 import secrets
 import socket
@@ -31,10 +30,11 @@ from tortoise_auth.events.catalog import Event, UserEvent, UserT
 from tortoise_auth.events.event_emitter import EventEmitter, deliverer_of
 from tortoise_auth.events.outbox import Claimed
 from tortoise_auth.events.subscription import Subscription
-from tortoise_auth.exceptions import EventError, describe
+from tortoise_auth.exceptions import EventError
+from tortoise_auth.legible import describe, logger_of
 from tortoise_auth.models import OutboxEntry, primary_key, user_table
 
-logger = logging.getLogger("tortoise_auth.relay")
+logger = logger_of("tortoise_auth.relay")
 
 _MAX_ERROR_LENGTH = 2000
 

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 from tortoise_auth.context import RequestContext
+from tortoise_auth.legible import describe, legible
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -132,7 +133,7 @@ def restored(cls: type, names: Sequence[str], data: Mapping[str, Any]) -> dict[s
         try:
             values[name] = _as(hints[name], data[name])
         except (ValueError, TypeError, ArithmeticError) as error:
-            raise ValueError(f"{cls.__name__}.{name}: {error}") from None
+            raise ValueError(f"{cls.__name__}.{name}: {legible(describe(error), 200)}") from None
     missing = [name for name in names if name not in values and _is_required(cls, name)]
     if missing:
         raise ValueError(f"{cls.__name__} needs {', '.join(missing)}")

@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeAlias, get_args, get_origin
 from tortoise_auth.events.event import Event, NamedEvent, classes_named
 from tortoise_auth.events.signatures import signature_of
 from tortoise_auth.exceptions import SubscriptionError
+from tortoise_auth.legible import named, quoted
 
 Delivery: TypeAlias = Literal["inline", "transaction", "background", "durable"]
 Handler: TypeAlias = Callable[..., Any]
@@ -115,7 +116,7 @@ def subscribe(
     takes = Parameters.of(handler)
     if wants_event and not takes.one_argument:
         raise SubscriptionError(
-            f"Handler '{called}' for event '{key}' is called with the event object alone "
+            f"Handler '{called}' for event '{named(key)}' is called with the event object alone "
             "and must take one positional argument"
         )
     return Subscription(
@@ -155,7 +156,7 @@ def event_name(event: str | type[Event]) -> str:
     if isinstance(event, str) and event:
         return event
     raise SubscriptionError(
-        f"An event is named by text or by its class, not by {event!r}. "
+        f"An event is named by text or by its class, not by {quoted(event)}. "
         'Write @on("user_login") or @on(UserLogin).'
     )
 
@@ -336,7 +337,7 @@ def describe_handler(handler: Handler) -> str:
     """Return what to call *handler* in messages; partials and callable objects have no name."""
     while isinstance(handler, functools.partial):
         handler = handler.func
-    return str(getattr(handler, "__name__", None) or type(handler).__name__)
+    return named(getattr(handler, "__name__", None) or type(handler).__name__)
 
 
 def is_coroutine_function(handler: Handler) -> bool:
@@ -363,7 +364,7 @@ def _check_options(
 ) -> None:
     if delivery not in get_args(Delivery):
         raise SubscriptionError(
-            f"Handler '{called}': unknown delivery {delivery!r}. "
+            f"Handler '{called}': unknown delivery {quoted(delivery)}. "
             f"Use one of {', '.join(map(repr, get_args(Delivery)))}."
         )
     if not isinstance(priority, int):

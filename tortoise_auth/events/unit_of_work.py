@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections import deque
 from collections.abc import Iterable, Sequence
 from types import TracebackType
@@ -24,9 +23,9 @@ from tortoise_auth.events.catalog import Event
 from tortoise_auth.events.event_emitter import EventEmitter, deliverer_of
 from tortoise_auth.events.serialization import require_storable
 from tortoise_auth.events.subscription import Delivery, Subscription
-from tortoise_auth.exceptions import describe
+from tortoise_auth.legible import describe, logger_of
 
-logger = logging.getLogger("tortoise_auth.events")
+logger = logger_of("tortoise_auth.events")
 
 
 class UnitOfWork:

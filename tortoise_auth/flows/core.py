@@ -18,6 +18,7 @@ from tortoise_auth.events.catalog import Actor, Event, SessionRevoked
 from tortoise_auth.events.event_emitter import EventEmitter, deliverer_of
 from tortoise_auth.events.unit_of_work import UnitOfWork
 from tortoise_auth.exceptions import ConfigurationError
+from tortoise_auth.legible import quoted
 from tortoise_auth.models import Session, user_table
 from tortoise_auth.passwords import PasswordHasher, PasswordPolicy
 from tortoise_auth.sessions import AccessTokens, Sessions
@@ -128,7 +129,7 @@ class Core(Generic[UserT]):
                 f"This AuthService serves {self.user_model.__name__}, not {type(user).__name__}"
             )
         if user.pk is None:
-            raise ValueError(f"{user!r} is not in the database; save it first")
+            raise ValueError(f"{quoted(user)} is not in the database; save it first")
 
     def spawn(self, work: Coroutine[Any, Any, None], what: str) -> None:
         """Do *work* in a task of its own, outside any transaction; the emitter's end waits for it."""
@@ -161,7 +162,7 @@ def require_actor(actor: object) -> None:
         ValueError: There is no such actor.
     """
     if actor not in get_args(Actor):
-        raise ValueError(f"actor={actor!r} is none of {', '.join(get_args(Actor))}")
+        raise ValueError(f"actor={quoted(actor)} is none of {', '.join(get_args(Actor))}")
 
 
 def session_id_of(session: Session | UUID | str | None) -> UUID | None:

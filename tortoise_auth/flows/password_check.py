@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
-import logging
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -35,6 +34,7 @@ from tortoise_auth.exceptions import (
     TortoiseAuthError,
 )
 from tortoise_auth.flows.core import Core
+from tortoise_auth.legible import logger_of
 from tortoise_auth.models import user_table
 from tortoise_auth.passwords import is_usable_hash
 from tortoise_auth.throttling import Attempt, DatabaseThrottle, Reservation, Throttle, source_of
@@ -42,7 +42,7 @@ from tortoise_auth.throttling.waiting import Waiting
 from tortoise_auth.users import AbstractUser, UserT
 from tortoise_auth.users.changes import lock_password
 
-logger = logging.getLogger("tortoise_auth.flows.password_check")
+logger = logger_of("tortoise_auth.flows.password_check")
 
 ResultT = TypeVar("ResultT")
 

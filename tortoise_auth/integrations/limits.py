@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from tortoise_auth.clock import Clock, utc_now
 from tortoise_auth.config import checked_clock
 from tortoise_auth.exceptions import ConfigurationError
+from tortoise_auth.legible import quoted
 from tortoise_auth.throttling.protocol import (
     FAILURES_KEPT,
     UNDECIDED,
@@ -204,7 +205,7 @@ def _windows(notation: str) -> Sequence[RateLimitItem]:
         windows = []
     if not windows or any(window.amount < 1 for window in windows):
         raise ConfigurationError(
-            f"LimitsThrottle cannot read {notation!r}; write, for example, "
+            f"LimitsThrottle cannot read {quoted(notation)}; write, for example, "
             '"10 per minute; 50 per day"'
         )
     return windows

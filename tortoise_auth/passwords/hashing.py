@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import importlib.util
-import logging
 import os
 import re
 import secrets
@@ -31,6 +30,7 @@ from tortoise_auth.exceptions import (
     causes,
 )
 from tortoise_auth.lazy import LazyModule
+from tortoise_auth.legible import logger_of
 from tortoise_auth.passwords.installation import require_libpass
 from tortoise_auth.threads import Threads, usable_cpus
 
@@ -44,7 +44,7 @@ else:
 
 require_libpass()
 
-logger = logging.getLogger("tortoise_auth")
+logger = logger_of("tortoise_auth")
 
 ResultT = TypeVar("ResultT")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
@@ -14,10 +13,11 @@ from tortoise.manager import Manager
 from tortoise.models import Model
 
 from tortoise_auth.exceptions import TokenExpiredError, TokenRevokedError
+from tortoise_auth.legible import logger_of
 from tortoise_auth.models import Session, user_table
 from tortoise_auth.users.model import UserT
 
-logger = logging.getLogger("tortoise_auth.sessions")
+logger = logger_of("tortoise_auth.sessions")
 
 
 _PLACEHOLDERS = {"sqlite": "?", "postgres": "${}"}

@@ -33,6 +33,7 @@ from tortoise_auth.exceptions import (
     InvalidIdentifierError,
 )
 from tortoise_auth.fields import EmailField, PasswordField, UtcDatetimeField, normalize_email
+from tortoise_auth.legible import legible, listed
 from tortoise_auth.models import Session, user_table
 from tortoise_auth.passwords import PasswordHasher, PasswordPolicy, is_usable_hash, unusable_hash
 from tortoise_auth.users.changes import replace_outdated_hash, shared_connection, store_password
@@ -326,7 +327,7 @@ class AbstractUser(Model):
         return False
 
     def __repr__(self) -> str:
-        return f"<{type(self).__name__}: {_legible(str(self.pk))}>"
+        return f"<{type(self).__name__}: {legible(str(self.pk)[:_MAX_SHOWN_LENGTH], _MAX_SHOWN_LENGTH)}>"
 
     def __str__(self) -> str:
         return repr(self)
@@ -346,14 +347,14 @@ class AbstractUser(Model):
         protected = sorted(_NOT_FOR_FORMS & values.keys())
         if protected:
             raise ValueError(
-                f"create_user() does not set {', '.join(protected)}: a form could smuggle it in. "
+                f"create_user() does not set {listed(protected)}: a form could smuggle it in. "
                 "Set it on the saved user, or use AuthService.deactivate()."
             )
         meta = cls._meta
         settable = meta.fields_db_projection.keys() | meta.fk_fields | meta.o2o_fields
         if unknown := sorted(values.keys() - settable):
             raise ValueError(
-                f"{cls.__name__} has no field {', '.join(unknown)} that create_user() can set. "
+                f"{cls.__name__} has no field {listed(unknown)} that create_user() can set. "
                 f"It has: {', '.join(sorted(settable - _NOT_FOR_FORMS))}."
             )
 
@@ -429,9 +430,3 @@ def _fits(field: Field[Any], value: object) -> bool:
 
 def _is_storable(text: str) -> bool:
     return sanitize_text(text, len(text)) == text
-
-
-def _legible(key: str) -> str:
-    """Return a primary key for a log: on one line, and of no length that fills it."""
-    text = key[:_MAX_SHOWN_LENGTH]
-    return (text if text.isprintable() else ascii(text)[1:-1])[:_MAX_SHOWN_LENGTH]

@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 
 from tortoise_auth.events.event import Event
 from tortoise_auth.events.formats import reading
-from tortoise_auth.exceptions import TortoiseAuthError, describe
+from tortoise_auth.exceptions import TortoiseAuthError
+from tortoise_auth.legible import describe, quoted
 
 TYPE_PREFIX = "io.github.tortoise_auth."
 """What the ``type`` of every CloudEvent of ours begins with."""
@@ -100,7 +101,7 @@ def uri_reference(text: str) -> str:
     if not _URI_REFERENCE.fullmatch(text):
         raise ValueError(
             f"The source of a CloudEvent is a URI reference such as "
-            f"'https://shop.example.com/auth', not {text!r}"
+            f"'https://shop.example.com/auth', not {quoted(text)}"
         )
     return text
 

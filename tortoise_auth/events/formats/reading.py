@@ -8,6 +8,7 @@ from typing import Any, get_args
 from tortoise_auth.events.classification import Classification, FailureReason
 from tortoise_auth.events.event import Event
 from tortoise_auth.events.serialization import plain
+from tortoise_auth.legible import quoted
 
 _MAX_IDENTIFIER_LENGTH = 320
 
@@ -31,7 +32,7 @@ def classification_of(event: Event) -> Classification:
     classification = event.classify()
     if classification is None:
         raise ValueError(
-            f"{event.name!r} is none of the library's events and declares no classification: "
+            f"{quoted(event.name)} is none of the library's events and declares no classification: "
             "declare one, classification = Classification(activity=..., message=...), in the body "
             "of its class, or leave it out of the events that you subscribe to"
         )

@@ -13,6 +13,7 @@ from tortoise_auth.events.event import Event
 from tortoise_auth.events.formats import reading
 from tortoise_auth.exceptions import ConfigurationError
 from tortoise_auth.keys import SigningKey
+from tortoise_auth.legible import quoted
 
 _PROFILES: Mapping[Signal, Literal["caep", "risc"]] = {
     "session-established": "caep",
@@ -122,7 +123,7 @@ def _refuse_bad_terms(issuer: object, audience: object, now: object, subject: ob
     if now is not None and not (isinstance(now, datetime) and now.tzinfo):
         raise ValueError("now must be a datetime with a time zone, such as datetime.now(UTC)")
     if subject not in ("session", "user"):
-        raise ValueError(f"subject must be 'session' or 'user', not {subject!r}")
+        raise ValueError(f"subject must be 'session' or 'user', not {quoted(subject)}")
 
 
 def _caep(event: Event, classified: Classification, occurred: int) -> dict[str, Any]:
