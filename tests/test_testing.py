@@ -9,11 +9,14 @@ from datetime import UTC, datetime, timedelta
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
+from unittest.mock import AsyncMock
 
 import pytest
+from tortoise.context import TortoiseContext
 
-from tests.support.accounts import PASSWORD
+from tests.support.accounts import EMAIL, PASSWORD, SECRET
 from tests.support.app import User
+from tortoise_auth import AuthConfig, AuthService, PasswordPolicy, PasswordPolicyError
 from tortoise_auth.events import (
     Event,
     EventEmitter,
@@ -214,6 +217,27 @@ class TestFakes:
         assert clock() == datetime(2026, 1, 1, 12, 15, tzinfo=UTC)
         clock.advance(timedelta(minutes=-15))
         assert clock() == FakeClock()()
+
+    async def test_the_model_s_parts_are_looked_up_at_each_call(
+        self, sqlite: TortoiseContext, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A service that was made before a test replaced the model's parts uses what the test gave."""
+        service = AuthService(User, AuthConfig(secret=SECRET))
+        hasher, emitter = cheap_hasher(), EventEmitter()
+        monkeypatch.setattr(User, "password_hasher", hasher)
+        monkeypatch.setattr(User, "password_policy", PasswordPolicy(min_length=30))
+        monkeypatch.setattr(User, "emitter", emitter)
+        hashes = AsyncMock(wraps=hasher.hash)
+        monkeypatch.setattr(hasher, "hash", hashes)
+        with capture(emitter) as events:
+            user = await User.create_user(email=EMAIL, password=PASSWORD + PASSWORD)
+            with pytest.raises(PasswordPolicyError):
+                await service.set_password(user, PASSWORD)
+            await service.set_password(user, PASSWORD * 2)
+            await service.login(EMAIL, PASSWORD * 2)
+        events.assert_emitted("user_registered", "password_changed", "user_login")
+        assert hashes.await_count == 2
+        assert (service.passwords, service.emitter) == (hasher, emitter)
 
     async def test_the_hasher_is_cheap_and_real(self) -> None:
         """The cheap hasher makes Argon2id hashes of the lowest cost that verify."""

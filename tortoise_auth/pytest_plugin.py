@@ -36,5 +36,10 @@ def auth_clock() -> testing.FakeClock:
 
 @pytest.fixture(scope="session")
 def auth_hasher() -> PasswordHasher:
-    """A hasher that is fast and protects nothing: ``AuthService(..., passwords=auth_hasher)``."""
+    """A hasher that is fast and protects nothing.
+
+    Give it to the model: ``monkeypatch.setattr(User, "password_hasher", auth_hasher)``. Then
+    ``create_user``, ``set_password`` and every service without ``passwords=`` use it, also one that
+    is made when its module is imported.
+    """
     return testing.cheap_hasher()

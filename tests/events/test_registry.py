@@ -10,13 +10,15 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import pytest
+from tortoise.context import TortoiseContext
 
+from tests.support.accounts import EMAIL, PASSWORD, SECRET
 from tests.support.app import User
 from tests.support.memory import blocks
-from tortoise_auth import events
+from tortoise_auth import AuthConfig, AuthService, events
 from tortoise_auth.events import (
     Event,
     EventEmitter,
@@ -28,6 +30,7 @@ from tortoise_auth.events import (
 )
 from tortoise_auth.events.event_emitter import deliverer_of
 from tortoise_auth.events.registry import _MAX_SHAPES
+from tortoise_auth.events.subscription import Delivery
 
 Handler = Callable[..., Any]
 
@@ -317,7 +320,7 @@ class TestRefused:
             emitter.on("b", noting([], 2), delivery="durable")
         emitter.on("b", noting([], 2), delivery="durable", name="second")
         emitter.on("a", noting([], 3))
-        assert [row.delivery for row in emitter.describe()] == ["durable", "inline", "durable"]
+        assert [row.delivery for row in emitter.describe()] == ["inline", "durable", "durable"]
 
     @pytest.mark.parametrize("durable_first", [True, False])
     def test_a_function_may_be_durable_and_not(
@@ -376,15 +379,6 @@ class TestLooking:
         assert emitter.describe() == [
             row(
                 position=1,
-                handler=f"{here}.greet",
-                name="mail",
-                delivery="background",
-                once=True,
-                timeout=None,
-                threaded=True,
-            ),
-            row(
-                position=2,
                 handler=f"{here}.audit",
                 name=f"{here}.audit",
                 delivery="inline",
@@ -393,7 +387,30 @@ class TestLooking:
                 timeout=2,
                 threaded=False,
             ),
+            row(
+                position=2,
+                handler=f"{here}.greet",
+                name="mail",
+                delivery="background",
+                once=True,
+                timeout=None,
+                threaded=True,
+            ),
         ]
+
+    async def test_describe_is_the_order_of_the_calls(self, sqlite: TortoiseContext) -> None:
+        """The positions are the turns in which one change calls its handlers, whatever their priority."""
+        emitter, order = EventEmitter(), list[Any]()
+        for priority, delivery in enumerate(reversed(get_args(Delivery))):
+            handler = noting(order, delivery)
+            emitter.on("user_login", handler, delivery=delivery, priority=priority, name=delivery)
+        service = AuthService(User, AuthConfig(secret=SECRET), emitter=emitter)
+        await User.create_user(email=EMAIL, password=PASSWORD)
+        await service.login(EMAIL, PASSWORD)
+        await emitter.aclose()
+        await service.relay().drain()
+        assert order == [each.name for each in emitter.describe()]
+        assert len(order) == 4
 
     def test_events(self, emitter: EventEmitter) -> None:
         """`events` are the names that have a subscription, sorted."""

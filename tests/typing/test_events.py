@@ -11,7 +11,6 @@ from typing import Any, TypeAlias, TypeVar, assert_type
 from uuid import UUID
 
 import pytest
-from tortoise.models import Model
 
 from tests.support.app import User, UuidUser
 from tortoise_auth import events
@@ -141,7 +140,10 @@ class TestByClass:
         assert emitter.events() == ["password_changed", "user_login", "user_logout"]
 
     def test_the_user_has_the_host_s_type(self, emitter: EventEmitter) -> None:
-        """The user is of the model that the annotation names; of the base without one."""
+        """The user is of the model that the annotation names; without one it is not checked.
+
+        If it were the base, pyright would refuse ``@on(UserLogin)`` for ``UserLogin[User]``.
+        """
 
         @emitter.on(UserLogin)
         async def other_model(event: UserLogin[UuidUser]) -> None:
@@ -149,8 +151,7 @@ class TestByClass:
 
         @emitter.on(UserLogin)
         async def bare(event: UserLogin) -> None:
-            assert_type(event.user, Model)
-            event.user.display_name  # type: ignore[attr-defined]  # noqa: B018
+            assert_type(event.user, Any)
 
         assert len(emitter.listeners(UserLogin)) == 2
 

@@ -26,8 +26,12 @@ from tortoise_auth.events.serialization import plain, restored
 from tortoise_auth.frozen import FrozenDict
 from tortoise_auth.legible import quoted
 
-UserT = TypeVar("UserT", bound=Model, default=Model)
-"""The host's user model: annotate a handler with ``UserLogin[User]`` to have ``event.user`` typed."""
+UserT = TypeVar("UserT", bound=Model, default=Any)
+"""The host's user model: annotate a handler with ``UserLogin[User]`` to have ``event.user`` typed.
+
+Without it the user is not checked: type checkers take the default for ``@on(UserLogin)``, too, and
+pyright would refuse a handler of ``UserLogin[User]`` there for any other default.
+"""
 
 Actor: TypeAlias = Literal["user", "admin", "system", "unauthenticated"]
 

@@ -30,6 +30,8 @@ from tortoise_auth.events.subscription import (
 from tortoise_auth.exceptions import SubscriptionError
 from tortoise_auth.legible import named
 
+_TURNS: Sequence[Delivery] = ("transaction", "inline", "background", "durable")
+"""The deliveries in the order in which they run."""
 _MAX_SHAPES = 64
 _MAX_MADE_UP = 64
 """How many names, of those that only patterns match, have a table kept: there may be any number."""
@@ -44,7 +46,8 @@ class Listening:
 
     Attributes:
         event: The event, the pattern of names, or ``*``; of a class its name.
-        position: When its turn is, from 1.
+        position: When its turn is, from 1: those in the transaction first, then the inline ones,
+            those in the background, and the durable ones.
         handler: ``module:qualname``.
         name: The name of the subscription.
         delivery: ``inline``, ``transaction``, ``background`` or ``durable``.
@@ -155,7 +158,11 @@ class Registry:
         return sorted({each.name for each in declared_events()})
 
     def describe(self) -> list[Listening]:
-        """Return a table of handlers: for which event, in which order, by which delivery."""
+        """Return a table of handlers: for which event, in which order, by which delivery.
+
+        Those in the transaction run first, then inline ones, then the background begins, and a
+        relay delivers last; the priority decides among those of one delivery.
+        """
         return [
             Listening(
                 event=event,
@@ -169,8 +176,11 @@ class Registry:
                 threaded=each.threaded,
             )
             for event in self.events()
-            for position, each in enumerate(self.subscriptions(event), 1)
+            for position, each in enumerate(self._in_turn(event), 1)
         ]
+
+    def _in_turn(self, event: str) -> list[Subscription]:
+        return sorted(self.subscriptions(event), key=lambda each: _TURNS.index(each.delivery))
 
     def set_plainly(self, plainly: bool) -> None:
         """Set whether handlers may be called without the detour that observes or groups them."""

@@ -149,7 +149,7 @@ class AbstractUser(Model):
 
     @classmethod
     async def create_user(cls, *, password: str | None = None, **values: object) -> Self:
-        """Create an account: normalise, apply the password policy, hash, save, tell.
+        """Create an account: normalise, apply the password policy, hash, save, emit.
 
         Safe to call with a form's fields: those of ours that decide about access are refused.
         Warning: your own, such as ``is_admin``, are not, nor is the primary key; take from a form
