@@ -15,6 +15,7 @@ from tortoise_auth.exceptions import (
     AuthenticationError,
     ConfigurationError,
     EventError,
+    EventErrorGroup,
     IdentifierTakenError,
     InvalidIdentifierError,
     PasswordPolicyError,
@@ -32,6 +33,7 @@ from tortoise_auth.exceptions import (
 from tortoise_auth.legible import describe
 
 CODES: dict[type[TortoiseAuthError], str] = {
+    EventErrorGroup: "event_handlers_failed",
     TortoiseAuthError: "auth_error",
     ConfigurationError: "configuration_error",
     AuthenticationError: "invalid_credentials",
@@ -51,16 +53,15 @@ CODES: dict[type[TortoiseAuthError], str] = {
 
 FAILURES = [PolicyFailure("too_short", "Too short."), PolicyFailure("common", "Too common.")]
 
+WITH_DETAILS = {ThrottledError, PasswordPolicyError, EventError, EventErrorGroup}
+
 EXAMPLES: list[TortoiseAuthError] = [
-    *(kind() for kind in CODES if kind not in {ThrottledError, PasswordPolicyError, EventError}),
-    *(
-        kind("a text")
-        for kind in CODES
-        if kind not in {ThrottledError, PasswordPolicyError, EventError}
-    ),
+    *(kind() for kind in CODES if kind not in WITH_DETAILS),
+    *(kind("a text") for kind in CODES if kind not in WITH_DETAILS),
     ThrottledError(1.5),
     PasswordPolicyError(FAILURES),
     EventError("user_login", "greet", ValueError("no")),
+    EventErrorGroup("user_login", [EventError("user_login", "greet", ValueError("no"))]),
 ]
 
 
@@ -89,15 +90,14 @@ class TestTree:
         drawn: dict[str, str | None] = {}
         branch: list[str] = []
         for line in (exceptions.__doc__ or "").splitlines():
-            match = re.match(r"( {4}(?:│   |    )*(?:├── |└── )?)(\w+Error)\b", line)
+            match = re.match(r"( {4}(?:│   |    )*(?:├── |└── )?)(\w+Error(?:Group)?)\b", line)
             if match:
                 depth = len(match[1]) // 4 - 1
                 branch[depth:] = [match[2]]
                 drawn[match[2]] = branch[depth - 1] if depth else None
         assert drawn == {
-            kind.__name__: kind.__base__.__name__ if kind is not TortoiseAuthError else None
+            kind.__name__: kind.__bases__[0].__name__ if kind is not TortoiseAuthError else None
             for kind in CODES
-            if kind.__base__ is not None
         }
 
     def test_complete(self) -> None:

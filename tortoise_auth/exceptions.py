@@ -15,6 +15,7 @@
     │   ├── TokenRevokedError     its session ended, or its user is inactive or deleted
     │   └── TokenReusedError      a refresh token that was already spent
     ├── EventError                a handler failed, and the error policy is to raise
+    │   └── EventErrorGroup       several failed, and the policy is "group"; also an ExceptionGroup
     ├── SubscriptionError         a handler cannot be registered like this
     └── ServiceUnavailableError   the database failed; the credentials may be right
 
@@ -27,7 +28,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Self
 
 from tortoise_auth.legible import describe, legible, named
 
@@ -199,6 +200,36 @@ class EventError(TortoiseAuthError):
 
     def __reduce__(self) -> tuple[type[EventError], tuple[str, str, BaseException]]:
         return type(self), (self.event_name, self.handler_name, self.original)
+
+
+class EventErrorGroup(EventError, ExceptionGroup[EventError]):
+    """Several handlers of one event failed, and the emitter was made with ``errors="group"``.
+
+    It is an `EventError`, of the first failure, and a group of all of them for ``except*``.
+
+    Attributes:
+        exceptions: One `EventError` for each handler that failed, in their order.
+    """
+
+    code = "event_handlers_failed"
+
+    def __new__(cls, event_name: str, failures: Sequence[EventError]) -> Self:
+        """Make the group; Python makes a group of its arguments here."""
+        return super().__new__(cls, f"Handlers for event '{named(event_name)}' failed", failures)
+
+    def __init__(self, event_name: str, failures: Sequence[EventError]) -> None:
+        first = failures[0]
+        super().__init__(event_name, first.handler_name, first.original)
+
+    def derive(self, failures: Sequence[EventError]) -> Self:  # type: ignore[override]
+        """Return the same of some of the failures; it never holds others."""
+        return type(self)(self.event_name, failures)
+
+    def __str__(self) -> str:
+        return ExceptionGroup.__str__(self)
+
+    def __reduce__(self) -> tuple[type[Self], tuple[object, ...]]:  # type: ignore[override]
+        return type(self), (self.event_name, self.exceptions)
 
 
 class SubscriptionError(TortoiseAuthError, TypeError):

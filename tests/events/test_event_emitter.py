@@ -32,6 +32,7 @@ from tortoise_auth.events import (
     Event,
     EventEmitter,
     EventError,
+    EventErrorGroup,
     NamedEvent,
     UserLogin,
     UserLogout,
@@ -329,8 +330,15 @@ class TestErrorPolicies:
         for number in range(3):
             emitter.on("evt", failing(ValueError(number)), **options)
             emitter.on("evt", noting(ran, number), **options)
-        with pytest.raises(ExceptionGroup, match="Handlers for event 'evt' failed") as raised:
+        with pytest.raises(EventErrorGroup, match="Handlers for event 'evt' failed") as raised:
             await emitter.emit("evt")
+        assert isinstance(raised.value, ExceptionGroup)
+        assert isinstance(raised.value, EventError)
+        assert str(raised.value.original) == "0"
+        some, rest = raised.value.split(lambda error: str(error.__cause__) == "1")
+        assert isinstance(some, EventErrorGroup)
+        assert isinstance(rest, EventErrorGroup)
+        assert [len(some.exceptions), len(rest.exceptions)] == [1, 2]
         errors = raised.value.exceptions
         assert all(isinstance(error, EventError) for error in errors)
         assert [str(error.__cause__) for error in errors] == ["0", "1", "2"]

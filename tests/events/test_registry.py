@@ -7,7 +7,7 @@ import statistics
 import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, get_args
@@ -241,6 +241,14 @@ class TestRefused:
             ("user_login_fail", "user_login_failed"),
             ("passwort_changed", "password_changed"),
             ("parcel_send", "parcel_sent"),
+            ("UserLogin", "user_login"),
+            ("login", "user_login"),
+            ("LOGOUT", "user_logout"),
+            ("user-login-failed", "user_login_failed"),
+            ("user.login", "user_login"),
+            ("ParcelSent", "parcel_sent"),
+            ("password_change", "password_changed"),
+            ("on_user_login", "user_login"),
         ],
     )
     def test_near_misses_warn(self, strict: EventEmitter, name: str, meant: str) -> None:
@@ -260,12 +268,23 @@ class TestRefused:
             assert caught[0].filename == __file__
         assert strict.events() == [name]
 
-    def test_names_of_the_host_s_own(self, strict: EventEmitter) -> None:
-        """A name like no declared one is free on strict emitters too."""
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "order_paid",
+            "password_reset",
+            "user_deleted",
+            "email_changed",
+            "session",
+            "password_expired",
+        ],
+    )
+    def test_names_of_the_host_s_own(self, strict: EventEmitter, name: str) -> None:
+        """A name that is another event, whatever words it shares, is free on strict emitters too."""
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            strict.on("order_paid", lambda order_id, amount: None)
-        assert strict.events() == ["order_paid"]
+            strict.on(name, lambda order_id, amount: None)
+        assert strict.events() == [name]
 
     @pytest.mark.parametrize("checked", [False, True])
     def test_a_taken_name(self, checked: bool) -> None:
@@ -362,6 +381,70 @@ class TestRefused:
         with pytest.raises(SubscriptionError, match=f"not {handler!r}"):
             emitter.on("evt")(handler)
         assert emitter.events() == []
+
+    @pytest.mark.parametrize(
+        "handler", [None, 7, [], {}, object(), b"mail"], ids=lambda value: type(value).__name__
+    )
+    @pytest.mark.parametrize("event", ["evt", UserLogin, "user_*", "*"])
+    def test_no_handler_comes_last(self, emitter: EventEmitter, event: Any, handler: Any) -> None:
+        """In the direct form, too, what cannot be called is refused, and not taken for an event."""
+        for method in (emitter.on, emitter.once):
+            with pytest.raises(SubscriptionError, match="A handler is a function"):
+                method(event, handler)
+            with pytest.raises(SubscriptionError, match="A handler is a function"):
+                method(event, "evt", handler)
+        assert emitter.events() == []
+
+    @pytest.mark.parametrize(
+        "event", [None, 7, [], object(), "", int], ids=lambda value: type(value).__name__
+    )
+    def test_no_event_is_refused_at_once(self, emitter: EventEmitter, event: Any) -> None:
+        """What is no event is refused where it is named, and not when the decorator is used."""
+        with pytest.raises(SubscriptionError, match=r"named by text or by its class|which event"):
+            emitter.on(event)
+        with pytest.raises(SubscriptionError, match=r"named by text or by its class|A handler is"):
+            emitter.on(event, "evt")
+
+    def test_generator_functions(self, emitter: EventEmitter) -> None:
+        """A call of a generator function runs nothing, so it is refused, however it is wrapped."""
+
+        async def pages(user: object) -> AsyncIterator[int]:
+            yield 1
+
+        def lines(user: object) -> Iterator[int]:
+            yield 1
+
+        class Callable_:
+            async def __call__(self, user: object) -> AsyncIterator[int]:
+                """Yield one."""
+                yield 1
+
+            def method(self, user: object) -> Iterator[int]:
+                """Yield one."""
+                yield 1
+
+        for handler in (pages, lines, partial(pages), Callable_(), Callable_().method):
+            with pytest.raises(SubscriptionError, match="is a generator function"):
+                emitter.on("evt", handler)
+        assert emitter.events() == []
+
+    def test_methods_of_builtins(self, emitter: EventEmitter) -> None:
+        """A handler without a module has a name."""
+        emitter.on("evt", dict.get)
+        emitter.on("evt", str.upper, delivery="background")
+        names = [each.handler for each in emitter.describe()]
+        assert names == ["builtins:dict.get", "builtins:str.upper"]
+
+    def test_the_event_as_a_keyword(self, emitter: EventEmitter) -> None:
+        """``event_name=`` names the event, as in older emitters."""
+        handler = noting([], 1)
+        emitter.on(event_name="a")(handler)
+        emitter.once(event_name="b", priority=3)(handler)
+        emitter.add_listener(event_name="c", handler=handler)
+        assert emitter.events() == ["a", "b", "c"]
+        emitter.remove_listener(event_name="c", handler=handler)
+        emitter.clear(event_name="a")
+        assert [each.priority for each in emitter.describe()] == [3]
 
 
 class TestLooking:

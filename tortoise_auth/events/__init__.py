@@ -39,7 +39,7 @@ from tortoise_auth.events.event_emitter import EventEmitter
 from tortoise_auth.events.observer import Delivered
 from tortoise_auth.events.registry import Listening
 from tortoise_auth.events.subscription import Delivery, Subscription
-from tortoise_auth.exceptions import EventError, SubscriptionError
+from tortoise_auth.exceptions import EventError, EventErrorGroup, SubscriptionError
 
 __all__ = [
     "AccountLocked",
@@ -54,6 +54,7 @@ __all__ = [
     "Event",
     "EventEmitter",
     "EventError",
+    "EventErrorGroup",
     "Job",
     "Listening",
     "LoginThrottled",

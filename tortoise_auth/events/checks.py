@@ -5,9 +5,9 @@ from __future__ import annotations
 import difflib
 import inspect
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import TypedDict
+from typing import Any, TypedDict, cast
 
 from tortoise_auth.events.event import Event, declared_events
 from tortoise_auth.events.subscription import (
@@ -16,10 +16,15 @@ from tortoise_auth.events.subscription import (
     Subscription,
     available_names,
     describe_handler,
+    event_class,
+    event_name,
     is_pattern,
 )
 from tortoise_auth.exceptions import SubscriptionError
 from tortoise_auth.legible import listed, named, quoted
+
+_MAX_NAME = 100
+"""Characters of a name that are compared with declared ones, which takes quadratic time."""
 
 
 class SubscriptionWarning(UserWarning):
@@ -35,6 +40,33 @@ class Options(TypedDict, total=False):
     timeout: float | None
     name: str | None
     thread: bool | None
+
+
+class Naming(Options, total=False):
+    """The options of ``on`` and ``once``, with the event as a keyword, as older emitters took it."""
+
+    event_name: str
+
+
+def split_call(
+    arguments: Sequence[object], options: Naming
+) -> tuple[list[str | type[Event]], Options]:
+    """Return the events and the options of a call of ``on``, without a handler that comes last.
+
+    Raises:
+        SubscriptionError: No event is named, or one by something else than text or a class.
+    """
+    keywords: dict[str, Any] = {**options}
+    if "event_name" in keywords:
+        arguments = [keywords.pop("event_name"), *arguments]
+    last = arguments[-1] if arguments else None
+    direct = not isinstance(last, str) and event_class(last) is None
+    given = arguments[:-1] if direct and (callable(last) or len(arguments) > 1) else arguments
+    if not given:
+        raise SubscriptionError('Say which event to subscribe to: @on("user_login")')
+    for each in given:
+        event_name(cast("str", each))
+    return cast("list[str | type[Event]]", list(given)), cast("Options", keywords)
 
 
 def check_call(events: Sequence[object], handler: object, options: Mapping[str, object]) -> None:
@@ -118,14 +150,38 @@ def _check_arguments(called: str, subscription: Subscription, event: type[Event]
 
 
 def _warn_of_near_miss(called: str, name: str) -> None:
-    near = difflib.get_close_matches(name, {each.name for each in declared_events()}, 1, 0.8)
+    near = _nearest(name, {each.name for each in declared_events()})
     if near:
         warnings.warn(
             f"Handler '{called}' subscribes to '{named(name)}', which is not declared. "
-            f"Did you mean '{near[0]}'?",
+            f"Did you mean '{near}'?",
             SubscriptionWarning,
             stacklevel=_level_of_caller(),
         )
+
+
+def _nearest(name: str, declared: Collection[str]) -> str | None:
+    """Return the declared name that *name* is probably meant to be.
+
+    That is another spelling, such as the name of the class; one without ``user_`` in front; or one
+    with a slip of the pen. Two names that only share a word, such as ``password_reset`` and
+    ``password_rehashed``, are two events: the words that differ are compared alone, too.
+    """
+    spelt = _letters(name)
+    for each in sorted(declared):
+        if spelt in (_letters(each), _letters(each.removeprefix("user_"))):
+            return each
+    for each in difflib.get_close_matches(name[:_MAX_NAME], declared, 3, 0.8):
+        mine, others = name.split("_"), each.split("_")
+        left = "_".join(word for word in mine if word not in others)
+        right = "_".join(word for word in others if word not in mine)
+        if not (left and right) or difflib.SequenceMatcher(None, left, right).ratio() >= 0.7:
+            return each
+    return None
+
+
+def _letters(name: str) -> str:
+    return "".join(filter(str.isalnum, name[:_MAX_NAME])).lower()
 
 
 def _level_of_caller() -> int:

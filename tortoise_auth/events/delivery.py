@@ -40,6 +40,7 @@ from tortoise_auth.events.subscription import Handler, Subscription, describe_ha
 from tortoise_auth.exceptions import (
     ConfigurationError,
     EventError,
+    EventErrorGroup,
     ServiceUnavailableError,
 )
 from tortoise_auth.legible import describe, logger_of, named
@@ -172,7 +173,7 @@ class Deliverer:
         """Return the results of handlers, or raise their failures, by the error policy."""
         failures = [each.failure for each in settled if each.failure is not None]
         if failures and self.errors == "group":
-            raise ExceptionGroup(f"Handlers for event '{emitted.name}' failed", failures)
+            raise EventErrorGroup(emitted.name, failures)
         if failures and self.errors == "raise":
             self._log(failures[1:])
             raise failures[0] from failures[0].original

@@ -16,7 +16,7 @@ from typing import Any, Self, TypeVar, overload
 from typing_extensions import Unpack
 
 from tortoise_auth.events.background import Backend, BackgroundQueue
-from tortoise_auth.events.checks import Options
+from tortoise_auth.events.checks import Naming, Options, split_call
 from tortoise_auth.events.delivery import Deliverer, ErrorPolicy
 from tortoise_auth.events.event import Event
 from tortoise_auth.events.invocation import (
@@ -27,7 +27,7 @@ from tortoise_auth.events.invocation import (
 )
 from tortoise_auth.events.observer import Observer
 from tortoise_auth.events.registry import Listening, Registry, Table
-from tortoise_auth.events.subscription import Delivery, Handler, Subscription, event_class
+from tortoise_auth.events.subscription import Delivery, Handler, Subscription
 from tortoise_auth.events.without_loop import OwnLoop, deliver_here
 from tortoise_auth.exceptions import EventError
 from tortoise_auth.legible import quoted
@@ -58,7 +58,7 @@ class EventEmitter:
     Args:
         propagate_errors: The same as ``errors="raise"``.
         errors: ``"log"`` failures and go on (default), ``"raise"`` the first as `EventError` and
-            stop, or run all and raise one ``ExceptionGroup`` of them (``"group"``).
+            stop, or run all and raise them as one `EventErrorGroup` (``"group"``).
         concurrent: Run the handlers of an event at the same time: plain functions are called one
             after the other, then all that is to be awaited is awaited together. No failure cancels
             another handler. Inside a transaction they run one by one, because savepoints of one
@@ -181,10 +181,10 @@ class EventEmitter:
         **options: Unpack[Options],
     ) -> Callable[[HandlerT], HandlerT]: ...
     @overload
-    def on(self, *events: str, **options: Unpack[Options]) -> Callable[[HandlerT], HandlerT]: ...
+    def on(self, *events: str, **options: Unpack[Naming]) -> Callable[[HandlerT], HandlerT]: ...
     @overload
     def on(self, event: str, handler: HandlerT, /, **options: Unpack[Options]) -> HandlerT: ...
-    def on(self, *events: Any, **options: Unpack[Options]) -> Any:
+    def on(self, *events: Any, **options: Unpack[Naming]) -> Any:
         """Register a handler: as a decorator, or directly when a function comes last.
 
         Example::
@@ -254,10 +254,10 @@ class EventEmitter:
         **options: Unpack[Options],
     ) -> Callable[[HandlerT], HandlerT]: ...
     @overload
-    def once(self, *events: str, **options: Unpack[Options]) -> Callable[[HandlerT], HandlerT]: ...
+    def once(self, *events: str, **options: Unpack[Naming]) -> Callable[[HandlerT], HandlerT]: ...
     @overload
     def once(self, event: str, handler: HandlerT, /, **options: Unpack[Options]) -> HandlerT: ...
-    def once(self, *events: Any, **options: Unpack[Options]) -> Any:
+    def once(self, *events: Any, **options: Unpack[Naming]) -> Any:
         """Register a handler for one call, as `on` does with ``once=True``.
 
         It is removed before that call, so that two emits at the same time run it once, and a
@@ -312,14 +312,14 @@ class EventEmitter:
         """Return a table of the subscriptions of each event, in the order in which they run."""
         return self._registry.describe()
 
-    def _on(self, events: tuple[Any, ...], options: Options) -> Any:  # noqa: ANN401 - see the overloads
-        if events and callable(events[-1]) and event_class(events[-1]) is None:
-            *named, handler = events
-            self._registry.add(named, handler, options)
-            return handler
+    def _on(self, events: tuple[Any, ...], options: Naming) -> Any:  # noqa: ANN401 - see the overloads
+        named, keywords = split_call(events, options)
+        if len(named) < len(events):
+            self._registry.add(named, events[-1], keywords)
+            return events[-1]
 
         def register(handler: HandlerT) -> HandlerT:
-            self._registry.add(events, handler, options)
+            self._registry.add(named, handler, keywords)
             return handler
 
         return register
@@ -338,7 +338,7 @@ class EventEmitter:
 
         Raises:
             EventError: A handler failed and ``errors`` is ``"raise"``; or one in the transaction.
-            ExceptionGroup: Handlers failed and ``errors`` is ``"group"``.
+            EventErrorGroup: Handlers failed and ``errors`` is ``"group"``.
             TypeError: It is neither; or it is a name, and a durable subscription needs an object.
             ConfigurationError: A durable subscription needs a database, and there is none.
             ServiceUnavailableError: The database did not take the row of a durable subscription.

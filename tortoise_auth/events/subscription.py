@@ -105,6 +105,11 @@ def subscribe(
         SubscriptionError: An option is wrong; the message says which and why.
     """
     called = describe_handler(handler)
+    if _is_generator_function(handler):
+        raise SubscriptionError(
+            f"Handler '{called}' is a generator function: a call would make a generator that nothing "
+            "runs. Return a list, or write a coroutine function."
+        )
     _check_options(called, priority, delivery, timeout, name, once=once)
     is_async = is_coroutine_function(handler)
     if thread and is_async:
@@ -329,8 +334,9 @@ def default_name(handler: Handler) -> str:
     """Return ``module:qualname`` of the function behind *handler*."""
     while isinstance(handler, functools.partial):
         handler = handler.func
-    named = handler if hasattr(handler, "__qualname__") else type(handler)
-    return f"{named.__module__}:{named.__qualname__}"
+    owner = handler if hasattr(handler, "__qualname__") else type(handler)
+    module = getattr(owner, "__module__", None) or type(owner).__module__  # builtins may have none
+    return f"{module}:{owner.__qualname__}"
 
 
 def describe_handler(handler: Handler) -> str:
@@ -346,6 +352,16 @@ def is_coroutine_function(handler: Handler) -> bool:
         handler = handler.func
     return inspect.iscoroutinefunction(handler) or inspect.iscoroutinefunction(
         getattr(type(handler), "__call__", None)  # noqa: B004 - its kind is asked for, not whether it is there
+    )
+
+
+def _is_generator_function(handler: Handler) -> bool:
+    while isinstance(handler, functools.partial):
+        handler = handler.func
+    called = getattr(type(handler), "__call__", None)  # noqa: B004 - as above
+    return any(
+        inspect.isgeneratorfunction(each) or inspect.isasyncgenfunction(each)
+        for each in (handler, called)
     )
 
 
