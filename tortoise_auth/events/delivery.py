@@ -36,6 +36,7 @@ from tortoise_auth.events.invocation import (
 )
 from tortoise_auth.events.observer import Delivered, Observer, Outcome
 from tortoise_auth.events.registry import Registry
+from tortoise_auth.events.serialization import require_storable
 from tortoise_auth.events.subscription import Handler, Subscription, describe_handler
 from tortoise_auth.exceptions import (
     ConfigurationError,
@@ -242,6 +243,7 @@ class Deliverer:
                 f"{emitted.text} has durable subscriptions, which need an event object: emit an "
                 "instance of a class of events, not a name"
             )
+        require_storable(emitted.event)
         await outbox.write(connection, emitted.event, durable, utc_now())
         await on_commit(connection, self.wake_relays)
 
