@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import traceback
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -312,6 +313,7 @@ class Member(AbstractUser):
     phone = fields.CharField(max_length=20, unique=True, null=True, source_field="Phone_no")
     badge = fields.CharField(max_length=20, null=True)
     alias = fields.CharField(max_length=20, null=True)
+    settings: fields.JSONField[Any] = fields.JSONField(null=True)
     club: fields.ForeignKeyNullableRelation[Club] = fields.ForeignKeyField(
         "models.Club", related_name="members", null=True
     )
@@ -391,7 +393,8 @@ class TestOwnColumns:
             await Member.create_user(email=EMAIL, **values)
         _, _, listed = str(refusal.value).partition("It has: ")
         assert (
-            listed == "alias, badge, club, club_id, email, id, mentor, mentor_id, password, phone."
+            listed
+            == "alias, badge, club, club_id, email, id, mentor, mentor_id, password, phone, settings."
         )
 
     @pytest.mark.parametrize("name", ["club", "mentor"])
@@ -403,6 +406,34 @@ class TestOwnColumns:
                 await Member.create_user(email=EMAIL, **values)
         assert await Member.all().count() == 0
         assert await Member.create_user(email=EMAIL, **{name: None})
+
+    @pytest.mark.parametrize(
+        "value",
+        [
+            {"a": "\0"},
+            {"\0": 1},
+            [["\ud83d"]],
+            '{"a": "\\u0000"}',
+            [math.nan],
+            math.inf,
+            10**5000,
+            {"a": {1, 2}},
+            "{broken",
+        ],
+        ids=range(9),
+    )
+    async def test_json_that_no_column_holds(self, members: TortoiseContext, value: Any) -> None:
+        """A value that JSON or some database cannot hold is refused by its column, on each of them."""
+        with pytest.raises(ValueError, match=r"^Member: settings cannot hold such a value$"):
+            await Member.create_user(email=EMAIL, settings=value)
+        assert await Member.all().count() == 0
+
+    @pytest.mark.parametrize("value", [None, 1.5, {"a": [None, True, "é😀\\u0000"]}, "[1, 2]"])
+    async def test_json(self, members: TortoiseContext, value: Any) -> None:
+        """Any other JSON is stored as it is."""
+        user = await Member.create_user(email=EMAIL, settings=value)
+        stored = (await Member.get(pk=user.pk)).settings
+        assert stored == ([1, 2] if value == "[1, 2]" else value)
 
     @pytest.mark.parametrize("value", ["canary" * 9, b"canary" * 8])
     async def test_refused_value_is_not_quoted(self, members: TortoiseContext, value: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import secrets
 from collections.abc import Awaitable, Callable, Collection, Generator, Iterable
 from datetime import datetime
@@ -11,7 +12,7 @@ from typing import Any, ClassVar, Generic, Self, TypeVar
 from tortoise import fields
 from tortoise.backends.base.client import BaseDBAsyncClient
 from tortoise.exceptions import BaseORMException, IntegrityError, ValidationError
-from tortoise.fields import Field
+from tortoise.fields import Field, JSONField
 from tortoise.fields.relational import RelationalField
 from tortoise.models import Model
 
@@ -421,8 +422,17 @@ def _fits(field: Field[Any], value: object) -> bool:
     if isinstance(field, RelationalField):
         return isinstance(value, field.related_model) and value.pk is not None
     try:
+        if isinstance(field, JSONField):
+            return _is_storable_json(field.to_db_value(value, AbstractUser))
         held = field.to_python_value(value)
-    except (TypeError, ValueError, AttributeError, ArithmeticError, BaseORMException):
+    except (
+        TypeError,
+        ValueError,
+        AttributeError,
+        ArithmeticError,
+        RecursionError,
+        BaseORMException,
+    ):
         return False
     least, most = (field.constraints.get(bound, held) for bound in ("ge", "le"))
     return not isinstance(held, int) or least <= held <= most
@@ -430,3 +440,24 @@ def _fits(field: Field[Any], value: object) -> bool:
 
 def _is_storable(text: str) -> bool:
     return sanitize_text(text, len(text)) == text
+
+
+def _is_storable_json(text: str | bytes | None) -> bool:
+    """Return whether every database takes JSON: PostgreSQL no NUL, no lone surrogate, no NaN.
+
+    Raises:
+        ValueError: It is no JSON.
+    """
+    todo = [json.loads(text or "null", parse_constant=_refuse_constant)]
+    for each in todo:
+        if isinstance(each, dict):
+            todo += [*each, *each.values()]
+        elif isinstance(each, list):
+            todo += each
+        elif isinstance(each, str) and not _is_storable(each):
+            return False
+    return True
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
