@@ -6,7 +6,7 @@ import asyncio
 import random
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -16,7 +16,11 @@ from typing import Any, Literal, TypeAlias
 
 import pytest
 from tortoise.context import TortoiseContext
-from tortoise.exceptions import IntegrityError, OperationalError
+from tortoise.exceptions import (
+    IntegrityError,
+    OperationalError,
+    TransactionManagementError,
+)
 from tortoise.transactions import in_transaction
 
 from tests.support.accounts import EMAIL, NEW_PASSWORD, PASSWORD, SECRET, counting_from_zero, log_in
@@ -396,6 +400,60 @@ class TestSeveralAtOnce:
         assert await User.all().count() == 4
         assert await Session.filter(revoked_at__isnull=True).count() == 0
 
+    @pytest.mark.parametrize("inside", [False, True], ids=["alone", "in one of the caller"])
+    @pytest.mark.parametrize("ended_by", ["timeout", "caller"])
+    async def test_handler_that_refuses_its_cancellation(
+        self,
+        db: TortoiseContext,
+        auth: AuthService[User],
+        ada: User,
+        emitter: EventEmitter,
+        inside: bool,
+        ended_by: str,
+    ) -> None:
+        """A handler that goes on after its time writes into no transaction, whichever is open then."""
+        go, done, began = asyncio.Event(), asyncio.Event(), asyncio.Event()
+        refused: list[BaseException] = []
+        name = connection_of(db).connection_name
+
+        async def stubborn(user: User) -> None:
+            began.set()
+            with suppress(asyncio.CancelledError):
+                await asyncio.Event().wait()
+            await go.wait()
+            for write in (
+                lambda: AuditRow.create(event="late"),
+                lambda: User.filter(pk=user.pk).update(display_name="late"),
+                lambda: AuditRow.bulk_create([AuditRow(event="late")]),
+                lambda: connection_of(db).execute_query("SELECT 1"),
+            ):
+                try:
+                    await write()
+                except TransactionManagementError as error:
+                    refused.append(error)
+            done.set()
+
+        emitter.on(
+            "user_login",
+            stubborn,
+            delivery="transaction",
+            timeout=0.05 if ended_by == "timeout" else 60,
+        )
+        async with in_transaction(name) if inside else nullcontext():
+            task = asyncio.create_task(auth.login(EMAIL, PASSWORD))
+            await began.wait()
+            if ended_by == "caller":
+                task.cancel()
+            with pytest.raises((EventError, asyncio.CancelledError)):
+                await task
+            async with in_transaction(name):
+                await AuditRow.create(event="mine")
+                go.set()
+                await done.wait()
+        assert [each.event for each in await AuditRow.all()] == ["mine"]
+        assert (await User.get(pk=ada.pk)).display_name == ""
+        assert len(refused) == 4
+
     @pytest.mark.parametrize("kept", [True, False], ids=["kept", "undone"])
     @pytest.mark.parametrize("turns", [0, 1, 2, 3, 5, 8, 13, 30])
     async def test_task_that_outlives_the_transaction(
@@ -596,6 +654,19 @@ class TestRecording:
                 await AuditRow.create(event="parcel", using_db=unit.connection)
                 unit.record(Noted(**values))
         assert await AuditRow.all().count() == 0
+
+    async def test_what_cannot_be_stored_is_refused_by_emit(
+        self, db: TortoiseContext, emitter: EventEmitter
+    ) -> None:
+        """A durable event of its own that no row can hold is refused alike, with the field."""
+
+        @emitter.on(Noted, delivery="durable")
+        async def never(event: Noted) -> None: ...
+
+        for hostile in ("he\x00llo", "\ud83d"):
+            with pytest.raises(ValueError, match=r"^Noted\.text "):
+                await emitter.emit(Noted(text=hostile))
+        assert await OutboxEntry.all().count() == 0
 
     async def test_what_can(
         self, db: TortoiseContext, emitter: EventEmitter, relay: Relay[User]

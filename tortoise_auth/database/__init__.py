@@ -26,6 +26,7 @@ from tortoise_auth.database.wrappers import (
     context_outside_transactions,
     in_caller_transaction,
     is_transaction,
+    leave_transactions,
     root_of,
 )
 
@@ -43,6 +44,7 @@ __all__ = [
     "is_missing_table",
     "is_transaction",
     "is_unique_violation",
+    "leave_transactions",
     "notify",
     "on_commit",
     "outage",

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextvars
+import copy
+from typing import Any
 
 from tortoise.backends.base.client import BaseDBAsyncClient, TransactionalDBClient
 from tortoise.connection import get_connections
 from tortoise.context import get_current_context
+from tortoise.exceptions import TransactionManagementError
 
 ENDS = "_tortoise_auth_ends"
 """Attribute of a transaction that is being committed or rolled back: nothing may begin in it."""
@@ -66,3 +69,22 @@ def open_transactions() -> list[TransactionalDBClient]:
         for connection in get_connections()._get_storage().values()
         if isinstance(connection, TransactionalDBClient) and is_transaction(connection)
     ]
+
+
+class _Ended:
+    """In place of a driver's connection: what is asked of it is refused."""
+
+    def __getattr__(self, name: str) -> object:
+        raise TransactionManagementError("The transaction goes on without this code: it is late")
+
+
+def leave_transactions() -> None:
+    """Let no statement of this context reach a transaction that is open in it.
+
+    For a task that is not waited for any more and may refuse to be cancelled. A statement on SQLite
+    would be part of whatever transaction is open by then.
+    """
+    for connection in open_transactions():
+        ended: Any = copy.copy(connection)
+        ended._connection, ended._finalized = _Ended(), True
+        get_connections().set(connection.connection_name, ended)

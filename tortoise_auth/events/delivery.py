@@ -11,6 +11,7 @@ import asyncio
 import time
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import Context
 from functools import partial
 from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
 
@@ -439,9 +440,13 @@ class Deliverer:
             self._log([failure] if failure is not None else [])
 
     def _create_task(
-        self, emitted: Emitted, work: Coroutine[Any, Any, ReturnT]
+        self,
+        emitted: Emitted,
+        work: Coroutine[Any, Any, ReturnT],
+        context: Context | None = None,
     ) -> asyncio.Task[ReturnT]:
-        return self._track(asyncio.get_running_loop().create_task(work, name=emitted.text))
+        loop = asyncio.get_running_loop()
+        return self._track(loop.create_task(work, name=emitted.text, context=context))
 
     def _track(self, task: asyncio.Task[ReturnT]) -> asyncio.Task[ReturnT]:
         self._tasks.add(task)  # the loop itself keeps only weak references

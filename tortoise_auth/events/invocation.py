@@ -14,13 +14,16 @@ from types import CodeType, TracebackType
 from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary
 
+from tortoise_auth.database import leave_transactions
 from tortoise_auth.events.event import Event, NamedEvent
 from tortoise_auth.events.subscription import EVERYTHING, Arguments, Handler, Subscription
 from tortoise_auth.legible import named, quoted
 from tortoise_auth.threads import Threads
 
-Spawn: TypeAlias = Callable[[Coroutine[Any, Any, Any]], asyncio.Task[Any]]
-"""Begins a task that is kept, and waited for at the end."""
+Spawn: TypeAlias = Callable[
+    [Coroutine[Any, Any, Any], contextvars.Context | None], asyncio.Task[Any]
+]
+"""Begins a task, in a context, that is kept, and waited for at the end."""
 
 MAX_NESTED = 100
 """How many handlers may be inside one another, each called by an emit of the one around it."""
@@ -191,14 +194,17 @@ async def invoke(
     work = _call(subscription, args, kwargs, spawn, together, returned)
     if subscription.timeout is None:
         return await work
-    task = spawn(work)
+    context = contextvars.copy_context()
+    task = spawn(work, context)
     try:
         done, _ = await asyncio.wait([task], timeout=subscription.timeout)
     except asyncio.CancelledError:
+        context.run(leave_transactions)
         task.cancel()
         raise
-    if not done:
-        task.cancel(_TOO_LATE)  # and not awaited: a handler may refuse to be cancelled
+    if not done:  # a handler may refuse to be cancelled, so it is not awaited
+        context.run(leave_transactions)
+        task.cancel(_TOO_LATE)
         raise TimeoutError(f"took longer than {subscription.timeout} s")
     return task.result()
 
@@ -240,7 +246,7 @@ async def _on_thread(
             result.cancel()
             threads.give_up(running)
         else:
-            spawn(_awaiting(result))  # it goes on, or begins only then
+            spawn(_awaiting(result), None)  # it goes on, or begins only then
         raise
     return result.result()
 
