@@ -121,7 +121,7 @@ class Event:
             raise ValueError(f"{quoted(name)} is not the name of a declared {cls.__name__}")
         if type(version := data.get("schema_version")) is not int or version > kind.schema_version:
             raise ValueError(
-                f"{quoted(name)} has schema version {quoted(version)}, not {kind.schema_version}"
+                f"{kind.name} has schema version {quoted(version)}, not {kind.schema_version}"
             )
         values: dict[str, Any] = dict.fromkeys(_live(kind))
         values |= restored(kind, _stored(kind), data)
