@@ -385,12 +385,15 @@ class TestErrorPolicies:
         assert (failure.event_name, failure.handler_name) == ("evt", "failing")
         assert isinstance(failure.__cause__, ValueError)
 
-    async def test_on_error_may_fail(self, caplog: pytest.LogCaptureFixture) -> None:
+    @pytest.mark.parametrize("failure", [KeyError, BaseException, asyncio.CancelledError])
+    async def test_on_error_may_fail(
+        self, failure: type[BaseException], caplog: pytest.LogCaptureFixture
+    ) -> None:
         """A failing `on_error` is logged and changes nothing else."""
         ran: list[int] = []
 
         def broken(error: EventError) -> None:
-            raise KeyError("metrics")
+            raise failure("metrics")
 
         emitter = EventEmitter(on_error=broken)
         emitter.on("evt", failing(ValueError("no")))

@@ -192,7 +192,9 @@ class Deliverer:
         if self._on_error is not None:
             try:
                 self._on_error(error)
-            except Exception:  # the error path must not be able to fail
+            except BaseException as reporting:  # the error path must not be able to fail
+                if not is_handler_failure(reporting):
+                    raise
                 logger.exception("on_error failed for event '%s'", named(event))
         return error
 
