@@ -163,6 +163,14 @@ class TestTwoUserModels:
         with pytest.raises(TokenInvalidError):
             await auth.authenticate(forged)
 
+    async def test_key_that_no_token_names(self, db: TortoiseContext, clock: FakeClock) -> None:
+        """An account with an empty key has no session, instead of one whose token is refused."""
+        auth = AuthService(StrUser, CONFIG, clock=clock)
+        await StrUser.create_user(email=EMAIL, password=PASSWORD, code="")
+        with pytest.raises(ValueError, match="empty primary key"):
+            await auth.login(EMAIL, PASSWORD)
+        assert await Session.all().count() == 0
+
     @pytest.mark.parametrize("key", ["k" * 40, "😀" * 40], ids=["ASCII", "long in JSON"])
     async def test_any_key_and_the_largest_claims(
         self, db: TortoiseContext, clock: FakeClock, key: str

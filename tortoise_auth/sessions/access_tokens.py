@@ -195,7 +195,7 @@ class AccessTokens:
             )
         return min(room, _MAX_CLAIMS)
 
-    def check_extra(self, extra: Mapping[str, object], subject: str = "") -> None:
+    def check_extra(self, extra: Mapping[str, object], subject: str | None = None) -> None:
         """Refuse extra claims that would replace ours, cannot be written, or make a token too long.
 
         Args:
@@ -220,9 +220,11 @@ class AccessTokens:
             ) from None
         if _is_deeper(extra, _MAX_DEPTH):
             raise ValueError(f"Extra claims must be JSON that is nested at most {_MAX_DEPTH} deep")
-        if sanitize_text(subject, len(subject)) != subject:
-            raise ValueError("No token names a primary key with a NUL or a lone surrogate in it")
-        longer = max(0, len(_json(subject)) - 2 - self._longest_subject)
+        if subject is not None and not _is_text(subject):
+            raise ValueError(
+                "No token can name an empty primary key, or one with a NUL or a lone surrogate"
+            )
+        longer = max(0, len(_json(subject or "")) - 2 - self._longest_subject)
         if size > self._room - longer:
             raise ValueError(
                 f"Extra claims are too large: {size} characters of JSON. Beside the rest of a token "
@@ -272,15 +274,13 @@ class AccessTokens:
     def _typed(self, claims: Mapping[str, Any]) -> AccessClaims:
         texts = [claims[name] for name in ("sub", "sid", "jti")]
         times = [claims[name] for name in ("iat", "exp", "nbf", "auth_time") if name in claims]
-        if not all(isinstance(text, str) and text for text in texts):
+        # No primary key is written with what drivers refuse.
+        if not all(isinstance(text, str) and _is_text(text) for text in texts):
             raise TokenInvalidError
         if not all(type(time) is int and time >= 0 for time in times):
             raise TokenInvalidError
         # Two services may share one configuration: user 7 of the one is not user 7 of the other.
         if claims.get("user_table", "") != self._user_table:
-            raise TokenInvalidError
-        # No primary key is written so, and drivers refuse it.
-        if any(sanitize_text(text, len(text)) != text for text in texts):
             raise TokenInvalidError
         methods = claims.get("amr", [])
         if not isinstance(methods, list) or not all(isinstance(each, str) for each in methods):
@@ -300,6 +300,10 @@ class AccessTokens:
                 {name: value for name, value in claims.items() if name not in _REGISTERED_CLAIMS}
             ),
         )
+
+
+def _is_text(text: str) -> bool:
+    return text != "" and sanitize_text(text, len(text)) == text
 
 
 def _json(value: object) -> str:
