@@ -8,9 +8,8 @@ need it.
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Coroutine, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from contextvars import Context
 from functools import partial
 from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
@@ -35,7 +34,7 @@ from tortoise_auth.events.invocation import (
     is_handler_failure,
     lane_of,
 )
-from tortoise_auth.events.observer import Delivered, Observer, Outcome
+from tortoise_auth.events.observer import Observed, Observer
 from tortoise_auth.events.registry import Registry
 from tortoise_auth.events.serialization import require_storable
 from tortoise_auth.events.subscription import Handler, Subscription, describe_handler
@@ -54,6 +53,8 @@ logger = logger_of("tortoise_auth.events")
 ReturnT = TypeVar("ReturnT")
 
 ErrorPolicy: TypeAlias = Literal["log", "raise", "group"]
+
+_UNOBSERVED = nullcontext()
 
 
 class Settled(NamedTuple):
@@ -355,52 +356,13 @@ class Deliverer:
             )
             return [result]
 
-    @contextmanager
     def observing(
         self, emitted: Emitted, subscription: Subscription, attempt: int = 1
-    ) -> Iterator[None]:
-        """Report to the observer how the call of a handler inside the block ended."""
-        began = time.perf_counter()
-        outcome: Outcome = "cancelled"
-        try:
-            yield
-            outcome = "succeeded"
-        except BaseException as failure:
-            if is_handler_failure(failure):
-                outcome = "failed"
-                if isinstance(failure, TimeoutError) and subscription.timeout is not None:
-                    late = time.perf_counter() - began >= subscription.timeout
-                    outcome = "timed_out" if late else "failed"
-            raise
-        finally:
-            self._observe(emitted, subscription, outcome, time.perf_counter() - began, attempt)
-
-    def _observe(
-        self,
-        emitted: Emitted,
-        subscription: Subscription,
-        outcome: Outcome,
-        seconds: float,
-        attempt: int,
-    ) -> None:
+    ) -> AbstractContextManager[None]:
+        """Return a block for the call of a handler, whose end the observer gets, if there is one."""
         if self.observer is None:
-            return
-        try:
-            self.observer(
-                Delivered(
-                    event_name=emitted.name,
-                    event_id=emitted.event.id if emitted.event is not None else None,
-                    subscription=subscription.name,
-                    delivery=subscription.delivery,
-                    outcome=outcome,
-                    seconds=seconds,
-                    attempt=attempt,
-                )
-            )
-        except BaseException as failure:
-            if not is_handler_failure(failure):
-                raise
-            logger.exception("The observer failed for event '%s'", named(emitted.name))
+            return _UNOBSERVED
+        return Observed(self.observer, emitted, subscription, attempt)
 
     async def _run_quietly(self, emitted: Emitted, subscriptions: Sequence[Subscription]) -> None:
         """Run handlers in a context of their own, with no caller to raise failures to.
