@@ -405,6 +405,17 @@ class TestRefused:
         with pytest.raises(SubscriptionError, match=r"named by text or by its class|A handler is"):
             emitter.on(event, "evt")
 
+    @pytest.mark.parametrize("arguments", [("evt",), ("evt", "audit"), (UserLogin, "audit")])
+    def test_no_handler_at_all(self, emitter: EventEmitter, arguments: Any) -> None:
+        """A decorator that is used for no function warns: a name in place of a function is an event."""
+        for method in (emitter.on, emitter.once):
+            with pytest.warns(SubscriptionWarning, match="was given no handler") as caught:
+                method(*arguments)
+            assert caught[0].filename == __file__
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            emitter.on(*arguments)(noting([], 1))
+
     def test_generator_functions(self, emitter: EventEmitter) -> None:
         """A call of a generator function runs nothing, so it is refused, however it is wrapped."""
 

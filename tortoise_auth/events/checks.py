@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import sys
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Any, TypedDict, cast
+from typing import Any, TypedDict, TypeVar, cast
 
 from tortoise_auth.events.event import Event, declared_events
 from tortoise_auth.events.subscription import (
     EVERYTHING,
     Delivery,
+    Handler,
     Subscription,
     available_names,
     describe_handler,
@@ -22,6 +24,8 @@ from tortoise_auth.events.subscription import (
 )
 from tortoise_auth.exceptions import SubscriptionError
 from tortoise_auth.legible import listed, named, quoted
+
+HandlerT = TypeVar("HandlerT", bound=Handler)
 
 _MAX_NAME = 100
 """Characters of a name that are compared with declared ones, which takes quadratic time."""
@@ -67,6 +71,37 @@ def split_call(
     for each in given:
         event_name(cast("str", each))
     return cast("list[str | type[Event]]", list(given)), cast("Options", keywords)
+
+
+class Decorator:
+    """What ``on`` returns without a handler. It warns if it is dropped without having got one.
+
+    ``on("user_login", "audit")`` names two events, and no function.
+    """
+
+    __slots__ = ("_events", "_register", "_used")
+
+    def __init__(
+        self, register: Callable[[Handler], None], events: Sequence[str | type[Event]]
+    ) -> None:
+        self._register = register
+        self._events = events
+        self._used = False
+
+    def __call__(self, handler: HandlerT) -> HandlerT:
+        """Register *handler*, and return it unchanged."""
+        self._used = True
+        self._register(handler)
+        return handler
+
+    def __del__(self) -> None:
+        if not self._used and not sys.is_finalizing():
+            warnings.warn(
+                f"on({listed(map(quoted, self._events))}) was given no handler, and registers none. "
+                "Use it as a decorator, or pass the function last: a name is an event.",
+                SubscriptionWarning,
+                stacklevel=2,
+            )
 
 
 def check_call(events: Sequence[object], handler: object, options: Mapping[str, object]) -> None:

@@ -16,7 +16,7 @@ from typing import Any, Self, TypeVar, overload
 from typing_extensions import Unpack
 
 from tortoise_auth.events.background import Backend, BackgroundQueue
-from tortoise_auth.events.checks import Naming, Options, split_call
+from tortoise_auth.events.checks import Decorator, Naming, Options, split_call
 from tortoise_auth.events.delivery import Deliverer, ErrorPolicy
 from tortoise_auth.events.event import Event
 from tortoise_auth.events.invocation import (
@@ -318,11 +318,7 @@ class EventEmitter:
             self._registry.add(named, events[-1], keywords)
             return events[-1]
 
-        def register(handler: HandlerT) -> HandlerT:
-            self._registry.add(named, handler, keywords)
-            return handler
-
-        return register
+        return Decorator(lambda handler: self._registry.add(named, handler, keywords), named)
 
     # ---- emitting ---------------------------------------------------------------------------
 
