@@ -6,6 +6,7 @@ import importlib
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -55,10 +56,9 @@ class TestRequireLibpass:
         with pytest.raises(ConfigurationError, match="took files of libpass along"):
             require_libpass()
 
-    def test_unreadable(self, installed: Path) -> None:
+    def test_unreadable(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """In a bundle that has no files there is nothing to look at."""
-        (installed / "__init__.py").write_text("")
-        (installed / "__init__.py").chmod(0)
+        monkeypatch.setattr(Path, "read_text", Mock(side_effect=OSError))
         require_libpass()
 
     def test_when_the_library_is_imported(self, installed: Path) -> None:
