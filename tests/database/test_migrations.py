@@ -357,11 +357,8 @@ class TestHost:
 
 class TestShipped:
     ALLOWED: ClassVar = (
-        ops.CreateModel,
-        ops.DeleteModel,
-        ops.AddField,
-        ops.AddIndex,
-        ops.RemoveIndex,
+        *(ops.CreateModel, ops.DeleteModel, ops.AddField, ops.AlterField, ops.RemoveField),
+        *(ops.AddIndex, ops.RemoveIndex, ops.RunSQL),
     )
 
     @pytest.fixture

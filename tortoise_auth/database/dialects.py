@@ -25,21 +25,32 @@ async def run_statement(
 
     Building SQL costs Tortoise more than running it.
     """
+    return await connection.execute_query_dict(*_placed(connection, statement, values))
+
+
+async def count_changed(
+    connection: BaseDBAsyncClient, statement: str, values: Mapping[str, Any]
+) -> int:
+    """Run an UPDATE or DELETE like `run_statement`; return how many rows it changed."""
+    changed, _ = await connection.execute_query(*_placed(connection, statement, values))
+    return changed
+
+
+def _placed(
+    connection: BaseDBAsyncClient, statement: str, values: Mapping[str, Any]
+) -> tuple[str, list[Any]]:
+    """Return *statement* with the marks of the database for its names, and the values in order."""
     numbered = connection.capabilities.dialect == "postgres"
     given: list[Any] = []
     placed: dict[str, str] = {}
 
     def place(name: re.Match[str]) -> str:
         if not numbered or name[1] not in placed:
-            value = values[name[1]]
-            several = value if isinstance(value, list) else [value]
-            first = len(given) + 1
-            given.extend(map(_in_utc, several))
-            marks = [f"${first + at}" if numbered else "?" for at in range(len(several))]
-            placed[name[1]] = ", ".join(marks)
+            given.append(_in_utc(values[name[1]]))
+            placed[name[1]] = f"${len(given)}" if numbered else "?"
         return placed[name[1]]
 
-    return await connection.execute_query_dict(re.sub(r"\{(\w+)\}", place, statement), given)
+    return re.sub(r"\{(\w+)\}", place, statement), given
 
 
 def _in_utc(value: object) -> object:

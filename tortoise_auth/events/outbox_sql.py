@@ -1,0 +1,242 @@
+"""The statements of the outbox, for each database.
+
+None of them leaves a choice to the planner. A table that is empty most of the time has statistics to
+match, and the plan that is best for an empty table takes seconds when there is a backlog. So each
+statement reads one index from a given place, row by row, and stops. SQLite is told which index
+(``INDEXED BY``). PostgreSQL may neither sort nor scan a whole table in these transactions, and the
+comparison of all columns of a line leaves it one index that is in the right order.
+
+Lists are given as JSON: the text of a statement does not depend on their length.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import TypeAlias
+
+CHANNEL = "tortoise_auth_outbox"
+"""On PostgreSQL, relays of other processes are woken through it."""
+
+Statement: TypeAlias = Mapping[str, str]
+"""A statement of every dialect."""
+
+
+def _everywhere(text: str) -> Statement:
+    """Return a statement of one text, with what each database writes for the marks in it."""
+    sqlite = text.replace("[in {ids}]", "IN (SELECT value FROM json_each({ids}))")
+    postgres = text.replace(
+        "[in {ids}]",
+        "= ANY(ARRAY(SELECT value::bigint FROM json_array_elements_text({ids}::json)))",
+    ).replace("[for share]", "FOR SHARE SKIP LOCKED")
+    return {
+        "sqlite": re.sub(r"\[by (\w+)\]", r"INDEXED BY \1", sqlite).replace("[for share]", ""),
+        "postgres": re.sub(r"\[by \w+\]", "", postgres),
+    }
+
+
+ROW = (
+    "({{event_id}}, {{event_name}}, {{{name}}}, {{user_table}}, {{subject_id}}, {{payload}}, "
+    "{{at}}, {{at}}, 0)"
+)
+"""One row of `WRITE`, for a parameter that is the name of the subscription."""
+
+WRITE = """
+INSERT INTO tortoise_auth_outbox (
+    event_id, event_name, subscription, user_table, subject_id, payload, created_at, due_at, attempts
+) VALUES {rows}
+"""
+
+PLANNED_ON_POSTGRES = """
+SET TRANSACTION ISOLATION LEVEL READ COMMITTED;
+SET LOCAL enable_seqscan = off; SET LOCAL enable_sort = off; SET LOCAL enable_bitmapscan = off;
+SET LOCAL jit = off
+"""
+"""Begins a transaction, in which each statement sees what was committed before it."""
+
+LOCK_ON_SQLITE = "DELETE FROM tortoise_auth_outbox WHERE id IS NULL"
+"""Begins a transaction: one that reads before it writes fails if another process has written."""
+
+_MINE = "id [in {ids}] AND claimed_by = {holder}"
+
+CLAIM = _everywhere("""
+UPDATE tortoise_auth_outbox
+SET due_at = {lease_ends}, claimed_by = {holder}, attempts = attempts + 1
+WHERE id [in {ids}]
+RETURNING id, event_id, event_name, subscription, user_table, subject_id, payload, attempts
+""")
+"""Gives rows to a relay."""
+
+HOLD = _everywhere("SELECT id FROM tortoise_auth_outbox WHERE id [in {ids}] [for share]")
+"""Locks rows, as far as they are there and not locked elsewhere."""
+
+SET_ASIDE = _everywhere("UPDATE tortoise_auth_outbox SET due_at = NULL WHERE id [in {ids}]")
+"""Takes rows out of those that are due, because each is behind another row of its line."""
+
+DELETE = _everywhere(f"DELETE FROM tortoise_auth_outbox WHERE {_MINE}")
+
+RELEASE = _everywhere(f"""
+UPDATE tortoise_auth_outbox SET due_at = {{due_at}}, attempts = attempts - 1 WHERE {_MINE}
+""")
+
+RESCHEDULE = _everywhere(f"""
+UPDATE tortoise_auth_outbox SET due_at = {{due_at}}, last_error = {{error}} WHERE {_MINE}
+""")
+
+_KEPT = "id, event_id, event_name, subscription, user_table, subject_id, payload, created_at, last_error"
+
+DIE = _everywhere(f"""
+INSERT INTO tortoise_auth_dead_letter ({_KEPT}, attempts, dead_at)
+SELECT {_KEPT}, attempts, {{at}} FROM tortoise_auth_outbox WHERE {_MINE}
+""")
+"""Copies a row to the dead letters."""
+
+LOCK_DEAD = _everywhere("UPDATE tortoise_auth_dead_letter SET attempts = 0 WHERE id [in {ids}]")
+
+REVIVE = _everywhere(f"""
+INSERT INTO tortoise_auth_outbox ({_KEPT}, attempts, due_at)
+SELECT {_KEPT}, 0, {{now}} FROM tortoise_auth_dead_letter WHERE id [in {{ids}}]
+""")
+"""Copies dead letters back, due and with all attempts before them."""
+
+DELETE_DEAD = _everywhere("DELETE FROM tortoise_auth_dead_letter WHERE id [in {ids}]")
+
+RESTART = _everywhere("""
+UPDATE tortoise_auth_outbox SET due_at = {now}, attempts = 0, claimed_by = NULL
+WHERE id [in {ids}]
+""")
+
+OLDEST_DEAD = _everywhere("""
+SELECT id FROM tortoise_auth_dead_letter [by tortoise_auth_dead_letter_at]
+WHERE dead_at <= {until} ORDER BY dead_at, id LIMIT {limit}
+""")
+
+# Each step finds the next pair by the index, however many rows the last one has.
+_PAIRS = """
+WITH RECURSIVE pair (subscription, user_table) AS (
+    SELECT subscription, user_table FROM tortoise_auth_outbox WHERE id = (
+        SELECT id FROM tortoise_auth_outbox [by tortoise_auth_outbox_due]
+        ORDER BY subscription, user_table, due_at, id LIMIT 1
+    )
+    UNION ALL
+    SELECT following.subscription, following.user_table
+    FROM pair JOIN tortoise_auth_outbox AS following ON following.id = (
+        SELECT id FROM tortoise_auth_outbox [by tortoise_auth_outbox_due]
+        WHERE (subscription, user_table) > (pair.subscription, pair.user_table)
+        ORDER BY subscription, user_table, due_at, id LIMIT 1
+    )
+)
+"""
+
+COUNTS = _everywhere(f"""
+{_PAIRS} SELECT subscription, (
+    SELECT COUNT(*) FROM (
+        SELECT 1 FROM tortoise_auth_outbox AS entry [by tortoise_auth_outbox_due]
+        WHERE entry.subscription = pair.subscription AND entry.user_table = pair.user_table
+        LIMIT {{limit}}
+    ) AS counted
+) AS waiting, (
+    SELECT COUNT(*) FROM (
+        SELECT 1 FROM tortoise_auth_outbox AS entry [by tortoise_auth_outbox_due]
+        WHERE entry.subscription = pair.subscription AND entry.user_table = pair.user_table
+        AND entry.due_at <= {{now}} LIMIT {{limit}}
+    ) AS counted
+) AS due FROM pair
+""")
+"""Counts what waits and what is due for each pair of subscription and user table, up to a limit."""
+
+OVERDUE = _everywhere(f"""
+{_PAIRS} SELECT id, subscription, attempts FROM tortoise_auth_outbox WHERE id IN (
+    SELECT (
+        SELECT id FROM tortoise_auth_outbox AS entry [by tortoise_auth_outbox_due]
+        WHERE entry.subscription = pair.subscription AND entry.user_table = pair.user_table
+        AND entry.due_at <= {{now}} ORDER BY entry.due_at, entry.id LIMIT 1
+    ) FROM pair
+)
+""")
+"""Finds the row of each pair that has been due for longest."""
+
+COUNT_DEAD = _everywhere("""
+SELECT COUNT(*) AS dead FROM (SELECT 1 FROM tortoise_auth_dead_letter LIMIT {limit}) AS counted
+""")
+
+WAITING = _everywhere("SELECT * FROM tortoise_auth_outbox ORDER BY id LIMIT {limit}")
+
+DEAD = _everywhere("""
+SELECT * FROM tortoise_auth_dead_letter [by tortoise_auth_dead_letter_at]
+ORDER BY dead_at, id LIMIT {limit}
+""")
+
+_DUE_ON_SQLITE = """
+SELECT due.id, (
+    SELECT earlier.id FROM tortoise_auth_outbox AS earlier INDEXED BY tortoise_auth_outbox_line
+    WHERE earlier.subscription = due.subscription AND earlier.user_table = due.user_table
+    AND earlier.subject_id = due.subject_id AND earlier.id < due.id
+    ORDER BY earlier.id DESC LIMIT 1
+) AS behind
+FROM json_each({pairs}) AS pair CROSS JOIN tortoise_auth_outbox AS due
+WHERE due.id IN (
+    SELECT id FROM tortoise_auth_outbox INDEXED BY tortoise_auth_outbox_due
+    WHERE subscription = json_extract(pair.value, '$.subscription')
+    AND user_table = json_extract(pair.value, '$.user_table')
+    AND due_at <= {now} ORDER BY due_at, id LIMIT {limit}
+)
+LIMIT {limit}
+"""
+
+# A row without a subject must not be compared: PostgreSQL would read all of them.
+_DUE_ON_POSTGRES = """
+SELECT due.id, before.id AS behind
+FROM json_to_recordset({pairs}::json) AS pair (subscription text, user_table text)
+CROSS JOIN LATERAL (
+    SELECT id, subscription, user_table, subject_id FROM tortoise_auth_outbox
+    WHERE subscription = pair.subscription AND user_table = pair.user_table AND due_at <= {now}
+    ORDER BY due_at, id LIMIT {limit} FOR UPDATE SKIP LOCKED
+) AS due
+LEFT JOIN LATERAL (
+    SELECT id, subscription, user_table, subject_id FROM tortoise_auth_outbox
+    WHERE due.subject_id IS NOT NULL AND (subscription, user_table, subject_id, id)
+        < (due.subscription, due.user_table, due.subject_id, due.id)
+    ORDER BY subscription DESC, user_table DESC, subject_id DESC, id DESC LIMIT 1
+) AS before ON (before.subscription, before.user_table, before.subject_id)
+    = (due.subscription, due.user_table, due.subject_id)
+LIMIT {limit}
+"""
+
+_PROMOTE_ON_SQLITE = """
+UPDATE tortoise_auth_outbox SET due_at = created_at WHERE due_at IS NULL AND id IN (
+    SELECT (
+        SELECT later.id FROM tortoise_auth_outbox AS later INDEXED BY tortoise_auth_outbox_line
+        WHERE later.subscription = json_extract(gone.value, '$.subscription')
+        AND later.user_table = json_extract(gone.value, '$.user_table')
+        AND later.subject_id = json_extract(gone.value, '$.subject_id')
+        AND later.id > json_extract(gone.value, '$.id')
+        ORDER BY later.id LIMIT 1
+    ) FROM json_each({gone}) AS gone
+)
+"""
+
+_PROMOTE_ON_POSTGRES = """
+UPDATE tortoise_auth_outbox SET due_at = created_at WHERE due_at IS NULL AND id = ANY(ARRAY(
+    SELECT later.id
+    FROM json_to_recordset({gone}::json)
+        AS gone (subscription text, user_table text, subject_id text, id bigint)
+    CROSS JOIN LATERAL (
+        SELECT id, subscription, user_table, subject_id FROM tortoise_auth_outbox
+        WHERE (subscription, user_table, subject_id, id)
+            > (gone.subscription, gone.user_table, gone.subject_id, gone.id)
+        ORDER BY subscription, user_table, subject_id, id LIMIT 1
+    ) AS later
+    WHERE (later.subscription, later.user_table, later.subject_id)
+        = (gone.subscription, gone.user_table, gone.subject_id)
+))
+"""
+
+DUE: Statement = {"sqlite": _DUE_ON_SQLITE, "postgres": _DUE_ON_POSTGRES}
+"""Finds and locks rows that are due, by pairs of subscription and user table.
+
+``behind`` is the row before it in its line. Rows that are locked elsewhere are left out.
+"""
+
+PROMOTE: Statement = {"sqlite": _PROMOTE_ON_SQLITE, "postgres": _PROMOTE_ON_POSTGRES}
+"""Makes the rows that come next in the lines of rows that are gone due again, in their old place."""
