@@ -353,16 +353,22 @@ class TestClaiming:
         await outbox.delete_delivered(root(db), claimed, "r1")
         assert ids_of(await claim(root(db), clock, relay="r2")) == [later]
 
-    async def test_first_of_each_line(self, db: TortoiseContext, clock: FakeClock) -> None:
-        """A claim takes the first row of each subject; the others are set aside until it is gone."""
-        ids = await put(clock, *["a"] * 3, "b", *["a"] * 2)
-        first = await claim(root(db), clock, limit=5)
-        assert ids_of(first) == [ids[0], ids[3]]
-        assert await set_aside() == [ids[1], ids[2], ids[4]]
+    async def test_all_of_a_line(self, db: TortoiseContext, clock: FakeClock) -> None:
+        """One claim takes rows of a subject up to its limit, oldest first, without a gap."""
+        ids = await put(clock, *["a"] * 5, "b", *["a"] * 3)
+        assert ids_of(await claim(root(db), clock, limit=4)) == ids[:4]
+        assert ids_of(await claim(root(db), clock, relay="r2", limit=4)) == [ids[5]]
+
+    async def test_sets_aside_what_waits(self, db: TortoiseContext, clock: FakeClock) -> None:
+        """Rows behind one that is claimed elsewhere are not looked at again until it is gone."""
+        ids = await put(clock, "a")
+        first = await claim(root(db), clock)
+        ids += await put(clock, *["a"] * 15)
         assert await claim(root(db), clock, relay="r2") == []
+        assert await set_aside() == ids[1:]
         await outbox.delete_delivered(root(db), first, "r1")
-        assert await set_aside() == [ids[2], ids[4], ids[5]]
-        assert ids_of(await claim(root(db), clock)) == [ids[1]]
+        assert await set_aside() == ids[11:]
+        assert ids_of(await claim(root(db), clock, relay="r2")) == ids[1:11]
 
     async def test_rows_without_a_subject(self, db: TortoiseContext, clock: FakeClock) -> None:
         """They wait for no other row: different relays may claim them at the same time."""
@@ -378,7 +384,7 @@ class TestClaiming:
         """A subscription that is behind does not hold up another one."""
         slow = await put(clock, "a", "a", subscription="slow")
         quick = await put(clock, "a", subscription="quick")
-        assert ids_of(await claim(root(db), clock, names=["slow"])) == slow[:1]
+        assert ids_of(await claim(root(db), clock, names=["slow"])) == slow
         assert ids_of(await claim(root(db), clock, relay="r2", names=["slow", "quick"])) == quick
 
     async def test_other_models(self, db: TortoiseContext, clock: FakeClock) -> None:
@@ -396,7 +402,7 @@ class TestClaiming:
     async def test_behind_a_dead_letter(self, db: TortoiseContext, clock: FakeClock) -> None:
         """A dead letter holds up no other row."""
         ids = await put(clock, "a", "a")
-        (dead,) = await claim(root(db), clock)
+        (dead,) = await claim(root(db), clock, limit=1)
         await outbox.dead_letter(root(db), dead, "r1", at=clock(), error="x")
         assert ids_of(await claim(root(db), clock)) == ids[1:]
 
@@ -419,7 +425,7 @@ class TestClaiming:
     async def test_subject_with_many_rows(self, db: TortoiseContext, clock: FakeClock) -> None:
         """A subject with many rows does not hold up subjects with few."""
         ids = await put(clock, *["a"] * 30, "b", "c")
-        assert ids_of(await claim(root(db), clock, limit=4)) == ids[:1]
+        assert ids_of(await claim(root(db), clock, limit=4)) == ids[:4]
         assert ids_of(await claim(root(db), clock, limit=4)) == ids[-2:]
 
     async def test_first_subscriptions_first(self, db: TortoiseContext, clock: FakeClock) -> None:
@@ -443,13 +449,14 @@ class TestClaiming:
         """While the first row of a subject is being claimed elsewhere, the ones behind it are left."""
         ids = await put(clock, "a", "a", "b", "b", None, None)
         async with transaction(root(postgres)) as elsewhere:
-            theirs = await claim(elsewhere, clock, relay="r2", limit=5)
-            assert ids_of(theirs) == [ids[0], ids[2], ids[4]]
-            assert ids_of(await claim(root(postgres), clock)) == [ids[5]]
+            theirs = await claim(elsewhere, clock, relay="r2", limit=1)
+            assert ids_of(theirs) == ids[:1]
+            assert ids_of(await claim(root(postgres), clock)) == ids[2:]
+            assert await set_aside() == []
         assert await claim(root(postgres), clock) == []
-        assert await set_aside() == [ids[1], ids[3]]
+        assert await set_aside() == [ids[1]]
         await outbox.delete_delivered(root(postgres), theirs, "r2")
-        assert ids_of(await claim(root(postgres), clock)) == [ids[1], ids[3]]
+        assert ids_of(await claim(root(postgres), clock)) == [ids[1]]
 
     @needs_postgres
     @pytest.mark.parametrize("prepared", [False, True])
@@ -492,9 +499,9 @@ class TestClaiming:
         """Names and subjects are parameters of statements, whatever characters they have."""
         for text in ("'; DROP TABLE tortoise_auth_outbox; --", "{limit}", "?", "$1", "%s", "ö\n"):
             ids = await put(clock, text, text, subscription=text)
-            (first,) = await claim(root(db), clock, names=[text])
-            assert first.id == ids[0]
-            await outbox.delete_delivered(root(db), [first], "r1")
+            first = await claim(root(db), clock, names=[text], limit=1)
+            assert await claim(root(db), clock, names=[text]) == []
+            await outbox.delete_delivered(root(db), first, "r1")
             assert ids_of(await claim(root(db), clock, names=[text])) == ids[1:]
 
 
@@ -581,7 +588,7 @@ class TestOperating:
 
     async def test_retry_behind_others(self, db: TortoiseContext, clock: FakeClock) -> None:
         """A retried dead letter precedes a row behind it that backs off, and no row overtakes it."""
-        first, second, _ = await put(clock, "a", "a", "a")
+        first, second, third = await put(clock, "a", "a", "a")
         await self.bury_one(db, clock)
         (row,) = await claim(root(db), clock, limit=1)
         await outbox.reschedule(root(db), row, "r1", due_at=clock() + MINUTE, error="x")
@@ -590,7 +597,7 @@ class TestOperating:
         assert row.id == first
         await outbox.delete_delivered(root(db), [row], "r1")
         clock.advance(MINUTE)
-        assert ids_of(await claim(root(db), clock)) == [second]
+        assert ids_of(await claim(root(db), clock)) == [second, third]
 
     async def test_retry_all_dead(self, db: TortoiseContext, clock: FakeClock) -> None:
         """All dead letters can be retried at once; waiting rows do not change."""

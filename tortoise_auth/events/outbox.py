@@ -39,6 +39,9 @@ COUNTED = 10_000
 _AT_ONCE = 1000
 """So many rows are changed in one transaction where any number may be."""
 
+_PROMOTED = 10
+"""So many rows of a line become due when one before them is gone."""
+
 _NO_ID = UUID(int=0)
 
 
@@ -62,7 +65,8 @@ class Claim(NamedTuple):
     """What came of one look at the rows that are due.
 
     Attributes:
-        rows: Those that were claimed, oldest first, and no two of one line.
+        rows: Those that were claimed, oldest first. Those of one line must be delivered one after the
+            other.
         set_aside: How many wait behind another row of their line, and are not looked at again until
             it is gone. If that is all that was due, more may be due behind them.
     """
@@ -136,9 +140,10 @@ async def claim(
     lease_ends: datetime,
     limit: int,
 ) -> Claim:
-    """Look at up to *limit* rows that are due, and take those that are the first of their lines.
+    """Look at up to *limit* rows that are due, and take the first ones of each line.
 
-    The others are set aside until the row before them is gone. No lock is waited for.
+    What waits behind a row that is not taken is set aside until that row is gone. No lock is waited
+    for.
 
     Args:
         connection: The database.
@@ -159,12 +164,17 @@ async def claim(
     async with transaction(connection) as claiming:
         await _begin(claiming)
         due = await _run(claiming, sql.DUE, pairs=json.dumps(pairs), now=now, limit=limit)
-        behind = {row["id"]: row["behind"] for row in due if row["behind"] is not None}
-        heads = [row["id"] for row in due if row["behind"] is None]
+        mine: set[int] = set()
+        behind: dict[int, int] = {}
+        for row in sorted(due, key=lambda row: int(row["id"])):
+            if row["behind"] is None or row["behind"] in mine:
+                mine.add(row["id"])
+            else:
+                behind[row["id"]] = row["behind"]
         claimed = []
-        if heads:
+        if mine:
             claimed = await _run(
-                claiming, sql.CLAIM, ids=json.dumps(heads), holder=holder, lease_ends=lease_ends
+                claiming, sql.CLAIM, ids=json.dumps([*mine]), holder=holder, lease_ends=lease_ends
             )
         set_aside = await _set_aside(claiming, behind) if behind else 0
     return Claim(sorted(map(_claimed, claimed), key=lambda row: row.id), set_aside)
@@ -334,7 +344,7 @@ async def _delete(connection: BaseDBAsyncClient, rows: Sequence[Claimed], holder
         if row.subject_id is not None
     ]
     if gone:
-        await _run(connection, sql.PROMOTE, gone=json.dumps(gone))
+        await _run(connection, sql.PROMOTE, gone=json.dumps(gone), several=_PROMOTED)
 
 
 async def _begin(connection: BaseDBAsyncClient, *, to_write: bool = True) -> None:

@@ -3,7 +3,7 @@
 None of them leaves a choice to the planner. A table that is empty most of the time has statistics to
 match, and the plan that is best for an empty table takes seconds when there is a backlog. So each
 statement reads one index from a given place, row by row, and stops. SQLite is told which index
-(``INDEXED BY``). PostgreSQL may neither sort nor scan a whole table in these transactions, and the
+(``INDEXED BY``). PostgreSQL may neither sort nor read a whole table in these transactions, and the
 comparison of all columns of a line leaves it one index that is in the right order.
 
 Lists are given as JSON: the text of a statement does not depend on their length.
@@ -112,48 +112,87 @@ WHERE dead_at <= {until} ORDER BY dead_at, id LIMIT {limit}
 """)
 
 # Each step finds the next pair by the index, however many rows the last one has.
-_PAIRS = """
+_FIRST_PAIR = """
+SELECT subscription, user_table FROM (
+    SELECT subscription, user_table FROM tortoise_auth_outbox [by tortoise_auth_outbox_due]
+    ORDER BY subscription, user_table, due_at, id LIMIT 1
+) AS first
+"""
+
+_PAIRS_ON_SQLITE = f"""
 WITH RECURSIVE pair (subscription, user_table) AS (
-    SELECT subscription, user_table FROM tortoise_auth_outbox WHERE id = (
-        SELECT id FROM tortoise_auth_outbox [by tortoise_auth_outbox_due]
-        ORDER BY subscription, user_table, due_at, id LIMIT 1
-    )
+    {_FIRST_PAIR}
     UNION ALL
     SELECT following.subscription, following.user_table
-    FROM pair JOIN tortoise_auth_outbox AS following ON following.id = (
-        SELECT id FROM tortoise_auth_outbox [by tortoise_auth_outbox_due]
-        WHERE (subscription, user_table) > (pair.subscription, pair.user_table)
+    FROM pair CROSS JOIN tortoise_auth_outbox AS following ON following.id = COALESCE((
+        SELECT id FROM tortoise_auth_outbox INDEXED BY tortoise_auth_outbox_due
+        WHERE subscription = pair.subscription AND user_table > pair.user_table
+        ORDER BY user_table, due_at, id LIMIT 1
+    ), (
+        SELECT id FROM tortoise_auth_outbox INDEXED BY tortoise_auth_outbox_due
+        WHERE subscription > pair.subscription
         ORDER BY subscription, user_table, due_at, id LIMIT 1
-    )
+    ))
 )
 """
 
-COUNTS = _everywhere(f"""
-{_PAIRS} SELECT subscription, (
+_PAIRS_ON_POSTGRES = f"""
+WITH RECURSIVE pair (subscription, user_table) AS (
+    {_FIRST_PAIR}
+    UNION ALL
+    SELECT following.subscription, following.user_table
+    FROM pair CROSS JOIN LATERAL (
+        SELECT subscription, user_table FROM tortoise_auth_outbox
+        WHERE (subscription, user_table) > (pair.subscription, pair.user_table)
+        ORDER BY subscription, user_table, due_at, id LIMIT 1
+    ) AS following
+)
+"""
+
+_COUNTS = """
+SELECT subscription, (
     SELECT COUNT(*) FROM (
         SELECT 1 FROM tortoise_auth_outbox AS entry [by tortoise_auth_outbox_due]
         WHERE entry.subscription = pair.subscription AND entry.user_table = pair.user_table
-        LIMIT {{limit}}
+        ORDER BY entry.due_at, entry.id LIMIT {limit}
     ) AS counted
 ) AS waiting, (
     SELECT COUNT(*) FROM (
         SELECT 1 FROM tortoise_auth_outbox AS entry [by tortoise_auth_outbox_due]
         WHERE entry.subscription = pair.subscription AND entry.user_table = pair.user_table
-        AND entry.due_at <= {{now}} LIMIT {{limit}}
+        AND entry.due_at <= {now} ORDER BY entry.due_at, entry.id LIMIT {limit}
     ) AS counted
 ) AS due FROM pair
-""")
+"""
+
+COUNTS: Statement = {
+    "sqlite": _everywhere(_PAIRS_ON_SQLITE + _COUNTS)["sqlite"],
+    "postgres": _everywhere(_PAIRS_ON_POSTGRES + _COUNTS)["postgres"],
+}
 """Counts what waits and what is due for each pair of subscription and user table, up to a limit."""
 
-OVERDUE = _everywhere(f"""
-{_PAIRS} SELECT id, subscription, attempts FROM tortoise_auth_outbox WHERE id IN (
-    SELECT (
-        SELECT id FROM tortoise_auth_outbox AS entry [by tortoise_auth_outbox_due]
-        WHERE entry.subscription = pair.subscription AND entry.user_table = pair.user_table
-        AND entry.due_at <= {{now}} ORDER BY entry.due_at, entry.id LIMIT 1
-    ) FROM pair
+_OVERDUE_ON_SQLITE = """
+SELECT first.id, first.subscription, first.attempts
+FROM pair CROSS JOIN tortoise_auth_outbox AS first ON first.id = (
+    SELECT id FROM tortoise_auth_outbox AS entry INDEXED BY tortoise_auth_outbox_due
+    WHERE entry.subscription = pair.subscription AND entry.user_table = pair.user_table
+    AND entry.due_at <= {now} ORDER BY entry.due_at, entry.id LIMIT 1
 )
-""")
+"""
+
+_OVERDUE_ON_POSTGRES = """
+SELECT first.id, first.subscription, first.attempts
+FROM pair CROSS JOIN LATERAL (
+    SELECT id, subscription, attempts FROM tortoise_auth_outbox AS entry
+    WHERE entry.subscription = pair.subscription AND entry.user_table = pair.user_table
+    AND entry.due_at <= {now} ORDER BY entry.due_at, entry.id LIMIT 1
+) AS first
+"""
+
+OVERDUE: Statement = {
+    "sqlite": _everywhere(_PAIRS_ON_SQLITE + _OVERDUE_ON_SQLITE)["sqlite"],
+    "postgres": _everywhere(_PAIRS_ON_POSTGRES + _OVERDUE_ON_POSTGRES)["postgres"],
+}
 """Finds the row of each pair that has been due for longest."""
 
 COUNT_DEAD = _everywhere("""
@@ -205,14 +244,15 @@ LIMIT {limit}
 
 _PROMOTE_ON_SQLITE = """
 UPDATE tortoise_auth_outbox SET due_at = created_at WHERE due_at IS NULL AND id IN (
-    SELECT (
-        SELECT later.id FROM tortoise_auth_outbox AS later INDEXED BY tortoise_auth_outbox_line
-        WHERE later.subscription = json_extract(gone.value, '$.subscription')
-        AND later.user_table = json_extract(gone.value, '$.user_table')
-        AND later.subject_id = json_extract(gone.value, '$.subject_id')
-        AND later.id > json_extract(gone.value, '$.id')
-        ORDER BY later.id LIMIT 1
-    ) FROM json_each({gone}) AS gone
+    SELECT later.id FROM json_each({gone}) AS gone CROSS JOIN tortoise_auth_outbox AS later
+    WHERE later.id IN (
+        SELECT id FROM tortoise_auth_outbox INDEXED BY tortoise_auth_outbox_line
+        WHERE subscription = json_extract(gone.value, '$.subscription')
+        AND user_table = json_extract(gone.value, '$.user_table')
+        AND subject_id = json_extract(gone.value, '$.subject_id')
+        AND id > json_extract(gone.value, '$.id')
+        ORDER BY id LIMIT {several}
+    )
 )
 """
 
@@ -225,7 +265,7 @@ UPDATE tortoise_auth_outbox SET due_at = created_at WHERE due_at IS NULL AND id 
         SELECT id, subscription, user_table, subject_id FROM tortoise_auth_outbox
         WHERE (subscription, user_table, subject_id, id)
             > (gone.subscription, gone.user_table, gone.subject_id, gone.id)
-        ORDER BY subscription, user_table, subject_id, id LIMIT 1
+        ORDER BY subscription, user_table, subject_id, id LIMIT {several}
     ) AS later
     WHERE (later.subscription, later.user_table, later.subject_id)
         = (gone.subscription, gone.user_table, gone.subject_id)
@@ -239,4 +279,7 @@ DUE: Statement = {"sqlite": _DUE_ON_SQLITE, "postgres": _DUE_ON_POSTGRES}
 """
 
 PROMOTE: Statement = {"sqlite": _PROMOTE_ON_SQLITE, "postgres": _PROMOTE_ON_POSTGRES}
-"""Makes the rows that come next in the lines of rows that are gone due again, in their old place."""
+"""Makes the rows that come next in the lines of rows that are gone due again, in their old place.
+
+One would do. Several can be claimed together when a long line goes on.
+"""

@@ -345,8 +345,16 @@ class _Batch(Generic[UserT]):
         self._recorded = 0
 
     async def deliver(self) -> int:
-        """Deliver the rows, no two of which are of one line; return the successes."""
-        tasks = {asyncio.ensure_future(self._deliver(row)) for row in self._rows}
+        """Deliver the rows, those of one line one by one; return the successes."""
+        lines: dict[object, list[Claimed]] = {}
+        for row in self._rows:
+            line = (
+                row.id
+                if row.subject_id is None
+                else (row.subscription, row.user_table, row.subject_id)
+            )
+            lines.setdefault(line, []).append(row)
+        tasks = {asyncio.ensure_future(self._deliver_in_order(each)) for each in lines.values()}
         for task in tasks:  # if `_record` fails, their exceptions are read nowhere else
             task.add_done_callback(lambda task: task.cancelled() or task.exception())
         waiting = tasks
@@ -363,18 +371,23 @@ class _Batch(Generic[UserT]):
                 raise failure
         return self._recorded
 
-    async def _deliver(self, row: Claimed) -> None:
+    async def _deliver_in_order(self, rows: Sequence[Claimed]) -> None:
+        """Deliver rows until one fails; give the rest back, which wait behind it."""
         async with self._relay._places:
-            if self._relay._stopping or self._now() > self._last_call:
-                now = self._relay._clock()
-                return await outbox.release(self._connection, [row], self._holder, now)
-            try:
-                await self._within_the_lease(row)
-            except BaseException as failure:
-                if not _is_failure(failure):
-                    raise
-                return await self._failed(row, failure)
-            self._delivered.append(row)
+            for position, row in enumerate(rows, 1):
+                if self._relay._stopping or self._now() > self._last_call:
+                    return await self._give_back(rows[position - 1 :])
+                try:
+                    await self._within_the_lease(row)
+                except BaseException as failure:
+                    if not _is_failure(failure):
+                        raise
+                    await self._failed(row, failure)
+                    return await self._give_back(rows[position:])
+                self._delivered.append(row)
+
+    async def _give_back(self, rows: Sequence[Claimed]) -> None:
+        await outbox.release(self._connection, rows, self._holder, self._relay._clock())
 
     async def _record(self) -> None:
         delivered, self._delivered = self._delivered, []
