@@ -75,6 +75,20 @@ class Claim(NamedTuple):
     set_aside: int
 
 
+class Due(NamedTuple):
+    """A row that has been due for longest, for its subscription and user table.
+
+    Attributes:
+        id: That of the row.
+        subscription: The name of the subscription.
+        due_at: Since when, as the database writes it; a relay that claims it changes that.
+    """
+
+    id: int
+    subscription: str
+    due_at: object
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OutboxStatus:
     """The outbox in numbers, for people and monitors.
@@ -237,6 +251,14 @@ async def status(connection: BaseDBAsyncClient, now: datetime) -> OutboxStatus:
         oldest_waiting=max(0.0, (now - oldest["created_at"]).total_seconds()) if oldest else 0.0,
         subscriptions=dict(subscriptions),
     )
+
+
+async def longest_due(connection: BaseDBAsyncClient, now: datetime) -> set[Due]:
+    """Return the row that has been due for longest, for each subscription and user table."""
+    async with transaction(connection) as reading:
+        await _begin(reading, to_write=False)
+        rows = await _run(reading, sql.OVERDUE, now=now)
+    return {Due(row["id"], row["subscription"], row["due_at"]) for row in rows}
 
 
 @overload

@@ -172,7 +172,7 @@ COUNTS: Statement = {
 """Counts what waits and what is due for each pair of subscription and user table, up to a limit."""
 
 _OVERDUE_ON_SQLITE = """
-SELECT first.id, first.subscription, first.attempts
+SELECT first.id, first.subscription, first.due_at
 FROM pair CROSS JOIN tortoise_auth_outbox AS first ON first.id = (
     SELECT id FROM tortoise_auth_outbox AS entry INDEXED BY tortoise_auth_outbox_due
     WHERE entry.subscription = pair.subscription AND entry.user_table = pair.user_table
@@ -181,9 +181,9 @@ FROM pair CROSS JOIN tortoise_auth_outbox AS first ON first.id = (
 """
 
 _OVERDUE_ON_POSTGRES = """
-SELECT first.id, first.subscription, first.attempts
+SELECT first.id, first.subscription, first.due_at
 FROM pair CROSS JOIN LATERAL (
-    SELECT id, subscription, attempts FROM tortoise_auth_outbox AS entry
+    SELECT id, subscription, due_at FROM tortoise_auth_outbox AS entry
     WHERE entry.subscription = pair.subscription AND entry.user_table = pair.user_table
     AND entry.due_at <= {now} ORDER BY entry.due_at, entry.id LIMIT 1
 ) AS first
