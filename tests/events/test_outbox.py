@@ -619,6 +619,79 @@ class TestOperating:
         status = await outbox.status(root(db), clock())
         assert (status.waiting, status.dead) == (1, 1)
 
+    async def test_status_counts_up_to_a_limit(
+        self, db: TortoiseContext, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """No count of a subscription or of the dead letters costs more than its limit."""
+        monkeypatch.setattr(outbox, "COUNTED", 3)
+        await put(clock, *[None] * 5)
+        await put(clock, None, subscription="t")
+        for _ in range(4):
+            await self.bury_one(db, clock)
+        await put(clock, *[None] * 5)
+        status = await outbox.status(root(db), clock())
+        assert (status.waiting, status.due, status.dead) == (4, 4, 3)
+        assert status.subscriptions == {"s": 3, "t": 1}
+
+    @pytest.mark.parametrize("work", ["purge", "retry_dead"])
+    async def test_some_at_a_time(
+        self,
+        db: TortoiseContext,
+        auth: AuthService[User],
+        ada: User,
+        clock: FakeClock,
+        monkeypatch: pytest.MonkeyPatch,
+        work: str,
+    ) -> None:
+        """Many dead letters are purged or retried in short transactions, and logins come between."""
+        monkeypatch.setattr(outbox, "_AT_ONCE", 3)
+        await put(clock, *[None] * 8)
+        for _ in range(8):
+            await self.bury_one(db, clock)
+        pauses: list[float] = []
+        sleep = asyncio.sleep
+
+        async def log_in_meanwhile(seconds: float) -> None:
+            pauses.append(seconds)
+            monkeypatch.setattr(asyncio, "sleep", sleep)
+            await log_in(auth)
+            monkeypatch.setattr(asyncio, "sleep", log_in_meanwhile)
+            left.append((await outbox.status(root(db), clock())).dead)
+
+        left: list[int] = []
+        monkeypatch.setattr(asyncio, "sleep", log_in_meanwhile)
+        if work == "purge":
+            changed = await outbox.purge(root(db), before=clock() + MINUTE)
+        else:
+            changed = await outbox.retry_dead(root(db), clock())
+        monkeypatch.setattr(asyncio, "sleep", sleep)
+        assert changed == 8
+        assert left == [5, 2, 0]
+        assert min(pauses) > 0
+        assert await OutboxEntry.all().count() == (0 if work == "purge" else 8)
+
+    @needs_postgres
+    async def test_retried_twice_at_once(self, postgres: TortoiseContext, clock: FakeClock) -> None:
+        """Dead letters that two operators retry at the same moment move back once."""
+        await put(clock, *[None] * 20)
+        for _ in range(20):
+            await self.bury_one(postgres, clock)
+        several = [outbox.retry_dead(root(postgres), clock()) for _ in range(3)]
+        assert sum(await asyncio.gather(*several)) == 20
+        assert await OutboxEntry.all().count() == 20
+
+    async def test_retry_of_a_row_that_is_behind(
+        self, db: TortoiseContext, clock: FakeClock
+    ) -> None:
+        """A row that lost its predecessor to a DELETE by hand can be retried."""
+        first, second = await put(clock, "a", "a")
+        await claim(root(db), clock, limit=1)
+        assert await claim(root(db), clock) == []
+        await OutboxEntry.filter(id=first).delete()
+        assert await claim(root(db), clock) == []
+        assert await outbox.retry(root(db), [second], clock()) == 1
+        assert ids_of(await claim(root(db), clock)) == [second]
+
 
 def _subscription(name: str) -> Any:
     emitter = EventEmitter()

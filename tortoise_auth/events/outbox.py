@@ -290,7 +290,10 @@ async def retry(connection: BaseDBAsyncClient, ids: Sequence[int], now: datetime
     """Give dead letters, or rows that back off, a new start; return how many there were."""
     renewed = 0
     for first in range(0, len(ids), _AT_ONCE):
-        renewed += await _start_again(connection, ids[first : first + _AT_ONCE], now)
+        some = list(ids[first : first + _AT_ONCE])
+        async with transaction(connection) as changing:
+            renewed += await _count(changing, sql.RESTART, ids=json.dumps(some), now=now)
+            renewed += await _revive(changing, some, now)
     await notify(connection, CHANNEL)
     return renewed
 
@@ -298,10 +301,11 @@ async def retry(connection: BaseDBAsyncClient, ids: Sequence[int], now: datetime
 async def retry_dead(connection: BaseDBAsyncClient, now: datetime) -> int:
     """Give every dead letter a new start, some at a time; return how many there were."""
 
-    async def start_some_again(ids: list[int]) -> int:
-        return await _start_again(connection, ids, now)
+    async def revive_some(ids: list[int]) -> int:
+        async with transaction(connection) as changing:
+            return await _revive(changing, ids, now)
 
-    renewed = await _for_dead_letters(connection, now, start_some_again)
+    renewed = await _for_dead_letters(connection, now, revive_some)
     await notify(connection, CHANNEL)
     return renewed
 
@@ -332,15 +336,14 @@ async def _for_dead_letters(
         await asyncio.sleep(clock() - began)
 
 
-async def _start_again(connection: BaseDBAsyncClient, ids: Sequence[int], now: datetime) -> int:
+async def _revive(connection: BaseDBAsyncClient, ids: Sequence[int], now: datetime) -> int:
+    """Move dead letters back, in a transaction; return how many."""
     rows = json.dumps(list(ids))
-    async with transaction(connection) as changing:
-        renewed = await _count(changing, sql.RESTART, ids=rows, now=now)
-        # Locks them: what another one has just moved back is not moved twice.
-        renewed += await _count(changing, sql.LOCK_DEAD, ids=rows)
-        await _run(changing, sql.REVIVE, ids=rows, now=now)
-        await _run(changing, sql.DELETE_DEAD, ids=rows)
-    return renewed
+    # Locks them: what another one has just moved back is not moved twice.
+    revived = await _count(connection, sql.LOCK_DEAD, ids=rows)
+    await _run(connection, sql.REVIVE, ids=rows, now=now)
+    await _run(connection, sql.DELETE_DEAD, ids=rows)
+    return revived
 
 
 async def _set_aside(connection: BaseDBAsyncClient, behind: Mapping[int, int]) -> int:
