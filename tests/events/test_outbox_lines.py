@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import random
+import sqlite3
 from collections import Counter
+from contextlib import closing
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,9 +18,11 @@ from tortoise.backends.base.client import BaseDBAsyncClient
 from tortoise.context import TortoiseContext
 
 from tests.support.concurrency import finished
-from tests.support.database import look, root
+from tests.support.database import database, look, root
+from tests.support.statements import every_statement
 from tortoise_auth.database import transaction
 from tortoise_auth.events import Event, outbox
+from tortoise_auth.events import outbox_sql as sql
 from tortoise_auth.events.outbox import Claimed
 from tortoise_auth.models import DeadLetter, OutboxEntry
 from tortoise_auth.testing import FakeClock
@@ -173,6 +179,23 @@ class TestTwoConnections:
             await finished(_waits_for_a_lock(postgres))
         await finished(deleting)
         assert ids_of(await lines.claim("r2")) == [second]
+
+
+async def test_claim_and_deletion_write_first(tmp_path: Path, clock: FakeClock) -> None:
+    """On SQLite they lock the database before they read: another program cannot make them fail."""
+    async with database("file", tmp_path) as context:
+        lines = Lines(root(context), clock)
+        await lines.put("a", "a")
+        async with transaction(lines.connection) as working:
+            await working.execute_query(sql.LOCK_ON_SQLITE)
+            client: Any = lines.connection
+            with closing(sqlite3.connect(client.filename, timeout=0)) as other:
+                with pytest.raises(sqlite3.OperationalError, match="locked"):
+                    other.execute("BEGIN IMMEDIATE")
+        with every_statement(context) as seen:
+            await outbox.delete_delivered(lines.connection, await lines.claim("r1"), "r1")
+        begun = [after for before, after in pairwise(seen) if before == "BEGIN"]
+        assert begun == [sql.LOCK_ON_SQLITE] * 2
 
 
 async def _waits_for_a_lock(context: TortoiseContext) -> None:
