@@ -564,6 +564,16 @@ class TestOperating:
         clock.advance(timedelta(hours=-1))
         assert (await outbox.status(root(db), clock())).oldest_waiting == 0.0
 
+    async def test_status_in_a_transaction(self, db: TortoiseContext, clock: FakeClock) -> None:
+        """Asked inside a transaction, the status counts what that sees, and does not change its plans."""
+        async with in_transaction(connection_of(db).connection_name) as caller:
+            await put(clock, "a")
+            assert (await outbox.status(connection_of(db), clock())).waiting == 1
+            if caller.capabilities.dialect == "postgres":
+                assert await caller.execute_query_dict("SHOW enable_seqscan") == [
+                    {"enable_seqscan": "on"}
+                ]
+
     async def test_entries(self, db: TortoiseContext, clock: FakeClock) -> None:
         """Waiting rows and dead letters can be listed, oldest first."""
         ids = await put(clock, "a", "b", "c", "d")

@@ -556,6 +556,49 @@ class TestOrder:
         await relay.drain()
         assert handler.delivered == [2, 3, 1]
 
+    async def test_no_subscription_starves(
+        self,
+        db: TortoiseContext,
+        auth: AuthService[User],
+        emitter: EventEmitter,
+        publish: Publisher,
+    ) -> None:
+        """However many rows one subscription has, others have their turn."""
+        for name in ("busy", "quiet"):
+            emitter.on(BellRung, list[object]().append, delivery="durable", name=name, thread=False)
+        for _ in range(5):
+            await publish(BellRung())
+        relay = auth.relay(batch_size=1)
+        claimed = [await relay._claim() for _ in range(4)]
+        names = [row.subscription for batch in claimed if batch is not None for row in batch._rows]
+        assert sorted(names) == ["busy", "busy", "quiet", "quiet"]
+
+    async def test_goes_on_when_a_slow_row_ends(
+        self,
+        db: TortoiseContext,
+        auth: AuthService[User],
+        ada: User,
+        emitter: EventEmitter,
+        publish: Publisher,
+        idle: Callable[[], Any],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """The row behind one whose batch goes on by itself is delivered at once, without a poll."""
+        monkeypatch.setattr(relay_module, "_PATIENCE", 0.01)
+        may_end, received = asyncio.Event(), asyncio.Queue[int]()
+
+        @emitter.on(LetterPosted, delivery="durable")
+        async def read(event: LetterPosted) -> None:
+            await may_end.wait()
+            received.put_nowait(event.number)
+
+        await publish.letters(ada, 1, 2)
+        async with auth.relay(batch_size=1, poll_interval=NEVER):
+            await idle()
+            assert await OutboxEntry.filter(due_at__isnull=True).count() == 1
+            may_end.set()
+            assert [await finished(received.get()) for _ in range(2)] == [1, 2]
+
 
 class TestRetrying:
     async def test_back_off(

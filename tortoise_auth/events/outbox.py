@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, Literal, NamedTuple, TypeVar, overload
@@ -175,8 +176,7 @@ async def claim(
         for name in subscriptions
         for table in ("", user_table)
     ]
-    async with transaction(connection) as claiming:
-        await _begin(claiming)
+    async with _transaction(connection) as claiming:
         due = await _run(claiming, sql.DUE, pairs=json.dumps(pairs), now=now, limit=limit)
         mine: set[int] = set()
         behind: dict[int, int] = {}
@@ -207,8 +207,7 @@ async def delete_delivered(
 ) -> None:
     """Delete delivered rows, except those that were claimed again since."""
     if rows:
-        async with transaction(connection) as finishing:
-            await _begin(finishing)
+        async with _transaction(connection) as finishing:
             await _delete(finishing, rows, holder)
 
 
@@ -225,8 +224,7 @@ async def dead_letter(
     connection: BaseDBAsyncClient, row: Claimed, holder: str, *, at: datetime, error: str
 ) -> None:
     """Make a row a dead letter: kept, visible, and not delivered again until it is retried."""
-    async with transaction(connection) as finishing:
-        await _begin(finishing)
+    async with _transaction(connection) as finishing:
         # Locks the row as well: it is copied if and only if it is deleted.
         await reschedule(finishing, row, holder, due_at=at, error=error)
         await _run(finishing, sql.DIE, ids=_ids([row]), holder=holder, at=at)
@@ -235,8 +233,7 @@ async def dead_letter(
 
 async def status(connection: BaseDBAsyncClient, now: datetime) -> OutboxStatus:
     """Count what is there, with an effort that does not grow with the table."""
-    async with transaction(connection) as reading:
-        await _begin(reading, to_write=False)
+    async with _transaction(connection, reads=True) as reading:
         counts = await _run(reading, sql.COUNTS, now=now, limit=COUNTED)
         (dead,) = await _run(reading, sql.COUNT_DEAD, limit=COUNTED)
         first = OutboxEntry.all().using_db(reading).order_by("id").first()
@@ -255,8 +252,7 @@ async def status(connection: BaseDBAsyncClient, now: datetime) -> OutboxStatus:
 
 async def longest_due(connection: BaseDBAsyncClient, now: datetime) -> set[Due]:
     """Return the row that has been due for longest, for each subscription and user table."""
-    async with transaction(connection) as reading:
-        await _begin(reading, to_write=False)
+    async with _transaction(connection, reads=True) as reading:
         rows = await _run(reading, sql.OVERDUE, now=now)
     return {Due(row["id"], row["subscription"], row["due_at"]) for row in rows}
 
@@ -372,12 +368,20 @@ async def _delete(connection: BaseDBAsyncClient, rows: Sequence[Claimed], holder
         await _run(connection, sql.PROMOTE, gone=json.dumps(gone), several=_PROMOTED)
 
 
-async def _begin(connection: BaseDBAsyncClient, *, to_write: bool = True) -> None:
-    """Run the first statement of a transaction."""
-    if connection.capabilities.dialect == "postgres":
-        await connection.execute_script(sql.PLANNED_ON_POSTGRES)
-    elif to_write:
-        await run_statement(connection, sql.LOCK_ON_SQLITE, {})
+@asynccontextmanager
+async def _transaction(
+    connection: BaseDBAsyncClient, *, reads: bool = False
+) -> AsyncIterator[BaseDBAsyncClient]:
+    """Open a transaction that is prepared for the statements; one of the caller is left as it is."""
+    block = transaction(connection)
+    async with block as opened:
+        if block.nested:
+            pass
+        elif connection.capabilities.dialect == "postgres":
+            await opened.execute_script(sql.PLANNED_ON_POSTGRES)
+        elif not reads:
+            await run_statement(opened, sql.LOCK_ON_SQLITE, {})
+        yield opened
 
 
 async def _run(

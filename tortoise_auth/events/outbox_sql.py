@@ -256,6 +256,91 @@ UPDATE tortoise_auth_outbox SET due_at = created_at WHERE due_at IS NULL AND id 
 )
 """
 
+# With a plain IS NULL the rows could be looked for in the index on due_at, all of it.
+_PROMOTE_ON_POSTGRES = """
+UPDATE tortoise_auth_outbox SET due_at = created_at
+WHERE CASE WHEN due_at IS NULL THEN 1 ELSE 0 END = 1 AND id = ANY(ARRAY(
+    SELECT later.id
+    FROM json_to_recordset({gone}::json)
+        AS gone (subscription text, user_table text, subject_id text, id bigint)
+    CROSS JOIN LATERAL (
+        SELECT id, subscription, user_table, subject_id FROM tortoise_auth_outbox
+        WHERE (subscription, user_table, subject_id, id)
+            > (gone.subscription, gone.user_table, gone.subject_id, gone.id)
+        ORDER BY subscription, user_table, subject_id, id LIMIT {several}
+    ) AS later
+    WHERE (later.subscription, later.user_table, later.subject_id)
+        = (gone.subscription, gone.user_table, gone.subject_id)
+))
+"""
+
+DUE: Statement = {
+    "sqlite": _everywhere(_PAIRS_ON_SQLITE + _OVERDUE_ON_SQLITE)["sqlite"],
+    "postgres": _everywhere(_PAIRS_ON_POSTGRES + _OVERDUE_ON_POSTGRES)["postgres"],
+}
+"""Finds the row of each pair that has been due for longest."""
+
+COUNT_DEAD = _everywhere("""
+SELECT COUNT(*) AS dead FROM (SELECT 1 FROM tortoise_auth_dead_letter LIMIT {limit}) AS counted
+""")
+
+WAITING = _everywhere("SELECT * FROM tortoise_auth_outbox ORDER BY id LIMIT {limit}")
+
+DEAD = _everywhere("""
+SELECT * FROM tortoise_auth_dead_letter [by tortoise_auth_dead_letter_at]
+ORDER BY dead_at, id LIMIT {limit}
+""")
+
+_DUE_ON_SQLITE = """
+SELECT due.id, (
+    SELECT earlier.id FROM tortoise_auth_outbox AS earlier INDEXED BY tortoise_auth_outbox_line
+    WHERE earlier.subscription = due.subscription AND earlier.user_table = due.user_table
+    AND earlier.subject_id = due.subject_id AND earlier.id < due.id
+    ORDER BY earlier.id DESC LIMIT 1
+) AS behind
+FROM json_each({pairs}) AS pair CROSS JOIN tortoise_auth_outbox AS due
+WHERE due.id IN (
+    SELECT id FROM tortoise_auth_outbox INDEXED BY tortoise_auth_outbox_due
+    WHERE subscription = json_extract(pair.value, '$.subscription')
+    AND user_table = json_extract(pair.value, '$.user_table')
+    AND due_at <= {now} ORDER BY due_at, id LIMIT {limit}
+)
+LIMIT {limit}
+"""
+
+# A row without a subject must not be compared: PostgreSQL would read all of them.
+_DUE_ON_POSTGRES = """
+SELECT due.id, before.id AS behind
+FROM json_to_recordset({pairs}::json) AS pair (subscription text, user_table text)
+CROSS JOIN LATERAL (
+    SELECT id, subscription, user_table, subject_id FROM tortoise_auth_outbox
+    WHERE subscription = pair.subscription AND user_table = pair.user_table AND due_at <= {now}
+    ORDER BY due_at, id LIMIT {limit} FOR UPDATE SKIP LOCKED
+) AS due
+LEFT JOIN LATERAL (
+    SELECT id, subscription, user_table, subject_id FROM tortoise_auth_outbox
+    WHERE due.subject_id IS NOT NULL AND (subscription, user_table, subject_id, id)
+        < (due.subscription, due.user_table, due.subject_id, due.id)
+    ORDER BY subscription DESC, user_table DESC, subject_id DESC, id DESC LIMIT 1
+) AS before ON (before.subscription, before.user_table, before.subject_id)
+    = (due.subscription, due.user_table, due.subject_id)
+LIMIT {limit}
+"""
+
+_PROMOTE_ON_SQLITE = """
+UPDATE tortoise_auth_outbox SET due_at = created_at WHERE due_at IS NULL AND id IN (
+    SELECT later.id FROM json_each({gone}) AS gone CROSS JOIN tortoise_auth_outbox AS later
+    WHERE later.id IN (
+        SELECT id FROM tortoise_auth_outbox INDEXED BY tortoise_auth_outbox_line
+        WHERE subscription = json_extract(gone.value, '$.subscription')
+        AND user_table = json_extract(gone.value, '$.user_table')
+        AND subject_id = json_extract(gone.value, '$.subject_id')
+        AND id > json_extract(gone.value, '$.id')
+        ORDER BY id LIMIT {several}
+    )
+)
+"""
+
 _PROMOTE_ON_POSTGRES = """
 UPDATE tortoise_auth_outbox SET due_at = created_at WHERE due_at IS NULL AND id = ANY(ARRAY(
     SELECT later.id
