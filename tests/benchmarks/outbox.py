@@ -19,12 +19,13 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from tortoise import Tortoise
@@ -48,6 +49,7 @@ LEAST_RATE = 1500.0
 MOST_LATENCY = 1.0
 MOST_FOR_A_CLAIM = 10.0
 MOST_FOR_A_LOOK = 50.0
+MOST_SLOWER = 1.5
 ROUNDS = 3
 
 processes = multiprocessing.get_context("spawn")
@@ -265,6 +267,8 @@ STATES = {
     "no subject": {"subject_id": "NULL"},
     "all due, statistics of an empty table": {"statistics": "empty"},
     "all back off, statistics of an empty table": {"statistics": "empty", "due_at": "{later}"},
+    "all due, statistics of an emptied table": {"statistics": "emptied"},
+    "all back off, statistics of an emptied table": {"statistics": "emptied", "due_at": "{later}"},
     "all due, statistics of one subject": {"statistics": "one subject"},
     "all due, statistics of one subscription": {"statistics": "one subscription"},
 }
@@ -317,21 +321,30 @@ async def fill_with(state: str, rows: int) -> None:
         await connection.execute_script(
             "VACUUM FULL tortoise_auth_outbox, tortoise_auth_dead_letter"
         )
-    if statistics and statistics != "empty":
-        one = {"one subject": "subject_id", "one subscription": "subscription"}[statistics]
-        wrong = values | {one: "'other'"}
+        await connection.execute_script(
+            "ALTER TABLE tortoise_auth_outbox SET (autovacuum_enabled = off)"
+        )
+    other = {
+        "one subject": "subject_id",
+        "one subscription": "subscription",
+        "emptied": "user_table",
+    }
+    if statistics in other:
+        wrong = values | {other[statistics]: "'other'"}
         await connection.execute_script(
             _FILL[kind].format(table=OutboxEntry._meta.db_table, at="due_at", rows=10_000, **wrong)
         )
-    await connection.execute_script("ANALYZE")
-    if statistics == "one subscription" or statistics == "one subject":
+    if statistics == "emptied":
+        await connection.execute_script(f"DELETE FROM {OutboxEntry._meta.db_table}")
+    await connection.execute_script("ANALYZE tortoise_auth_outbox")
+    if statistics in other:
         await connection.execute_script(f"DELETE FROM {OutboxEntry._meta.db_table}")
     table, at = (DeadLetter, "dead_at") if dead else (OutboxEntry, "due_at")
     await connection.execute_script(
         _FILL[kind].format(table=table._meta.db_table, at=at, rows=rows, **values)
     )
     if not statistics:
-        await connection.execute_script("ANALYZE")
+        await connection.execute_script("ANALYZE tortoise_auth_outbox")
 
 
 async def measure_backlog(rows: int) -> list[Row]:
@@ -370,6 +383,56 @@ async def measure_backlog(rows: int) -> list[Row]:
     return lines
 
 
+async def measure_beside(backlog: int) -> list[Row]:
+    """Log in beside a relay that polls, and beside the upkeep of dead letters."""
+    (connection,) = connections.all()
+    await User.create_user(email=EMAIL, password=PASSWORD)
+    emitter = EventEmitter()
+
+    @emitter.on("user_logout", delivery="durable", name="nothing")
+    async def do_nothing(user: User) -> None: ...
+
+    auth = AuthService(User, AuthConfig(secret=secrets.token_urlsafe(48)), emitter=emitter)
+    works: dict[str, tuple[str, Callable[[], Coroutine[Any, Any, object]]]] = {
+        "a relay, all back off": ("all back off", auth.relay().run),
+        "a purge": ("all dead", lambda: outbox.purge(connection, before=utc_now())),
+        "a retry of all": ("all dead", lambda: outbox.retry_dead(connection, utc_now())),
+    }
+    lines = []
+    for name, (state, work) in works.items():
+        await fill_with(state, backlog)
+        login, check = await times_beside(auth, None)
+        login_beside, check_beside = await times_beside(auth, work)
+        lines += [
+            Row(f"login before {name}", login, "ms"),
+            Row(f"a login beside {name} takes", login_beside / login, "times", MOST_SLOWER),
+            Row(f"authenticate beside {name} takes", check_beside / check, "times", 2.0),
+        ]
+    return lines
+
+
+async def times_beside(
+    auth: AuthService[User], work: Callable[[], Coroutine[Any, Any, object]] | None
+) -> tuple[float, float]:
+    """Return the medians of logins and of checks of a token, in ms, for four seconds of *work*."""
+    token = (await auth.login(EMAIL, PASSWORD)).access_token
+    logins, checks = [], []
+    task = asyncio.create_task(work()) if work is not None else None
+    ends = time.perf_counter() + 4
+    while time.perf_counter() < ends and (task is None or not task.done()):
+        began = time.perf_counter()
+        await auth.login(EMAIL, PASSWORD)
+        logins.append(1000 * (time.perf_counter() - began))
+        for _ in range(5):
+            began = time.perf_counter()
+            await auth.authenticate(token)
+            checks.append(1000 * (time.perf_counter() - began))
+    if task is not None:
+        task.cancel()
+        await asyncio.wait([task])
+    return statistics.median(logins), statistics.median(checks)
+
+
 async def report(rows: int, logins: int, backlog: int) -> list[Row]:
     result: list[Row] = []
 
@@ -379,11 +442,13 @@ async def report(rows: int, logins: int, backlog: int) -> list[Row]:
 
     async with sqlite():
         show(f"SQLite file, {backlog} rows in the outbox", await measure_backlog(backlog))
+        show("SQLite file, logins beside them", await measure_beside(backlog))
     async with sqlite():
         show(f"SQLite file, {logins} logins each", await measure_logins(logins))
     if listens(POSTGRES_URL):
         async with postgres():
             show(f"PostgreSQL, {backlog} rows in the outbox", await measure_backlog(backlog))
+            show("PostgreSQL, logins beside them", await measure_beside(backlog))
         async with postgres():
             show(f"PostgreSQL, {logins} logins each", await measure_logins(logins))
         title = f"PostgreSQL, {rows} rows, a handler that does nothing, best of {ROUNDS}"
