@@ -287,7 +287,7 @@ async def retry(connection: BaseDBAsyncClient, ids: Sequence[int], now: datetime
     renewed = 0
     for first in range(0, len(ids), _AT_ONCE):
         some = list(ids[first : first + _AT_ONCE])
-        async with transaction(connection) as changing:
+        async with _transaction(connection) as changing:
             renewed += await _count(changing, sql.RESTART, ids=json.dumps(some), now=now)
             renewed += await _revive(changing, some, now)
     await notify(connection, CHANNEL)
@@ -298,7 +298,7 @@ async def retry_dead(connection: BaseDBAsyncClient, now: datetime) -> int:
     """Give every dead letter a new start, some at a time; return how many there were."""
 
     async def revive_some(ids: list[int]) -> int:
-        async with transaction(connection) as changing:
+        async with _transaction(connection) as changing:
             return await _revive(changing, ids, now)
 
     renewed = await _for_dead_letters(connection, now, revive_some)
