@@ -423,10 +423,10 @@ def test_rows_of_the_outbox(new_database: NewDatabase, tmp_path: Path) -> None:
     host = Host(tmp_path, Registration(APP_ENTRY + f'"{label}": app_config()', label))
     with new_database(tmp_path) as database:
         host.tortoise(database.url, "makemigrations")
-        host.tortoise(database.url, "migrate", label, "0005_attempts_in_flight")
+        host.tortoise(database.url, "migrate", label, "0006_session_network")
         host.run(database.url, FILL_OUTBOX)
         host.tortoise(database.url, "migrate", label)
-        host.tortoise(database.url, "downgrade", label, "0005_attempts_in_flight")
+        host.tortoise(database.url, "downgrade", label, "0006_session_network")
         assert host.run(database.url, COUNT_DEAD) == "[2, 6]\n"
         host.tortoise(database.url, "migrate", label)
         assert host.run(database.url, SHOW_OUTBOX).splitlines() == [

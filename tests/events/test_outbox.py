@@ -654,7 +654,7 @@ class TestOperating:
         work: str,
     ) -> None:
         """Many dead letters are purged or retried in short transactions, and logins come between."""
-        monkeypatch.setattr(outbox, "_AT_ONCE", 3)
+        monkeypatch.setattr(outbox, "BATCH_SIZE", 3)
         await put(clock, *[None] * 8)
         for _ in range(8):
             await self.bury_one(db, clock)

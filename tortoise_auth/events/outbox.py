@@ -6,7 +6,6 @@ because both are written in one transaction; it goes when the handler has succee
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
@@ -19,6 +18,8 @@ from uuid import UUID
 from tortoise.backends.base.client import BaseDBAsyncClient
 
 from tortoise_auth.database import (
+    BATCH_SIZE,
+    batches,
     count_changed,
     notify,
     run_statement,
@@ -36,9 +37,6 @@ CHANNEL = sql.CHANNEL
 
 COUNTED = 10_000
 """What `status` counts stops at this number, for each subscription and for the dead letters."""
-
-_AT_ONCE = 1000
-"""So many rows are changed in one transaction where any number may be."""
 
 _PROMOTED = 10
 """So many rows of a line become due when one before them is gone."""
@@ -285,8 +283,8 @@ async def entries(
 async def retry(connection: BaseDBAsyncClient, ids: Sequence[int], now: datetime) -> int:
     """Give dead letters, or rows that back off, a new start; return how many there were."""
     renewed = 0
-    for first in range(0, len(ids), _AT_ONCE):
-        some = list(ids[first : first + _AT_ONCE])
+    for first in range(0, len(ids), BATCH_SIZE):
+        some = list(ids[first : first + BATCH_SIZE])
         async with _transaction(connection) as changing:
             renewed += await _count(changing, sql.RESTART, ids=json.dumps(some), now=now)
             renewed += await _revive(changing, some, now)
@@ -318,18 +316,14 @@ async def purge(connection: BaseDBAsyncClient, *, before: datetime) -> int:
 async def _for_dead_letters(
     connection: BaseDBAsyncClient, until: datetime, work: Callable[[list[int]], Awaitable[int]]
 ) -> int:
-    """Do *work*, which removes dead letters of up to a time, in short transactions.
-
-    Between them others have as much time as each took: on SQLite one process at a time can write.
-    """
-    clock, changed = asyncio.get_running_loop().time, 0
-    while True:
-        began = clock()
-        rows = await _run(connection, sql.OLDEST_DEAD, until=until, limit=_AT_ONCE)
+    """Do *work*, which removes dead letters of up to a time, in short transactions."""
+    changed = 0
+    async for _ in batches():
+        rows = await _run(connection, sql.OLDEST_DEAD, until=until, limit=BATCH_SIZE)
         if not rows:
-            return changed
+            break
         changed += await work([row["id"] for row in rows])
-        await asyncio.sleep(clock() - began)
+    return changed
 
 
 async def _revive(connection: BaseDBAsyncClient, ids: Sequence[int], now: datetime) -> int:

@@ -16,7 +16,7 @@ _KEPT = (
 class Migration(OwnMigration):
     """Create ``tortoise_auth_dead_letter``, and move there what is dead in ``tortoise_auth_outbox``."""
 
-    dependencies = [("tortoise_auth", "0005_attempts_in_flight")]  # noqa: RUF012 - as Tortoise declares it
+    dependencies = [("tortoise_auth", "0006_session_network")]  # noqa: RUF012 - as Tortoise declares it
 
     operations = [  # noqa: RUF012 - Tortoise declares it as an attribute of instances
         ops.CreateModel(
