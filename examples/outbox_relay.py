@@ -96,7 +96,7 @@ async def log_in(refusals: int) -> None:
 async def deliver(max_attempts: int) -> None:
     """Relay until nothing waits. An application has a relay running: ``async with auth.relay():``."""
     relay = auth.relay(max_attempts=max_attempts, backoff=timedelta(milliseconds=20))
-    while await OutboxEntry.exists(due_at__isnull=False):
+    while await OutboxEntry.exists():
         await relay.drain()
 
 

@@ -9,6 +9,7 @@ from uuid import UUID
 from tortoise import fields
 from tortoise.backends.base.client import BaseDBAsyncClient
 from tortoise.exceptions import ValidationError
+from tortoise.indexes import Index
 from tortoise.models import Model
 
 from tortoise_auth.fields import UtcDatetimeField
@@ -93,48 +94,84 @@ class Session(Model):
         return ended
 
 
-class OutboxEntry(Model):
-    """One event on its way to one durable subscription.
-
-    Written in the transaction of the change, deleted when the handler has succeeded.
+class OutboxRow(Model):
+    """The columns that a waiting row and a dead letter share.
 
     Attributes:
-        id: Rises in the order of writing.
         event_id: ``event.id``, the same in every delivery of it.
         event_name: What happened.
         subscription: The name of the subscription.
         user_table: The table of the event's user, so that two user models may share this one;
             empty for events without a user.
-        subject_id: ``str(user.pk)``. The entries of one subject reach a subscription one after
-            the other.
+        subject_id: ``str(user.pk)``.
         payload: ``event.to_dict()``.
         created_at: When it was written.
-        due_at: When it may be claimed: now, after a back-off, or when the lease of the relay that
-            claimed it ends. ``None``: never, it is a dead letter or waits for no relay.
         attempts: How often a relay has claimed it.
-        claimed_by: The batch of a relay that did so last.
-        dead_at: When the attempts were used up.
         last_error: Why the last attempt failed.
     """
 
-    id = fields.BigIntField(primary_key=True)
-    event_id = fields.UUIDField(db_index=True)
+    event_id = fields.UUIDField()
     event_name = fields.CharField(max_length=255)
     subscription = fields.CharField(max_length=255)
     user_table = fields.CharField(max_length=128, default="")
     subject_id = fields.CharField(max_length=255, null=True)
     payload: fields.JSONField[dict[str, Any]] = fields.JSONField()
     created_at: UtcDatetimeField[datetime] = UtcDatetimeField()
-    due_at: UtcDatetimeField[datetime | None] = UtcDatetimeField(null=True, db_index=True)
     attempts = fields.IntField(default=0)
-    claimed_by = fields.CharField(max_length=128, null=True)
-    dead_at: UtcDatetimeField[datetime | None] = UtcDatetimeField(null=True)
     last_error = fields.TextField(null=True)
+
+    class Meta(Model.Meta):
+        abstract = True
+
+
+class OutboxEntry(OutboxRow):
+    """One event on its way to one durable subscription.
+
+    Written in the transaction of the change, deleted when the handler has succeeded. The rows of one
+    subscription, user table and subject are a line: they are delivered one after the other. A row
+    without a subject is a line of its own.
+
+    Attributes:
+        id: Rises in the order of writing.
+        due_at: When it may be claimed: now, after a back-off, or when the lease of the relay that
+            claimed it ends. ``None``: it is behind another row of its line.
+        claimed_by: The batch of a relay that claimed it last.
+    """
+
+    id = fields.BigIntField(primary_key=True)
+    due_at: UtcDatetimeField[datetime | None] = UtcDatetimeField(null=True)
+    claimed_by = fields.CharField(max_length=128, null=True)
 
     class Meta(Model.Meta):
         table = "tortoise_auth_outbox"
         table_description = "One event on its way to one durable subscription."
-        indexes = (("subscription", "subject_id", "id"),)
+        indexes = (
+            Index(
+                fields=("subscription", "user_table", "due_at", "id"),
+                name="tortoise_auth_outbox_due",
+            ),
+            Index(
+                fields=("subscription", "user_table", "subject_id", "id"),
+                name="tortoise_auth_outbox_line",
+            ),
+        )
+
+
+class DeadLetter(OutboxRow):
+    """A row of the outbox that is not delivered again until it is retried.
+
+    Attributes:
+        id: That of the row; it takes it along when it is retried.
+        dead_at: When the attempts were used up.
+    """
+
+    id = fields.BigIntField(primary_key=True)
+    dead_at: UtcDatetimeField[datetime] = UtcDatetimeField()
+
+    class Meta(Model.Meta):
+        table = "tortoise_auth_dead_letter"
+        table_description = "A row of the outbox that is not delivered again until it is retried."
+        indexes = (Index(fields=("dead_at", "id"), name="tortoise_auth_dead_letter_at"),)
 
 
 class AttemptCount(Model):

@@ -1,6 +1,7 @@
-"""What durable events cost: rows per second of 1, 2 and 4 relays, and what a login pays for a row.
+"""What durable events cost: relays, logins, and claims from a table of a million rows.
 
-Run it with ``python tests/benchmarks/outbox.py``, or ``--rows 2000 --logins 100`` for a quick look.
+Run it with ``python tests/benchmarks/outbox.py``, or ``--rows 2000 --logins 100 --backlog 50000`` for
+a quick look.
 PostgreSQL is expected where ``TORTOISE_AUTH_TEST_POSTGRES`` says, and left out where it is not. It
 exits with 1 when a target is missed. Other work on the machine shows in every number, so the load
 average is printed beside them.
@@ -18,21 +19,23 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from tortoise import Tortoise
-from tortoise.connection import get_connection
+from tortoise.connection import connections, get_connection
 
 from tortoise_auth import AbstractUser, AuthConfig, AuthService, EventEmitter
 from tortoise_auth.clock import utc_now
-from tortoise_auth.events import UserLogin
+from tortoise_auth.events import UserLogin, outbox
 from tortoise_auth.events.relay import Relay, RelaySettings
-from tortoise_auth.models import OutboxEntry
+from tortoise_auth.models import DeadLetter, OutboxEntry
 from tortoise_auth.testing import cheap_hasher
 
 POSTGRES_URL = os.environ.get(
@@ -44,6 +47,9 @@ USERS = 1000
 RELAYS = (1, 2, 4)
 LEAST_RATE = 1500.0
 MOST_LATENCY = 1.0
+MOST_FOR_A_CLAIM = 10.0
+MOST_FOR_A_LOOK = 50.0
+MOST_SLOWER = 1.5
 ROUNDS = 3
 
 processes = multiprocessing.get_context("spawn")
@@ -71,7 +77,7 @@ class Row:
         return self.measured < self.limit if self.more_is_better else self.measured > self.limit
 
     def __str__(self) -> str:
-        line = f"  {self.what:<44}{self.measured:>9.2f} {self.unit:<6}"
+        line = f"  {self.what:<60}{self.measured:>9.2f} {self.unit:<6}"
         if self.limit is None:
             return line
         sign, verdict = ">=" if self.more_is_better else "<=", "MISSED" if self.missed else "met"
@@ -249,7 +255,185 @@ async def measure_logins(logins: int) -> list[Row]:
     ]
 
 
-async def report(rows: int, logins: int) -> list[Row]:
+STATES = {
+    "all due": {},
+    "the first 2000 back off": {"due_at": "CASE WHEN n <= 2000 THEN {later} ELSE {now} END"},
+    "all back off": {"due_at": "{later}"},
+    "all of another subscription": {"subscription": "'unknown'"},
+    "all of another user table": {"user_table": "'other'"},
+    "all dead": {"dead": "1"},
+    "one due_at": {"due_at": "{now}", "created_at": "{now}"},
+    "one subject": {"subject_id": "'7'"},
+    "no subject": {"subject_id": "NULL"},
+    "all due, statistics of an empty table": {"statistics": "empty"},
+    "all back off, statistics of an empty table": {"statistics": "empty", "due_at": "{later}"},
+    "all due, statistics of an emptied table": {"statistics": "emptied"},
+    "all back off, statistics of an emptied table": {"statistics": "emptied", "due_at": "{later}"},
+    "all due, statistics of one subject": {"statistics": "one subject"},
+    "all due, statistics of one subscription": {"statistics": "one subscription"},
+}
+"""States of the outbox: which columns differ from rows of 100 000 users that have just become due."""
+
+_FILL = {
+    "asyncpg": (
+        "INSERT INTO {table} (event_id, event_name, subscription, user_table, subject_id, payload, "
+        "created_at, attempts, {at}) SELECT gen_random_uuid(), 'user_login', {subscription}, "
+        "{user_table}, {subject_id}, '{{}}', {created_at}, 0, {due_at} "
+        "FROM generate_series(1, {rows}) AS n"
+    ),
+    "sqlite": (
+        "WITH RECURSIVE numbers (n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM numbers LIMIT {rows}) "
+        "INSERT INTO {table} (event_id, event_name, subscription, user_table, subject_id, payload, "
+        "created_at, attempts, {at}) SELECT '00000000-0000-4000-8000-000000000000', 'user_login', "
+        "{subscription}, {user_table}, {subject_id}, '{{}}', {created_at}, 0, {due_at} FROM numbers"
+    ),
+}
+_MOMENTS = {
+    "asyncpg": {"now": "now()", "later": "now() + interval '1 hour'"},
+    "sqlite": {
+        "now": "strftime('%Y-%m-%d %H:%M:%S.000000+00:00', 'now')",
+        "later": "strftime('%Y-%m-%d %H:%M:%S.000000+00:00', 'now', '+1 hour')",
+    },
+}
+
+
+async def fill_with(state: str, rows: int) -> None:
+    """Fill the outbox, or the table of dead letters, in one of the states."""
+    (connection,) = connections.all()
+    kind = "sqlite" if connection.capabilities.dialect == "sqlite" else "asyncpg"
+    earlier = (
+        "strftime('%Y-%m-%d %H:%M:%f', 'now', '-1 hour', (n / 1000) || ' seconds') || '000+00:00'"
+        if kind == "sqlite"
+        else "now() - interval '1 hour' + n * interval '1 millisecond'"
+    )
+    columns = {
+        "subscription": "'nothing'",
+        "user_table": f"'{User._meta.db_table}'",
+        "subject_id": "CAST(n % 100000 AS TEXT)",
+        "created_at": earlier,
+        "due_at": earlier,
+    } | STATES[state]
+    dead, statistics = columns.pop("dead", ""), columns.pop("statistics", "")
+    values = {name: text.format(**_MOMENTS[kind]) for name, text in columns.items()}
+    for model in (OutboxEntry, DeadLetter):
+        await connection.execute_script(f"DELETE FROM {model._meta.db_table}")
+    if kind == "asyncpg":
+        await connection.execute_script(
+            "VACUUM FULL tortoise_auth_outbox, tortoise_auth_dead_letter"
+        )
+        await connection.execute_script(
+            "ALTER TABLE tortoise_auth_outbox SET (autovacuum_enabled = off)"
+        )
+    other = {
+        "one subject": "subject_id",
+        "one subscription": "subscription",
+        "emptied": "user_table",
+    }
+    if statistics in other:
+        wrong = values | {other[statistics]: "'other'"}
+        await connection.execute_script(
+            _FILL[kind].format(table=OutboxEntry._meta.db_table, at="due_at", rows=10_000, **wrong)
+        )
+    if statistics == "emptied":
+        await connection.execute_script(f"DELETE FROM {OutboxEntry._meta.db_table}")
+    await connection.execute_script("ANALYZE tortoise_auth_outbox")
+    if statistics in other:
+        await connection.execute_script(f"DELETE FROM {OutboxEntry._meta.db_table}")
+    table, at = (DeadLetter, "dead_at") if dead else (OutboxEntry, "due_at")
+    await connection.execute_script(
+        _FILL[kind].format(table=table._meta.db_table, at=at, rows=rows, **values)
+    )
+    if not statistics:
+        await connection.execute_script("ANALYZE tortoise_auth_outbox")
+
+
+async def measure_backlog(rows: int) -> list[Row]:
+    """Claim from a table of that many rows, in each state."""
+    (connection,) = connections.all()
+    lines = []
+    for state in STATES:
+        await fill_with(state, rows)
+        took, claimed = [], []
+        for number in range(10):
+            now, began = utc_now(), time.perf_counter()
+            claim = await outbox.claim(
+                connection,
+                holder=str(number),
+                subscriptions=["nothing"],
+                user_table=User._meta.db_table,
+                now=now,
+                lease_ends=now + timedelta(minutes=1),
+                limit=100,
+            )
+            took.append(1000 * (time.perf_counter() - began))
+            claimed.append(len(claim.rows))
+            await outbox.delete_delivered(connection, claim.rows, str(number))
+        typical = statistics.median(took)
+        what = f"{state}: {statistics.median(claimed):.0f} claimed"
+        lines.append(Row(what, typical, "ms", MOST_FOR_A_CLAIM))
+        if state in ("all due", "all back off", "all dead"):
+            began = time.perf_counter()
+            await outbox.status(connection, utc_now())
+            spent = 1000 * (time.perf_counter() - began)
+            lines.append(Row(f"{state}: status", spent, "ms", MOST_FOR_A_LOOK))
+            began = time.perf_counter()
+            await outbox.entries(connection, dead=True)
+            spent = 1000 * (time.perf_counter() - began)
+            lines.append(Row(f"{state}: dead letters", spent, "ms", MOST_FOR_A_LOOK))
+    return lines
+
+
+async def measure_beside(backlog: int) -> list[Row]:
+    """Log in beside a relay that polls, and beside the upkeep of dead letters."""
+    (connection,) = connections.all()
+    await User.create_user(email=EMAIL, password=PASSWORD)
+    emitter = EventEmitter()
+
+    @emitter.on("user_logout", delivery="durable", name="nothing")
+    async def do_nothing(user: User) -> None: ...
+
+    auth = AuthService(User, AuthConfig(secret=secrets.token_urlsafe(48)), emitter=emitter)
+    works: dict[str, tuple[str, Callable[[], Coroutine[Any, Any, object]]]] = {
+        "a relay, all back off": ("all back off", auth.relay().run),
+        "a purge": ("all dead", lambda: outbox.purge(connection, before=utc_now())),
+        "a retry of all": ("all dead", lambda: outbox.retry_dead(connection, utc_now())),
+    }
+    lines = []
+    for name, (state, work) in works.items():
+        await fill_with(state, backlog)
+        login, check = await times_beside(auth, None)
+        login_beside, check_beside = await times_beside(auth, work)
+        lines += [
+            Row(f"login before {name}", login, "ms"),
+            Row(f"a login beside {name} takes", login_beside / login, "times", MOST_SLOWER),
+            Row(f"authenticate beside {name} takes", check_beside / check, "times", 2.0),
+        ]
+    return lines
+
+
+async def times_beside(
+    auth: AuthService[User], work: Callable[[], Coroutine[Any, Any, object]] | None
+) -> tuple[float, float]:
+    """Return the medians of logins and of checks of a token, in ms, for four seconds of *work*."""
+    token = (await auth.login(EMAIL, PASSWORD)).access_token
+    logins, checks = [], []
+    task = asyncio.create_task(work()) if work is not None else None
+    ends = time.perf_counter() + 4
+    while time.perf_counter() < ends and (task is None or not task.done()):
+        began = time.perf_counter()
+        await auth.login(EMAIL, PASSWORD)
+        logins.append(1000 * (time.perf_counter() - began))
+        for _ in range(5):
+            began = time.perf_counter()
+            await auth.authenticate(token)
+            checks.append(1000 * (time.perf_counter() - began))
+    if task is not None:
+        task.cancel()
+        await asyncio.wait([task])
+    return statistics.median(logins), statistics.median(checks)
+
+
+async def report(rows: int, logins: int, backlog: int) -> list[Row]:
     result: list[Row] = []
 
     def show(title: str, lines: list[Row]) -> None:
@@ -257,8 +441,14 @@ async def report(rows: int, logins: int) -> list[Row]:
         result.extend(lines)
 
     async with sqlite():
+        show(f"SQLite file, {backlog} rows in the outbox", await measure_backlog(backlog))
+        show("SQLite file, logins beside them", await measure_beside(backlog))
+    async with sqlite():
         show(f"SQLite file, {logins} logins each", await measure_logins(logins))
     if listens(POSTGRES_URL):
+        async with postgres():
+            show(f"PostgreSQL, {backlog} rows in the outbox", await measure_backlog(backlog))
+            show("PostgreSQL, logins beside them", await measure_beside(backlog))
         async with postgres():
             show(f"PostgreSQL, {logins} logins each", await measure_logins(logins))
         title = f"PostgreSQL, {rows} rows, a handler that does nothing, best of {ROUNDS}"
@@ -272,12 +462,17 @@ def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rows", type=int, default=10_000, help="to deliver (default: 10000)")
     parser.add_argument("--logins", type=int, default=500, help="of each kind (default: 500)")
+    parser.add_argument(
+        "--backlog", type=int, default=1_000_000, help="to claim from (default: 1000000)"
+    )
     return parser.parse_args()
 
 
 def main() -> int:
     chosen = options()
-    missed = sum(row.missed for row in asyncio.run(report(chosen.rows, chosen.logins)))
+    missed = sum(
+        row.missed for row in asyncio.run(report(chosen.rows, chosen.logins, chosen.backlog))
+    )
     load = ", ".join(f"{average:.2f}" for average in os.getloadavg())
     print(f"\n{os.cpu_count()} cores, load average {load}; {missed or 'no'} target(s) missed")
     return 1 if missed else 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import itertools
+import logging
 import sqlite3
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -50,6 +51,7 @@ from tortoise_auth.database import (
     connection_for,
     context_outside_transactions,
     current_connection,
+    dialects,
     in_caller_transaction,
     is_transaction,
     notify,
@@ -816,6 +818,45 @@ class TestNotify:
         async with Listener(root, "channel", lambda: None):
             pass
         assert caplog.messages == ["Cannot listen to channel (OSError)"]
+
+    async def test_listener_that_loses_its_connection(
+        self,
+        postgres: TortoiseContext,
+        monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        """A listener whose connection is ended says so once, and listens again when it can."""
+        caplog.set_level(logging.INFO)
+        root, woken = connection_for(AuditRow), asyncio.Event()
+        connect, refusals = asyncpg.connect, iter([OSError("down"), OSError("down")])
+
+        async def refuse_at_first(**options: Any) -> Any:
+            for refusal in refusals:
+                raise refusal
+            return await connect(**options)
+
+        monkeypatch.setattr(dialects, "_pauses", lambda: itertools.repeat(0.01))
+        channel = "tests_lost"
+        async with Listener(root, channel, woken.set) as listener:
+            pid = listener._listening.get_server_pid()
+            monkeypatch.setattr(asyncpg, "connect", refuse_at_first)
+            await root.execute_query_dict("SELECT pg_terminate_backend($1)", [pid])
+            async with asyncio.timeout(30):
+                await woken.wait()  # for what may have been notified meanwhile
+                woken.clear()
+                await notify(root, channel)
+                await woken.wait()
+        assert caplog.messages == [
+            f"Lost the connection that listens to {channel}",
+            f"Listening to {channel} again",
+        ]
+        assert caplog.records[0].levelname == "WARNING"
+
+    def test_listener_backs_off(self) -> None:
+        """While the database is down, the pauses between attempts grow to half a minute."""
+        pauses = list(itertools.islice(dialects._pauses(), 10))
+        assert pauses == sorted(pauses)
+        assert (pauses[0], pauses[-1]) == (0.1, 30.0)
 
     async def test_sqlite(self, sqlite_root: BaseDBAsyncClient) -> None:
         """On SQLite `notify` and `listen` do nothing."""

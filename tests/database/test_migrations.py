@@ -355,13 +355,92 @@ class TestHost:
         assert story.database.tables() == whole
 
 
+FILL_OUTBOX = """
+from settings import TORTOISE_ORM
+from tortoise import Tortoise, connections, run_async
+
+COLUMNS = (
+    "event_id, event_name, subscription, user_table, subject_id, payload, created_at, due_at, "
+    "attempts, dead_at"
+)
+ROW = (
+    "('00000000-0000-4000-8000-000000000000', 'user_login', 's', 'user', '7', '{}', "
+    "'2026-01-01 00:00:00+00:00', %s, %d, %s)"
+)
+TIME = "'2026-01-02 00:00:00+00:00'"
+
+async def main():
+    await Tortoise.init(config=TORTOISE_ORM)
+    rows = [ROW % ("NULL", 10, TIME) if n in (1, 5) else ROW % (TIME, n, "NULL") for n in range(6)]
+    await connections.get("default").execute_script(
+        f"INSERT INTO tortoise_auth_outbox ({COLUMNS}) VALUES {', '.join(rows)}"
+    )
+
+run_async(main())
+"""
+
+SHOW_OUTBOX = """
+from settings import TORTOISE_ORM
+from tortoise import Tortoise, connections, run_async
+from tortoise_auth.clock import utc_now
+from tortoise_auth.events import outbox
+from tortoise_auth.models import OutboxEntry
+
+async def main():
+    await Tortoise.init(config=TORTOISE_ORM)
+    database = connections.get("default")
+    print([(row.id, row.attempts) for row in await outbox.entries(database)])
+    print([(row.id, row.attempts) for row in await outbox.entries(database, dead=True)])
+    new = (await outbox.entries(database))[0]
+    new = await OutboxEntry.create(
+        event_id=new.event_id, event_name="x", subscription="s", payload={}, created_at=utc_now()
+    )
+    print(new.id)
+    await new.delete()
+    print(await outbox.retry_dead(database, utc_now()), await OutboxEntry.all().count())
+
+run_async(main())
+"""
+
+COUNT_DEAD = """
+from settings import TORTOISE_ORM
+from tortoise import Tortoise, connections, run_async
+
+async def main():
+    await Tortoise.init(config=TORTOISE_ORM)
+    rows = await connections.get("default").execute_query_dict(
+        "SELECT id FROM tortoise_auth_outbox WHERE dead_at IS NOT NULL AND due_at IS NULL ORDER BY id"
+    )
+    print([row["id"] for row in rows])
+
+run_async(main())
+"""
+
+
+def test_rows_of_the_outbox(new_database: NewDatabase, tmp_path: Path) -> None:
+    """Dead letters move to their table with their ids, which no new row gets, and back again."""
+    label = "tortoise_auth"
+    host = Host(tmp_path, Registration(APP_ENTRY + f'"{label}": app_config()', label))
+    with new_database(tmp_path) as database:
+        host.tortoise(database.url, "makemigrations")
+        host.tortoise(database.url, "migrate", label, "0006_session_network")
+        host.run(database.url, FILL_OUTBOX)
+        host.tortoise(database.url, "migrate", label)
+        host.tortoise(database.url, "downgrade", label, "0006_session_network")
+        assert host.run(database.url, COUNT_DEAD) == "[2, 6]\n"
+        host.tortoise(database.url, "migrate", label)
+        assert host.run(database.url, SHOW_OUTBOX).splitlines() == [
+            "[(1, 0), (3, 2), (4, 3), (5, 4)]",
+            "[(2, 10), (6, 10)]",
+            "7",
+            "2 6",
+        ]
+
+
 class TestShipped:
     ALLOWED: ClassVar = (
-        ops.CreateModel,
-        ops.DeleteModel,
-        ops.AddField,
-        ops.AddIndex,
-        ops.RemoveIndex,
+        *(ops.CreateModel, ops.DeleteModel, ops.AddField, ops.AlterField, ops.RemoveField),
+        *(ops.AddIndex, ops.RemoveIndex, ops.RunSQL),
     )
 
     @pytest.fixture

@@ -135,8 +135,8 @@ class TestWriting:
         ]
         assert [name for (name,) in await stored("event_name")][:3] == ["user_login"] * 3
         assert len(set(await stored("event_id"))) == 2
-        assert set(await stored("created_at", "due_at", "attempts", "claimed_by", "dead_at")) == {
-            (clock(), clock(), 0, None, None)
+        assert set(await stored("created_at", "due_at", "attempts", "claimed_by")) == {
+            (clock(), clock(), 0, None)
         }
 
     async def test_payload(
@@ -273,16 +273,19 @@ async def claim(
     user_table: str = "app_user",
     limit: int = 100,
 ) -> list[Claimed]:
-    """Claim with a lease of a minute."""
-    return await outbox.claim(
-        connection,
-        holder=relay,
-        subscriptions=names,
-        user_table=user_table,
-        now=clock(),
-        lease_ends=clock() + MINUTE,
-        limit=limit,
-    )
+    """Claim with a lease of a minute, as a relay does: again as long as rows are only set aside."""
+    while True:
+        rows, set_aside = await outbox.claim(
+            connection,
+            holder=relay,
+            subscriptions=names,
+            user_table=user_table,
+            now=clock(),
+            lease_ends=clock() + MINUTE,
+            limit=limit,
+        )
+        if rows or not set_aside:
+            return rows
 
 
 async def put(clock: FakeClock, *subjects: str | None, subscription: str = "s") -> list[int]:
@@ -301,6 +304,11 @@ async def put(clock: FakeClock, *subjects: str | None, subscription: str = "s") 
         )
         ids.append(int(entry.id))
     return ids
+
+
+async def set_aside() -> list[int]:
+    """Return the ids of the rows that are behind another one, in order."""
+    return [int(row.id) for row in await OutboxEntry.filter(due_at__isnull=True).order_by("id")]
 
 
 def ids_of(rows: Sequence[Claimed]) -> list[int]:
@@ -345,11 +353,22 @@ class TestClaiming:
         await outbox.delete_delivered(root(db), claimed, "r1")
         assert ids_of(await claim(root(db), clock, relay="r2")) == [later]
 
-    async def test_all_of_a_subject(self, db: TortoiseContext, clock: FakeClock) -> None:
+    async def test_all_of_a_line(self, db: TortoiseContext, clock: FakeClock) -> None:
         """One claim takes rows of a subject up to its limit, oldest first, without a gap."""
         ids = await put(clock, *["a"] * 5, "b", *["a"] * 3)
-        assert ids_of(await claim(root(db), clock, limit=4)) == [*ids[:3], ids[5]]
+        assert ids_of(await claim(root(db), clock, limit=4)) == ids[:4]
+        assert ids_of(await claim(root(db), clock, relay="r2", limit=4)) == [ids[5]]
+
+    async def test_sets_aside_what_waits(self, db: TortoiseContext, clock: FakeClock) -> None:
+        """Rows behind one that is claimed elsewhere are not looked at again until it is gone."""
+        ids = await put(clock, "a")
+        first = await claim(root(db), clock)
+        ids += await put(clock, *["a"] * 15)
         assert await claim(root(db), clock, relay="r2") == []
+        assert await set_aside() == ids[1:]
+        await outbox.delete_delivered(root(db), first, "r1")
+        assert await set_aside() == ids[11:]
+        assert ids_of(await claim(root(db), clock, relay="r2")) == ids[1:11]
 
     async def test_rows_without_a_subject(self, db: TortoiseContext, clock: FakeClock) -> None:
         """They wait for no other row: different relays may claim them at the same time."""
@@ -383,9 +402,8 @@ class TestClaiming:
     async def test_behind_a_dead_letter(self, db: TortoiseContext, clock: FakeClock) -> None:
         """A dead letter holds up no other row."""
         ids = await put(clock, "a", "a")
-        (dead, _) = await claim(root(db), clock)
+        (dead,) = await claim(root(db), clock, limit=1)
         await outbox.dead_letter(root(db), dead, "r1", at=clock(), error="x")
-        clock.advance(MINUTE)
         assert ids_of(await claim(root(db), clock)) == ids[1:]
 
     async def test_behind_a_row_that_is_not_due(
@@ -399,14 +417,24 @@ class TestClaiming:
         await outbox.delete_delivered(root(db), [row], "r1")
         assert await claim(root(db), clock) == []
         clock.advance(timedelta(seconds=5))
-        assert ids_of(await claim(root(db), clock)) == [second, third]
+        (row,) = await claim(root(db), clock)
+        assert row.id == second
+        await outbox.delete_delivered(root(db), [row], "r1")
+        assert ids_of(await claim(root(db), clock)) == [third]
 
-    async def test_first_row_of_every_subject_comes_first(
-        self, db: TortoiseContext, clock: FakeClock
-    ) -> None:
+    async def test_subject_with_many_rows(self, db: TortoiseContext, clock: FakeClock) -> None:
         """A subject with many rows does not hold up subjects with few."""
         ids = await put(clock, *["a"] * 30, "b", "c")
-        assert ids_of(await claim(root(db), clock, limit=4)) == [ids[0], ids[1], *ids[-2:]]
+        assert ids_of(await claim(root(db), clock, limit=4)) == ids[:4]
+        assert ids_of(await claim(root(db), clock, limit=4)) == ids[-2:]
+
+    async def test_first_subscriptions_first(self, db: TortoiseContext, clock: FakeClock) -> None:
+        """Rows of the subscriptions that are named first are claimed first."""
+        many = await put(clock, *[None] * 5, subscription="many")
+        few = await put(clock, None, subscription="few")
+        names = ["many", "few"]
+        assert ids_of(await claim(root(db), clock, names=names, limit=2)) == many[:2]
+        assert ids_of(await claim(root(db), clock, names=names[::-1], limit=2)) == [many[2], *few]
 
     async def test_behind_very_many_that_wait(self, db: TortoiseContext, clock: FakeClock) -> None:
         """However many rows wait behind one that backs off, the others are claimed."""
@@ -421,12 +449,14 @@ class TestClaiming:
         """While the first row of a subject is being claimed elsewhere, the ones behind it are left."""
         ids = await put(clock, "a", "a", "b", "b", None, None)
         async with transaction(root(postgres)) as elsewhere:
-            theirs = await claim(elsewhere, clock, relay="r2", limit=3)
-            assert ids_of(theirs) == [ids[0], ids[2], ids[4]]
-            assert ids_of(await claim(root(postgres), clock)) == [ids[5]]
+            theirs = await claim(elsewhere, clock, relay="r2", limit=1)
+            assert ids_of(theirs) == ids[:1]
+            assert ids_of(await claim(root(postgres), clock)) == ids[2:]
+            assert await set_aside() == []
         assert await claim(root(postgres), clock) == []
+        assert await set_aside() == [ids[1]]
         await outbox.delete_delivered(root(postgres), theirs, "r2")
-        assert ids_of(await claim(root(postgres), clock)) == [ids[1], ids[3]]
+        assert ids_of(await claim(root(postgres), clock)) == [ids[1]]
 
     @needs_postgres
     @pytest.mark.parametrize("prepared", [False, True])
@@ -469,7 +499,10 @@ class TestClaiming:
         """Names and subjects are parameters of statements, whatever characters they have."""
         for text in ("'; DROP TABLE tortoise_auth_outbox; --", "{limit}", "?", "$1", "%s", "ö\n"):
             ids = await put(clock, text, text, subscription=text)
-            assert ids_of(await claim(root(db), clock, names=[text])) == ids
+            first = await claim(root(db), clock, names=[text], limit=1)
+            assert await claim(root(db), clock, names=[text]) == []
+            await outbox.delete_delivered(root(db), first, "r1")
+            assert ids_of(await claim(root(db), clock, names=[text])) == ids[1:]
 
 
 class TestLettingGo:
@@ -531,6 +564,16 @@ class TestOperating:
         clock.advance(timedelta(hours=-1))
         assert (await outbox.status(root(db), clock())).oldest_waiting == 0.0
 
+    async def test_status_in_a_transaction(self, db: TortoiseContext, clock: FakeClock) -> None:
+        """Asked inside a transaction, the status counts what that sees, and does not change its plans."""
+        async with in_transaction(connection_of(db).connection_name) as caller:
+            await put(clock, "a")
+            assert (await outbox.status(connection_of(db), clock())).waiting == 1
+            if caller.capabilities.dialect == "postgres":
+                assert await caller.execute_query_dict("SHOW enable_seqscan") == [
+                    {"enable_seqscan": "on"}
+                ]
+
     async def test_entries(self, db: TortoiseContext, clock: FakeClock) -> None:
         """Waiting rows and dead letters can be listed, oldest first."""
         ids = await put(clock, "a", "b", "c", "d")
@@ -539,7 +582,7 @@ class TestOperating:
         assert [row.id for row in await outbox.entries(root(db), limit=2)] == ids[1:3]
         (letter,) = await outbox.entries(root(db), dead=True)
         assert (letter.id, letter.last_error) == (dead, "RuntimeError: no")
-        assert (letter.dead_at, letter.due_at) == (clock(), None)
+        assert letter.dead_at == clock()
 
     async def test_retry(self, db: TortoiseContext, clock: FakeClock) -> None:
         """A dead letter that is retried is due, with no attempts made."""
@@ -585,6 +628,79 @@ class TestOperating:
         assert await outbox.purge(root(db), before=clock()) == 1
         status = await outbox.status(root(db), clock())
         assert (status.waiting, status.dead) == (1, 1)
+
+    async def test_status_counts_up_to_a_limit(
+        self, db: TortoiseContext, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """No count of a subscription or of the dead letters costs more than its limit."""
+        monkeypatch.setattr(outbox, "COUNTED", 3)
+        await put(clock, *[None] * 5)
+        await put(clock, None, subscription="t")
+        for _ in range(4):
+            await self.bury_one(db, clock)
+        await put(clock, *[None] * 5)
+        status = await outbox.status(root(db), clock())
+        assert (status.waiting, status.due, status.dead) == (4, 4, 3)
+        assert status.subscriptions == {"s": 3, "t": 1}
+
+    @pytest.mark.parametrize("work", ["purge", "retry_dead"])
+    async def test_some_at_a_time(
+        self,
+        db: TortoiseContext,
+        auth: AuthService[User],
+        ada: User,
+        clock: FakeClock,
+        monkeypatch: pytest.MonkeyPatch,
+        work: str,
+    ) -> None:
+        """Many dead letters are purged or retried in short transactions, and logins come between."""
+        monkeypatch.setattr(outbox, "BATCH_SIZE", 3)
+        await put(clock, *[None] * 8)
+        for _ in range(8):
+            await self.bury_one(db, clock)
+        pauses: list[float] = []
+        sleep = asyncio.sleep
+
+        async def log_in_meanwhile(seconds: float) -> None:
+            pauses.append(seconds)
+            monkeypatch.setattr(asyncio, "sleep", sleep)
+            await log_in(auth)
+            monkeypatch.setattr(asyncio, "sleep", log_in_meanwhile)
+            left.append((await outbox.status(root(db), clock())).dead)
+
+        left: list[int] = []
+        monkeypatch.setattr(asyncio, "sleep", log_in_meanwhile)
+        if work == "purge":
+            changed = await outbox.purge(root(db), before=clock() + MINUTE)
+        else:
+            changed = await outbox.retry_dead(root(db), clock())
+        monkeypatch.setattr(asyncio, "sleep", sleep)
+        assert changed == 8
+        assert left == [5, 2, 0]
+        assert min(pauses) > 0
+        assert await OutboxEntry.all().count() == (0 if work == "purge" else 8)
+
+    @needs_postgres
+    async def test_retried_twice_at_once(self, postgres: TortoiseContext, clock: FakeClock) -> None:
+        """Dead letters that two operators retry at the same moment move back once."""
+        await put(clock, *[None] * 20)
+        for _ in range(20):
+            await self.bury_one(postgres, clock)
+        several = [outbox.retry_dead(root(postgres), clock()) for _ in range(3)]
+        assert sum(await asyncio.gather(*several)) == 20
+        assert await OutboxEntry.all().count() == 20
+
+    async def test_retry_of_a_row_that_is_behind(
+        self, db: TortoiseContext, clock: FakeClock
+    ) -> None:
+        """A row that lost its predecessor to a DELETE by hand can be retried."""
+        first, second = await put(clock, "a", "a")
+        await claim(root(db), clock, limit=1)
+        assert await claim(root(db), clock) == []
+        await OutboxEntry.filter(id=first).delete()
+        assert await claim(root(db), clock) == []
+        assert await outbox.retry(root(db), [second], clock()) == 1
+        assert ids_of(await claim(root(db), clock)) == [second]
 
 
 def _subscription(name: str) -> Any:

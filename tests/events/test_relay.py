@@ -31,11 +31,11 @@ from tortoise_auth.database import Listener, connection_for, in_caller_transacti
 from tortoise_auth.events import Event, UserEvent, UserLogin, UserLogout, outbox
 from tortoise_auth.events import relay as relay_module
 from tortoise_auth.events.event_emitter import deliverer_of
-from tortoise_auth.events.outbox import Claimed
+from tortoise_auth.events.outbox import Claim
 from tortoise_auth.events.relay import Relay
 from tortoise_auth.events.unit_of_work import UnitOfWork
 from tortoise_auth.exceptions import ConfigurationError, ServiceUnavailableError
-from tortoise_auth.models import OutboxEntry
+from tortoise_auth.models import DeadLetter, OutboxEntry
 from tortoise_auth.testing import FakeClock
 
 SECOND = timedelta(seconds=1)
@@ -123,12 +123,12 @@ def idle(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Any]:
     looked = asyncio.Condition()
     claim = outbox.claim
 
-    async def noted(*args: Any, **kwargs: Any) -> list[Claimed]:
-        rows = await claim(*args, **kwargs)
-        if not rows:
+    async def noted(*args: Any, **kwargs: Any) -> Claim:
+        claimed = await claim(*args, **kwargs)
+        if claimed == ([], 0):
             async with looked:
                 looked.notify_all()
-        return rows
+        return claimed
 
     monkeypatch.setattr(outbox, "claim", noted)
 
@@ -262,7 +262,7 @@ class TestHandlers:
         await publish(BellRung())
         assert await auth.relay().drain() == 0
         row = await OutboxEntry.get()
-        assert (row.attempts, row.dead_at) == (1, None)
+        assert row.attempts == 1
         assert row.last_error == "TimeoutError: took longer than 0.01 s"
 
     async def test_runs_outside_transactions(
@@ -375,14 +375,14 @@ class TestUnreadableRows:
         relay = auth.relay(max_attempts=3)
         for attempt in range(1, 4):
             assert await relay.drain() == 0
-            row = await OutboxEntry.get()
-            assert (row.attempts, row.dead_at is not None) == (attempt, attempt == 3)
+            row = await OutboxEntry.get() if attempt < 3 else await DeadLetter.get()
+            assert row.attempts == attempt
             clock.advance(timedelta(hours=1))
         assert row.last_error is not None
         assert row.last_error.startswith("ValueError: ")
         assert error in row.last_error
 
-        await OutboxEntry.all().update(payload=whole)
+        await DeadLetter.all().update(payload=whole)
         assert await outbox.retry_dead(connection_for(OutboxEntry), clock()) == 1
         assert await relay.drain() == 1
         assert handler.delivered == [1]
@@ -556,6 +556,49 @@ class TestOrder:
         await relay.drain()
         assert handler.delivered == [2, 3, 1]
 
+    async def test_no_subscription_starves(
+        self,
+        db: TortoiseContext,
+        auth: AuthService[User],
+        emitter: EventEmitter,
+        publish: Publisher,
+    ) -> None:
+        """However many rows one subscription has, others have their turn."""
+        for name in ("busy", "quiet"):
+            emitter.on(BellRung, list[object]().append, delivery="durable", name=name, thread=False)
+        for _ in range(5):
+            await publish(BellRung())
+        relay = auth.relay(batch_size=1)
+        claimed = [await relay._claim() for _ in range(4)]
+        names = [row.subscription for batch in claimed if batch is not None for row in batch._rows]
+        assert sorted(names) == ["busy", "busy", "quiet", "quiet"]
+
+    async def test_goes_on_when_a_slow_row_ends(
+        self,
+        db: TortoiseContext,
+        auth: AuthService[User],
+        ada: User,
+        emitter: EventEmitter,
+        publish: Publisher,
+        idle: Callable[[], Any],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """The row behind one whose batch goes on by itself is delivered at once, without a poll."""
+        monkeypatch.setattr(relay_module, "_PATIENCE", 0.01)
+        may_end, received = asyncio.Event(), asyncio.Queue[int]()
+
+        @emitter.on(LetterPosted, delivery="durable")
+        async def read(event: LetterPosted) -> None:
+            await may_end.wait()
+            received.put_nowait(event.number)
+
+        await publish.letters(ada, 1, 2)
+        async with auth.relay(batch_size=1, poll_interval=NEVER):
+            await idle()
+            assert await OutboxEntry.filter(due_at__isnull=True).count() == 1
+            may_end.set()
+            assert [await finished(received.get()) for _ in range(2)] == [1, 2]
+
 
 class TestRetrying:
     async def test_back_off(
@@ -632,12 +675,9 @@ class TestRetrying:
             assert record.levelno == (logging.ERROR if attempt == 3 else logging.WARNING)
             assert "letter 1 is wet" in record.getMessage()
             clock.advance(timedelta(minutes=1))
-        row = await OutboxEntry.get()
-        assert (row.attempts, row.due_at, row.last_error) == (
-            3,
-            None,
-            "RuntimeError: letter 1 is wet",
-        )
+        assert await OutboxEntry.all().count() == 0
+        row = await DeadLetter.get()
+        assert (row.attempts, row.last_error) == (3, "RuntimeError: letter 1 is wet")
         assert row.dead_at == clock() - timedelta(minutes=1)
         clock.advance(NEVER)
         assert await relay.drain() == 0
@@ -846,7 +886,7 @@ class TestLease:
         relay = auth.relay(lease=timedelta(milliseconds=50), concurrency=1, max_attempts=1)
         assert await finished(relay.drain()) == 2
         assert calls == [1, 2, 3]
-        (dead,) = await OutboxEntry.all()
+        (dead,) = await DeadLetter.all()
         assert dead.payload["number"] == 1
 
     async def test_of_quick_rows_beside_a_slow_one(
@@ -976,6 +1016,35 @@ class TestRunning:
             result = await log_in(other)
             assert (await finished(logins.get())).session_id == str(result.session.id)
         assert logins.empty()
+
+    @needs_postgres
+    async def test_listens_again(
+        self,
+        postgres: TortoiseContext,
+        auth: AuthService[User],
+        other: AuthService[User],
+        logins: asyncio.Queue[UserLogin[User]],
+        idle: Callable[[], Any],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """A relay whose listening connection is ended by the server is woken by others again."""
+        listeners: list[Any] = []
+        listen = Listener._listen
+
+        async def noted(listener: Listener) -> None:
+            await listen(listener)
+            listeners.append(listener)
+
+        monkeypatch.setattr(Listener, "_listen", noted)
+        await User.create_user(email=EMAIL, password=PASSWORD)
+        async with auth.relay(poll_interval=NEVER):
+            await idle()
+            pid = listeners[0]._listening.get_server_pid()
+            await root(postgres).execute_query_dict("SELECT pg_terminate_backend($1)", [pid])
+            while len(listeners) < 2:  # it looks once more when it listens again
+                await idle()
+            result = await log_in(other)
+            assert (await finished(logins.get())).session_id == str(result.session.id)
 
     async def test_looks_around_where_nothing_wakes_it(
         self,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from datetime import datetime, timedelta
 from typing import Annotated
 
@@ -14,7 +15,7 @@ from tortoise_auth.cli.loading import FAILED, CommandError, durable_subscription
 from tortoise_auth.cli.output import add_row, new_table, show
 from tortoise_auth.clock import utc_now
 from tortoise_auth.events import outbox
-from tortoise_auth.models import OutboxEntry
+from tortoise_auth.models import DeadLetter, OutboxEntry, OutboxRow
 
 _LARGEST_ID = 2**63 - 1
 
@@ -73,8 +74,10 @@ def list_rows(
     as_json: AsJson = False,
 ) -> None:
     """Show rows, oldest first: those that wait, or the dead letters, with the last error."""
-    rows = with_database(
-        config, lambda connection: outbox.entries(connection, dead=dead, limit=limit)
+    rows: Sequence[OutboxRow] = (
+        with_database(config, lambda connection: outbox.entries(connection, dead=True, limit=limit))
+        if dead
+        else with_database(config, lambda connection: outbox.entries(connection, limit=limit))
     )
     now = utc_now()
     if as_json:
@@ -86,7 +89,7 @@ def list_rows(
     for row in rows:
         add_row(
             table,
-            *(row.id, row.event_name, row.subscription, row.subject_id or "", row.attempts),
+            *(row.pk, row.event_name, row.subscription, row.subject_id or "", row.attempts),
             *(_duration(now - row.created_at), _state(row, now), row.last_error or ""),
         )
     show(table, if_empty="No dead letters." if dead else "Nothing waits.")
@@ -148,22 +151,26 @@ def _duration(time: timedelta) -> str:
     return f"{seconds:.0f} s"
 
 
-def _state(row: OutboxEntry, now: datetime) -> str:
-    if row.due_at is None:
+def _state(row: OutboxRow, now: datetime) -> str:
+    if not isinstance(row, OutboxEntry):
         return "dead"
+    if row.due_at is None:
+        return "behind another"
     return "due" if row.due_at <= now else f"in {_duration(row.due_at - now)}"
 
 
-def _as_json(row: OutboxEntry, now: datetime) -> dict[str, object]:
+def _as_json(row: OutboxRow, now: datetime) -> dict[str, object]:
+    due_at = row.due_at if isinstance(row, OutboxEntry) else None
+    dead_at = row.dead_at if isinstance(row, DeadLetter) else None
     return {
-        "id": row.id,
+        "id": row.pk,
         "event": row.event_name,
         "event_id": str(row.event_id),
         "subscription": row.subscription,
         "subject_id": row.subject_id,
         "attempts": row.attempts,
         "age_seconds": round((now - row.created_at).total_seconds(), 3),
-        "due_at": row.due_at and row.due_at.isoformat(),
-        "dead_at": row.dead_at and row.dead_at.isoformat(),
+        "due_at": due_at and due_at.isoformat(),
+        "dead_at": dead_at and dead_at.isoformat(),
         "last_error": row.last_error,
     }

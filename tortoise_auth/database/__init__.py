@@ -10,7 +10,7 @@ from tortoise_auth.database.commits import (
     wait_uncancelled,
 )
 from tortoise_auth.database.connections import connection_for, current_connection
-from tortoise_auth.database.dialects import Listener, notify, run_statement
+from tortoise_auth.database.dialects import Listener, count_changed, notify, run_statement
 from tortoise_auth.database.errors import (
     is_database_failure,
     is_missing_table,
@@ -38,6 +38,7 @@ __all__ = [
     "batches",
     "connection_for",
     "context_outside_transactions",
+    "count_changed",
     "current_connection",
     "in_caller_transaction",
     "is_database_failure",

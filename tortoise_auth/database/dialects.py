@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib
+import itertools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from types import TracebackType
@@ -25,21 +27,32 @@ async def run_statement(
 
     Building SQL costs Tortoise more than running it.
     """
+    return await connection.execute_query_dict(*_placed(connection, statement, values))
+
+
+async def count_changed(
+    connection: BaseDBAsyncClient, statement: str, values: Mapping[str, Any]
+) -> int:
+    """Run an UPDATE or DELETE like `run_statement`; return how many rows it changed."""
+    changed, _ = await connection.execute_query(*_placed(connection, statement, values))
+    return changed
+
+
+def _placed(
+    connection: BaseDBAsyncClient, statement: str, values: Mapping[str, Any]
+) -> tuple[str, list[Any]]:
+    """Return *statement* with the marks of the database for its names, and the values in order."""
     numbered = connection.capabilities.dialect == "postgres"
     given: list[Any] = []
     placed: dict[str, str] = {}
 
     def place(name: re.Match[str]) -> str:
         if not numbered or name[1] not in placed:
-            value = values[name[1]]
-            several = value if isinstance(value, list) else [value]
-            first = len(given) + 1
-            given.extend(map(_in_utc, several))
-            marks = [f"${first + at}" if numbered else "?" for at in range(len(several))]
-            placed[name[1]] = ", ".join(marks)
+            given.append(_in_utc(values[name[1]]))
+            placed[name[1]] = f"${len(given)}" if numbered else "?"
         return placed[name[1]]
 
-    return await connection.execute_query_dict(re.sub(r"\{(\w+)\}", place, statement), given)
+    return re.sub(r"\{(\w+)\}", place, statement), given
 
 
 def _in_utc(value: object) -> object:
@@ -90,7 +103,8 @@ class Listener:
     """Calls *wake* when *channel* is notified, on PostgreSQL through asyncpg; else does nothing.
 
     A convenience that may fail: its user polls as well. It listens on a connection of its
-    own, so that no pool is one short.
+    own, so that no pool is one short. A connection that is lost is opened again; *wake* is called
+    then, too, for what was notified meanwhile.
     """
 
     def __init__(
@@ -99,14 +113,19 @@ class Listener:
         self._client = root_of(connection)
         self._channel = channel
         self._wake = wake
+        self._task: asyncio.Task[None] | None = None
         self._listening: Any = None
+        self._tried = asyncio.Event()
+        self._lost = asyncio.Event()
 
     async def __aenter__(self) -> Listener:
         if type(self._client).__module__ == "tortoise.backends.asyncpg.client":
+            self._task = asyncio.create_task(self._keep_listening())
             try:
-                await self._listen()
-            except Exception as error:  # noqa: BLE001 - a convenience
-                logger.warning("Cannot listen to %s (%s)", self._channel, type(error).__name__)
+                await self._tried.wait()
+            except BaseException:
+                self._task.cancel()
+                raise
         return self
 
     async def __aexit__(
@@ -115,9 +134,32 @@ class Listener:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if self._listening is not None:
-            with suppress(Exception):
-                await self._listening.close(timeout=2)
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait([self._task])
+
+    async def _keep_listening(self) -> None:
+        pauses = _pauses()
+        while True:
+            self._lost.clear()
+            try:
+                await self._listen()
+                if self._tried.is_set():
+                    logger.info("Listening to %s again", self._channel)
+                    self._wake()
+                self._tried.set()
+                pauses = _pauses()
+                await self._lost.wait()
+                logger.warning("Lost the connection that listens to %s", self._channel)
+            except Exception as error:  # noqa: BLE001 - a convenience
+                if not self._tried.is_set():
+                    logger.warning("Cannot listen to %s (%s)", self._channel, type(error).__name__)
+                self._tried.set()
+            finally:
+                if self._listening is not None:
+                    with suppress(Exception):
+                        await self._listening.close(timeout=2)
+            await asyncio.sleep(next(pauses))
 
     async def _listen(self) -> None:
         client: Any = self._client
@@ -130,4 +172,10 @@ class Listener:
             ssl=client.extra.get("ssl"),
             timeout=5,
         )
+        self._listening.add_termination_listener(lambda _: self._lost.set())
         await self._listening.add_listener(self._channel, lambda *_: self._wake())
+
+
+def _pauses() -> Iterator[float]:
+    """Return seconds before each further attempt to connect."""
+    return itertools.chain((0.1, 1, 2, 5, 10), itertools.repeat(30.0))

@@ -35,6 +35,7 @@ from tortoise_auth.events.invocation import (
     lane_of,
 )
 from tortoise_auth.events.observer import Observed, Observer
+from tortoise_auth.events.outbox_watch import OutboxWatch
 from tortoise_auth.events.registry import Registry
 from tortoise_auth.events.serialization import require_storable
 from tortoise_auth.events.subscription import Handler, Subscription, describe_handler
@@ -82,6 +83,7 @@ class Deliverer:
         self.backend: Backend = backend if backend is not None else BackgroundQueue()
         self.observer = observer
         self.relays: set[Callable[[], None]] = set()
+        self._watch = OutboxWatch()
         self._on_error = on_error
         self._tasks: set[asyncio.Task[Any]] = set()
 
@@ -123,6 +125,7 @@ class Deliverer:
 
     def wake_relays(self) -> None:
         """Wake the relays of this process: there may be rows to deliver."""
+        self._watch.begin()  # there may be no relay
         for wake in tuple(self.relays):
             wake()
 

@@ -7,86 +7,40 @@ because both are written in one transaction; it goes when the handler has succee
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from typing import Any
+from datetime import UTC, datetime, timedelta
+from typing import Any, Literal, NamedTuple, TypeVar, overload
 from uuid import UUID
 
 from tortoise.backends.base.client import BaseDBAsyncClient
-from tortoise.expressions import F
-from tortoise.functions import Count, Min
-from tortoise.queryset import QuerySet
 
-from tortoise_auth.database import notify, run_statement, translates_database_errors
+from tortoise_auth.database import (
+    BATCH_SIZE,
+    batches,
+    count_changed,
+    notify,
+    run_statement,
+    transaction,
+    translates_database_errors,
+)
+from tortoise_auth.events import outbox_sql as sql
 from tortoise_auth.events.catalog import Event, UserEvent
 from tortoise_auth.events.subscription import Subscription
-from tortoise_auth.models import OutboxEntry, user_table
+from tortoise_auth.models import DeadLetter, OutboxEntry, OutboxRow, user_table
 
-CHANNEL = "tortoise_auth_outbox"
-"""On PostgreSQL, relays of other processes are woken through it."""
+RowT = TypeVar("RowT", bound=OutboxRow)
 
-_WRITE = """
-INSERT INTO tortoise_auth_outbox (
-    event_id, event_name, subscription, user_table, subject_id, payload, created_at, due_at, attempts
-) VALUES {rows}
-"""
+CHANNEL = sql.CHANNEL
 
-_ROW = "({{event_id}}, {{event_name}}, {{{name}}}, {{user_table}}, {{subject_id}}, {{payload}}, {{at}}, {{at}}, 0)"
+COUNTED = 10_000
+"""What `status` counts stops at this number, for each subscription and for the dead letters."""
 
-# A row is ready if it is due and so is every row of its subject before it: the events of one user
-# arrive in order however many relays there are. Rows without a subject do not wait. The first row of
-# every subject comes before the second of any.
-#
-# Of the rows that were ready when the statement began, another relay may have been faster with some:
-# those are passed over, and so is whatever is behind them.
-#
-# Each step is made once, and none joins the table with itself or leaves a choice of indexes. A table
-# that is empty most of the time has statistics to match, and the plan that is best for an empty
-# table would take hours when there is a backlog.
-_CLAIM = """
-WITH earliest AS MATERIALIZED (
-    SELECT id, subscription, user_table, subject_id, due_at,
-        CASE WHEN subject_id IS NULL THEN id END AS alone
-    FROM tortoise_auth_outbox
-    WHERE due_at IS NOT NULL AND user_table IN ('', {user_table}) AND subscription IN ({names})
-    ORDER BY id LIMIT {window}
-), ready AS MATERIALIZED (
-    SELECT id, subscription, user_table, subject_id, alone FROM (
-        SELECT earliest.*, MAX(due_at) OVER subject AS all_due, ROW_NUMBER() OVER subject AS place
-        FROM earliest
-        WINDOW subject AS (PARTITION BY subscription, user_table, subject_id, alone ORDER BY id)
-    ) AS in_order
-    WHERE all_due <= {now} ORDER BY place, id LIMIT {limit}
-), mine AS MATERIALIZED (
-    SELECT id FROM tortoise_auth_outbox
-    WHERE id [[SELECT id FROM ready]] AND COALESCE(due_at, {lease_ends}) <= {now} [skip locked]
-), in_order AS MATERIALIZED (
-    SELECT ready.id, COUNT(*) OVER subject - COUNT(mine.id) OVER subject AS passed_over
-    FROM ready LEFT JOIN mine ON mine.id = ready.id
-    WINDOW subject AS (PARTITION BY subscription, user_table, subject_id, alone ORDER BY ready.id)
-)
-UPDATE tortoise_auth_outbox
-SET due_at = {lease_ends}, claimed_by = {holder}, attempts = attempts + 1
-WHERE id [[SELECT id FROM in_order WHERE passed_over = 0]]
-RETURNING id, event_id, event_name, subscription, subject_id, payload, attempts
-"""
+_PROMOTED = 10
+"""So many rows of a line become due when one before them is gone."""
 
-_CLAIM_ON_SQLITE = _CLAIM.replace("[[", "IN (").replace("]]", ")").replace("[skip locked]", "")
-_CLAIM_ON_POSTGRES = (  # arrays are looked up by the primary key
-    _CLAIM.replace("[[", "= ANY(ARRAY(")
-    .replace("]]", "))")
-    .replace("[skip locked]", "FOR UPDATE SKIP LOCKED")
-)
-
-_ENTRIES = """
-SELECT * FROM tortoise_auth_outbox WHERE {column} IS NOT NULL ORDER BY id LIMIT {{limit}}
-"""
-
-_WINDOW = 10
-"""How many times as many rows as may be claimed are looked at, at first."""
-
-_ALL = 1 << 62
 _NO_ID = UUID(int=0)
 
 
@@ -98,6 +52,7 @@ class Claimed:
     event_id: UUID
     event_name: str
     subscription: str
+    user_table: str
     subject_id: str | None
     payload: Mapping[str, Any]
     attempts: int
@@ -105,13 +60,43 @@ class Claimed:
     """Why the row is no event, whatever program reads it; then the payload is empty."""
 
 
+class Claim(NamedTuple):
+    """What came of one look at the rows that are due.
+
+    Attributes:
+        rows: Those that were claimed, oldest first. Those of one line must be delivered one after the
+            other.
+        set_aside: How many wait behind another row of their line, and are not looked at again until
+            it is gone. If that is all that was due, more may be due behind them.
+    """
+
+    rows: list[Claimed]
+    set_aside: int
+
+
+class Due(NamedTuple):
+    """A row that has been due for longest, for its subscription and user table.
+
+    Attributes:
+        id: That of the row.
+        subscription: The name of the subscription.
+        due_at: Since when, as the database writes it; a relay that claims it changes that.
+    """
+
+    id: int
+    subscription: str
+    due_at: object
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OutboxStatus:
     """The outbox in numbers, for people and monitors.
 
+    Counting stops at `COUNTED`, for each subscription and for the dead letters.
+
     Attributes:
-        waiting: Rows to be delivered, due or backing off or claimed.
-        due: Those of them that a relay could claim now.
+        waiting: Rows to be delivered: due, backing off, claimed, or behind another one.
+        due: Those of them whose time has come.
         dead: Dead letters.
         oldest_waiting: Seconds since the oldest waiting row was written; 0 if there is none.
         subscriptions: Waiting rows by name of subscription.
@@ -140,8 +125,8 @@ async def write(
         return
     user = event.user if isinstance(event, UserEvent) else None
     names = {f"name{position}": each.name for position, each in enumerate(subscriptions)}
-    statement = _WRITE.format(rows=", ".join(_ROW.format(name=name) for name in names))
-    if _is_postgres(connection):
+    statement = sql.WRITE.format(rows=", ".join(sql.ROW.format(name=name) for name in names))
+    if connection.capabilities.dialect == "postgres":
         statement = f"WITH written AS ({statement}) SELECT pg_notify('{CHANNEL}', '')"
     await run_statement(
         connection,
@@ -167,27 +152,44 @@ async def claim(
     now: datetime,
     lease_ends: datetime,
     limit: int,
-) -> list[Claimed]:
-    """Take due rows of known subscriptions for one batch of a relay alone, in one statement.
+) -> Claim:
+    """Look at up to *limit* rows that are due, and take the first ones of each line.
 
-    Returns:
-        Up to *limit* rows, oldest first. Those of one subscription and subject must be delivered
-        one after the other.
+    What waits behind a row that is not taken is set aside until that row is gone. No lock is waited
+    for.
+
+    Args:
+        connection: The database.
+        holder: Names the batch in the rows.
+        subscriptions: Whose rows are taken, those of the first ones first.
+        user_table: Whose users' rows are taken, beside those of no user.
+        now: The time.
+        lease_ends: Until when the rows are left alone by others.
+        limit: Rows at most.
     """
     if not subscriptions:
-        return []
-    values = {
-        "holder": holder,
-        "names": list(subscriptions),
-        "user_table": user_table,
-        "now": now,
-        "lease_ends": lease_ends,
-        "limit": limit,
-    }
-    # The first rows of a large backlog do, unless they all wait for a few that back off.
-    return await _claim(connection, {**values, "window": limit * _WINDOW}) or await _claim(
-        connection, {**values, "window": _ALL}
-    )
+        return Claim([], 0)
+    pairs = [
+        {"subscription": name, "user_table": table}
+        for name in subscriptions
+        for table in ("", user_table)
+    ]
+    async with _transaction(connection) as claiming:
+        due = await _run(claiming, sql.DUE, pairs=json.dumps(pairs), now=now, limit=limit)
+        mine: set[int] = set()
+        behind: dict[int, int] = {}
+        for row in sorted(due, key=lambda row: int(row["id"])):
+            if row["behind"] is None or row["behind"] in mine:
+                mine.add(row["id"])
+            else:
+                behind[row["id"]] = row["behind"]
+        claimed = []
+        if mine:
+            claimed = await _run(
+                claiming, sql.CLAIM, ids=json.dumps([*mine]), holder=holder, lease_ends=lease_ends
+            )
+        set_aside = await _set_aside(claiming, behind) if behind else 0
+    return Claim(sorted(map(_claimed, claimed), key=lambda row: row.id), set_aside)
 
 
 async def release(
@@ -195,8 +197,7 @@ async def release(
 ) -> None:
     """Give rows back that were claimed but not attempted."""
     if rows:
-        mine = OutboxEntry.filter(id__in=[row.id for row in rows], claimed_by=holder)
-        await mine.using_db(connection).update(due_at=now, attempts=F("attempts") - 1)
+        await _run(connection, sql.RELEASE, ids=_ids(rows), holder=holder, due_at=now)
 
 
 async def delete_delivered(
@@ -204,87 +205,191 @@ async def delete_delivered(
 ) -> None:
     """Delete delivered rows, except those that were claimed again since."""
     if rows:
-        ids = [row.id for row in rows]
-        await OutboxEntry.filter(id__in=ids, claimed_by=holder).using_db(connection).delete()
+        async with _transaction(connection) as finishing:
+            await _delete(finishing, rows, holder)
 
 
 async def reschedule(
     connection: BaseDBAsyncClient, row: Claimed, holder: str, *, due_at: datetime, error: str
 ) -> None:
     """Let a row that failed be claimed again at *due_at*."""
-    mine = OutboxEntry.filter(id=row.id, claimed_by=holder).using_db(connection)
-    await mine.update(due_at=due_at, last_error=error)
+    await _run(
+        connection, sql.RESCHEDULE, ids=_ids([row]), holder=holder, due_at=due_at, error=error
+    )
 
 
 async def dead_letter(
     connection: BaseDBAsyncClient, row: Claimed, holder: str, *, at: datetime, error: str
 ) -> None:
     """Make a row a dead letter: kept, visible, and not delivered again until it is retried."""
-    mine = OutboxEntry.filter(id=row.id, claimed_by=holder).using_db(connection)
-    await mine.update(due_at=None, dead_at=at, last_error=error)
+    async with _transaction(connection) as finishing:
+        # Locks the row as well: it is copied if and only if it is deleted.
+        await reschedule(finishing, row, holder, due_at=at, error=error)
+        await _run(finishing, sql.DIE, ids=_ids([row]), holder=holder, at=at)
+        await _delete(finishing, [row], holder)
 
 
 async def status(connection: BaseDBAsyncClient, now: datetime) -> OutboxStatus:
-    """Count what is there."""
-    waiting = OutboxEntry.filter(due_at__isnull=False).using_db(connection)
-    counted = waiting.annotate(rows=Count("id"), oldest=Min("created_at")).group_by("subscription")
-    names = await counted.values("subscription", "rows", "oldest")
-    oldest = min((each["oldest"] for each in names), default=now)
+    """Count what is there, with an effort that does not grow with the table."""
+    async with _transaction(connection, reads=True) as reading:
+        counts = await _run(reading, sql.COUNTS, now=now, limit=COUNTED)
+        (dead,) = await _run(reading, sql.COUNT_DEAD, limit=COUNTED)
+        first = OutboxEntry.all().using_db(reading).order_by("id").first()
+        oldest = await first.values("created_at")
+    subscriptions: dict[str, int] = defaultdict(int)
+    for each in counts:
+        subscriptions[each["subscription"]] += each["waiting"]
     return OutboxStatus(
-        waiting=sum(each["rows"] for each in names),
-        due=await waiting.filter(due_at__lte=now).count(),
-        dead=await OutboxEntry.filter(dead_at__isnull=False).using_db(connection).count(),
-        oldest_waiting=max(0.0, (now - oldest).total_seconds()),
-        subscriptions={each["subscription"]: each["rows"] for each in names},
+        waiting=sum(subscriptions.values()),
+        due=sum(each["due"] for each in counts),
+        dead=dead["dead"],
+        oldest_waiting=max(0.0, (now - oldest["created_at"]).total_seconds()) if oldest else 0.0,
+        subscriptions=dict(subscriptions),
     )
+
+
+async def longest_due(connection: BaseDBAsyncClient, now: datetime) -> set[Due]:
+    """Return the row that has been due for longest, for each subscription and user table."""
+    async with _transaction(connection, reads=True) as reading:
+        rows = await _run(reading, sql.OVERDUE, now=now)
+    return {Due(row["id"], row["subscription"], row["due_at"]) for row in rows}
+
+
+@overload
+async def entries(
+    connection: BaseDBAsyncClient, *, dead: Literal[False] = False, limit: int = 100
+) -> list[OutboxEntry]: ...
+
+
+@overload
+async def entries(
+    connection: BaseDBAsyncClient, *, dead: Literal[True], limit: int = 100
+) -> list[DeadLetter]: ...
 
 
 async def entries(
     connection: BaseDBAsyncClient, *, dead: bool = False, limit: int = 100
-) -> list[OutboxEntry]:
+) -> list[OutboxEntry] | list[DeadLetter]:
     """Return rows, oldest first: those that wait, or the dead letters.
 
     Of a row that cannot be read the payload is empty and the id of the event is zero.
     """
-    statement = _ENTRIES.format(column="dead_at" if dead else "due_at")
-    return [_entry(row) for row in await run_statement(connection, statement, {"limit": limit})]
+    rows = await _run(connection, sql.DEAD if dead else sql.WAITING, limit=limit)
+    if dead:
+        return [_entry(DeadLetter, row) for row in rows]
+    return [_entry(OutboxEntry, row) for row in rows]
 
 
 async def retry(connection: BaseDBAsyncClient, ids: Sequence[int], now: datetime) -> int:
     """Give dead letters, or rows that back off, a new start; return how many there were."""
-    rows = OutboxEntry.filter(id__in=list(ids))
-    return await _start_again(rows, connection, now)
+    renewed = 0
+    for first in range(0, len(ids), BATCH_SIZE):
+        some = list(ids[first : first + BATCH_SIZE])
+        async with _transaction(connection) as changing:
+            renewed += await _count(changing, sql.RESTART, ids=json.dumps(some), now=now)
+            renewed += await _revive(changing, some, now)
+    await notify(connection, CHANNEL)
+    return renewed
 
 
 async def retry_dead(connection: BaseDBAsyncClient, now: datetime) -> int:
-    """Give every dead letter a new start; return how many there were."""
-    return await _start_again(OutboxEntry.filter(dead_at__isnull=False), connection, now)
+    """Give every dead letter a new start, some at a time; return how many there were."""
+
+    async def revive_some(ids: list[int]) -> int:
+        async with _transaction(connection) as changing:
+            return await _revive(changing, ids, now)
+
+    renewed = await _for_dead_letters(connection, now, revive_some)
+    await notify(connection, CHANNEL)
+    return renewed
 
 
 async def purge(connection: BaseDBAsyncClient, *, before: datetime) -> int:
-    """Delete dead letters from before a time; return how many there were."""
-    dead = OutboxEntry.filter(dead_at__isnull=False, dead_at__lt=before)
-    return await dead.using_db(connection).delete()
+    """Delete dead letters from before a time, some at a time; return how many there were."""
+
+    async def delete_some(ids: list[int]) -> int:
+        return await _count(connection, sql.DELETE_DEAD, ids=json.dumps(ids))
+
+    return await _for_dead_letters(connection, before - timedelta.resolution, delete_some)
 
 
-async def _start_again(
-    rows: QuerySet[OutboxEntry], connection: BaseDBAsyncClient, now: datetime
+async def _for_dead_letters(
+    connection: BaseDBAsyncClient, until: datetime, work: Callable[[list[int]], Awaitable[int]]
 ) -> int:
-    changed = await rows.using_db(connection).update(
-        due_at=now, dead_at=None, attempts=0, claimed_by=None
-    )
-    await notify(connection, CHANNEL)
+    """Do *work*, which removes dead letters of up to a time, in short transactions."""
+    changed = 0
+    async for _ in batches():
+        rows = await _run(connection, sql.OLDEST_DEAD, until=until, limit=BATCH_SIZE)
+        if not rows:
+            break
+        changed += await work([row["id"] for row in rows])
     return changed
 
 
-async def _claim(connection: BaseDBAsyncClient, values: Mapping[str, Any]) -> list[Claimed]:
-    statement = _CLAIM_ON_POSTGRES if _is_postgres(connection) else _CLAIM_ON_SQLITE
-    rows = await run_statement(connection, statement, values)
-    return sorted((_claimed(row) for row in rows), key=lambda row: row.id)
+async def _revive(connection: BaseDBAsyncClient, ids: Sequence[int], now: datetime) -> int:
+    """Move dead letters back, in a transaction; return how many."""
+    rows = json.dumps(list(ids))
+    # Locks them: what another one has just moved back is not moved twice.
+    revived = await _count(connection, sql.LOCK_DEAD, ids=rows)
+    await _run(connection, sql.REVIVE, ids=rows, now=now)
+    await _run(connection, sql.DELETE_DEAD, ids=rows)
+    return revived
 
 
-def _is_postgres(connection: BaseDBAsyncClient) -> bool:
-    return connection.capabilities.dialect == "postgres"
+async def _set_aside(connection: BaseDBAsyncClient, behind: Mapping[int, int]) -> int:
+    """Set rows aside whose predecessors are held, so that those cannot go without promoting them."""
+    held = await _run(connection, sql.HOLD, ids=json.dumps(list(behind.values())))
+    there = {row["id"] for row in held}
+    rows = [row for row, earlier in behind.items() if earlier in there]
+    await _run(connection, sql.SET_ASIDE, ids=json.dumps(rows))
+    return len(rows)
+
+
+async def _delete(connection: BaseDBAsyncClient, rows: Sequence[Claimed], holder: str) -> None:
+    """Delete rows, and then, in a later look, promote those behind them."""
+    await _run(connection, sql.DELETE, ids=_ids(rows), holder=holder)
+    gone = [
+        {
+            "subscription": row.subscription,
+            "user_table": row.user_table,
+            "subject_id": row.subject_id,
+            "id": row.id,
+        }
+        for row in rows
+        if row.subject_id is not None
+    ]
+    if gone:
+        await _run(connection, sql.PROMOTE, gone=json.dumps(gone), several=_PROMOTED)
+
+
+@asynccontextmanager
+async def _transaction(
+    connection: BaseDBAsyncClient, *, reads: bool = False
+) -> AsyncIterator[BaseDBAsyncClient]:
+    """Open a transaction that is prepared for the statements; one of the caller is left as it is."""
+    block = transaction(connection)
+    async with block as opened:
+        if block.nested:
+            pass
+        elif connection.capabilities.dialect == "postgres":
+            await opened.execute_script(sql.PLANNED_ON_POSTGRES)
+        elif not reads:
+            await run_statement(opened, sql.LOCK_ON_SQLITE, {})
+        yield opened
+
+
+async def _run(
+    connection: BaseDBAsyncClient, statement: sql.Statement, **values: object
+) -> list[dict[str, Any]]:
+    return await run_statement(connection, statement[connection.capabilities.dialect], values)
+
+
+async def _count(connection: BaseDBAsyncClient, statement: sql.Statement, **values: object) -> int:
+    return await count_changed(connection, statement[connection.capabilities.dialect], values)
+
+
+def _ids(rows: Sequence[Claimed]) -> str:
+    return json.dumps([row.id for row in rows])
 
 
 def _claimed(row: Mapping[str, Any]) -> Claimed:
@@ -303,6 +408,7 @@ def _claimed(row: Mapping[str, Any]) -> Claimed:
         event_id=event_id,
         event_name=row["event_name"],
         subscription=row["subscription"],
+        user_table=row["user_table"],
         subject_id=row["subject_id"],
         payload=payload,
         attempts=row["attempts"],
@@ -310,8 +416,8 @@ def _claimed(row: Mapping[str, Any]) -> Claimed:
     )
 
 
-def _entry(row: Mapping[str, Any]) -> OutboxEntry:
+def _entry(model: type[RowT], row: Mapping[str, Any]) -> RowT:
     try:
-        return OutboxEntry._init_from_db(**row)
+        return model._init_from_db(**row)
     except Exception:  # noqa: BLE001 - whatever the fields raise for what people wrote into them
-        return OutboxEntry._init_from_db(**{**row, "payload": "{}", "event_id": _NO_ID})
+        return model._init_from_db(**{**row, "payload": "{}", "event_id": _NO_ID})

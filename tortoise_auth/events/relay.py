@@ -281,28 +281,33 @@ class Relay(Generic[UserT]):
             await asyncio.wait(self._batches)
 
     async def _claim(self) -> _Batch[UserT] | None:
+        """Claim rows, or set aside what waits behind others until there is something to claim."""
         connection = root_of(connection_for(OutboxEntry))
         known = {
             each.name: each
             for event in self._emitter.events()
             for each in self._emitter.subscriptions(event, "durable")
         }
-        now, began = self._clock(), asyncio.get_running_loop().time()
-        # Not the name alone: of two batches of this relay, too, the later must not be disturbed.
-        holder = f"{self.name}:{next(self._claims)}"
-        rows = await outbox.claim(
-            connection,
-            holder=holder,
-            subscriptions=sorted(known),
-            user_table=user_table(self._user_model),
-            now=now,
-            lease_ends=now + self.settings.lease,
-            limit=self.settings.batch_size,
-        )
-        if not rows:
-            return None
-        users = await self._users_of(rows, connection)
-        return _Batch(self, connection, holder, known, users, rows, began)
+        loop = asyncio.get_running_loop()
+        while True:
+            number, began, now = next(self._claims), loop.time(), self._clock()
+            # Not the name alone: of two batches of this relay, too, the later must not be disturbed.
+            holder = f"{self.name}:{number}"
+            rows, set_aside = await outbox.claim(
+                connection,
+                holder=holder,
+                subscriptions=_rotated(sorted(known), number),
+                user_table=user_table(self._user_model),
+                now=now,
+                lease_ends=now + self.settings.lease,
+                limit=self.settings.batch_size,
+            )
+            if rows:
+                users = await self._users_of(rows, connection)
+                return _Batch(self, connection, holder, known, users, rows, began)
+            if not set_aside or self._stopping:
+                return None
+            await asyncio.sleep(loop.time() - began)  # others may want the database as well
 
     async def _users_of(
         self, rows: Sequence[Claimed], connection: BaseDBAsyncClient
@@ -340,12 +345,16 @@ class _Batch(Generic[UserT]):
         self._recorded = 0
 
     async def deliver(self) -> int:
-        """Deliver the rows, those of one subscription and subject one by one; return the successes."""
-        queues: dict[object, list[Claimed]] = {}
+        """Deliver the rows, those of one line one by one; return the successes."""
+        lines: dict[object, list[Claimed]] = {}
         for row in self._rows:
-            queue = row.id if row.subject_id is None else (row.subscription, row.subject_id)
-            queues.setdefault(queue, []).append(row)
-        tasks = {asyncio.ensure_future(self._deliver_in_order(each)) for each in queues.values()}
+            line = (
+                row.id
+                if row.subject_id is None
+                else (row.subscription, row.user_table, row.subject_id)
+            )
+            lines.setdefault(line, []).append(row)
+        tasks = {asyncio.ensure_future(self._deliver_in_order(each)) for each in lines.values()}
         for task in tasks:  # if `_record` fails, their exceptions are read nowhere else
             task.add_done_callback(lambda task: task.cancelled() or task.exception())
         waiting = tasks
@@ -377,13 +386,15 @@ class _Batch(Generic[UserT]):
                     return await self._give_back(rows[position:])
                 self._delivered.append(row)
 
+    async def _give_back(self, rows: Sequence[Claimed]) -> None:
+        await outbox.release(self._connection, rows, self._holder, self._relay._clock())
+
     async def _record(self) -> None:
         delivered, self._delivered = self._delivered, []
         await outbox.delete_delivered(self._connection, delivered, self._holder)
         self._recorded += len(delivered)
-
-    async def _give_back(self, rows: Sequence[Claimed]) -> None:
-        await outbox.release(self._connection, rows, self._holder, self._relay._clock())
+        if delivered:
+            self._relay._woken.set()  # rows behind these have become due
 
     async def _within_the_lease(self, row: Claimed) -> None:
         task = asyncio.ensure_future(self._call(row))
@@ -443,6 +454,12 @@ class _Batch(Generic[UserT]):
         if attempts < 32:  # beyond that the product would overflow
             pause = min(self._settings.backoff * (1 << (attempts - 1)), longest)
         return pause * (1 - secrets.SystemRandom().random() / 2)
+
+
+def _rotated(names: Sequence[str], turn: int) -> Sequence[str]:
+    """Return *names* from another one on at each turn, so that each is the first at times."""
+    at = turn % max(len(names), 1)
+    return [*names[at:], *names[:at]]
 
 
 def _is_failure(failure: BaseException) -> bool:
