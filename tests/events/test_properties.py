@@ -127,10 +127,10 @@ class Program:
 
 def shape(error: BaseException) -> object:
     """Return what is the same in the failures of the emitter and of the model."""
-    if isinstance(error, EventError):
-        return error.event_name, error.handler_name, shape(error.original)
     if isinstance(error, ExceptionGroup):
         return [shape(each) for each in error.exceptions]
+    if isinstance(error, EventError):
+        return error.event_name, error.handler_name, shape(error.original)
     return repr(error)
 
 
