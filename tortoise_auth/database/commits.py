@@ -80,6 +80,8 @@ async def unless_kept(
     """
     if isinstance(connection, TransactionalDBClient) and is_transaction(connection):
         ending, kept = Ending.of(connection), _Callback(lambda: None)
+        # Before the wait: a registration that is cancelled counts as not kept, and the write is
+        # repeated.
         ending.recoveries[kept] = recover
         await ending.register(connection, kept)
 
@@ -158,7 +160,7 @@ class Level:
         while transaction.open:
             outer = _innermost(transaction) or transaction
             await outer.turn.acquire()
-            if outer.open:
+            if outer.open:  # it may have ended while this task waited
                 level = Level(outer)
                 _level.set(level)
                 return level
@@ -176,6 +178,8 @@ class Level:
 def _innermost(transaction: Level) -> Level | None:
     """Return the innermost open savepoint in *transaction* around the code that is running."""
     level = _level.get()
+    # A task that was started in a savepoint keeps this variable when the savepoint is over, so
+    # levels that have ended are skipped.
     while level is not None and not (level.open and level._root is transaction):
         level = level._around
     return level
@@ -191,6 +195,8 @@ class Ending:
         self.level = Level()
         self._transaction: Any = transaction  # with the attributes that its dialects have
         self._commit, self._rollback = transaction.commit, transaction.rollback
+        # Numbers must reach the database in the order in which they are drawn: `_up_to` relies on
+        # it.
         self._registering = asyncio.Lock()
         self._waiting: list[tuple[int, CommitEffect | None]] = []
         self.recoveries: dict[CommitEffect, Callable[[BaseDBAsyncClient], Awaitable[object]]] = {}
@@ -211,6 +217,7 @@ class Ending:
             before = [*self._waiting]
             self._waiting.append((mark, None))  # cancelled now, it may have been set or not
             last = await set_mark(connection, mark)
+            # The new mark hides a rollback that came before it, so what that dropped goes now.
             self._waiting = [*_up_to(last, before), (mark, effect)]
 
     async def surviving(self) -> list[CommitEffect]:
@@ -237,6 +244,7 @@ class Ending:
         try:
             await wait_uncancelled(settling)
         except asyncio.CancelledError:
+            # It is committed, so the events are true: what follows runs without the caller.
             if settling.exception() is None:
                 hand_over(settling.result())
             raise
@@ -258,7 +266,10 @@ class Ending:
             effects: list[CommitEffect] = []
             with suppress(Exception):  # COMMIT fails or rolls back, too, and that counts
                 effects = await self.surviving()
+                # What a savepoint dropped is written again in the transaction, and commits with it.
                 await self._recover(kept=effects)
+            # Tortoise sends COMMIT without this lock, and asyncpg refuses it while a statement of
+            # another task runs ("another operation is in progress").
             async with self._transaction._lock:
                 await self._commit()
         self.take()
@@ -278,6 +289,8 @@ class Ending:
         async with self._last_turn():
             async with self._transaction._lock:
                 await self._rollback()
+            # Within the turn: the block gives the lock of SQLite back after it, and the next
+            # transaction must see the count.
             await self._recover(kept=())
 
     async def _recover(self, *, kept: Sequence[CommitEffect]) -> None:
@@ -320,6 +333,8 @@ def watch(connection: BaseDBAsyncClient) -> None:
 
     def begin_watched() -> Any:  # noqa: ANN401 - Tortoise's contexts have no attribute in common
         block: Any = begin()
+        # Tortoise's block for SQLite calls its transaction `connection`, those with a pool
+        # `client`.
         Ending.of(getattr(block, "client", None) or block.connection)
         return block
 
@@ -434,6 +449,7 @@ async def wait_uncancelled(task: asyncio.Task[Any]) -> None:
         cancelled = error
     if cancelled is not None:
         if not task.cancelled():
+            # Retrieved, or asyncio logs "exception was never retrieved" when the task is collected.
             task.exception()
         raise cancelled
 

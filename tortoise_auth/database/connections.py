@@ -29,6 +29,8 @@ def connection_for(model: type[Model]) -> BaseDBAsyncClient:
             "start-up code."
         )
     try:
+        # As for a write: a router of the host may send reads to a replica, even in a transaction,
+        # and a replica does not show yet what was revoked a moment ago.
         connection: BaseDBAsyncClient = model._choose_db(True)
     except TortoiseConfigurationError:
         raise ConfigurationError(_how_to_register(model)) from None

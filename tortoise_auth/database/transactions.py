@@ -83,6 +83,7 @@ class transaction:
         if isinstance(connection, TransactionalDBClient):
             self._level = await Level.enter(Ending.of(connection).level)
             if self._level is None:
+                # The caller's transaction ended while this one waited for its turn.
                 connection = root_of(connection)
         self.nested = self._level is not None
         self._block = connection._in_transaction()
@@ -93,10 +94,12 @@ class transaction:
             self._opened = await self._open()
         except BaseException:
             if self._level is not None:
+                # Else the units of work of other tasks in this transaction wait for ever.
                 self._level.leave()
             raise
         # A savepoint is never made current by Tortoise either: it is the same connection.
         name = connection.connection_name
+        # Tortoise has made the transaction current in `self._context` only, not for the caller.
         self._token = None if self.nested else get_connections().set(name, self._opened)
         return self._opened
 
@@ -117,6 +120,7 @@ class transaction:
             get_connections().reset(self._token)
             if self._level is not None:
                 self._level.leave()
+        # Only now: handlers query the database, and on SQLite the block held its only connection.
         await deliver(self._effects)
 
     async def _open(self) -> TransactionalDBClient:
@@ -125,6 +129,7 @@ class transaction:
         try:
             return await asyncio.shield(entering)
         except asyncio.CancelledError as cancelled:
+            # Not this task but the opening itself was cancelled, as at the end of `asyncio.run`.
             if entering.cancelled():
                 raise
             undoing = _spawn(self._undo_open(entering, cancelled), self._context)
@@ -161,11 +166,15 @@ class transaction:
                 await self._refuse_if_failed()
                 self._effects = await Ending.of(self._opened).settle()
             except BaseException as error:
+                # The error of the COMMIT is the one to raise; on a lost connection a rollback
+                # fails, too.
                 with suppress(Exception):
                     await self._roll_back(error)
                 raise
+            # Before the block is left: to give the connection back may fail, and the change stays.
             self.committed = True
             call_logged(self._apply)
+            # The commit has finalised the transaction, so this only gives its connection back.
             await self._block.__aexit__(None, None, None)
         self.committed = True
 

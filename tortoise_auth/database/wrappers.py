@@ -25,6 +25,7 @@ def context_outside_transactions(*, still_open: bool = False) -> contextvars.Con
     if get_current_context() is None:
         return context
     connections = get_connections()
+    # The storage as it is: the public `all()` makes a connection for each alias that has none.
     for alias, connection in connections._get_storage().items():
         root = root_of(connection)
         if root is not connection and not (still_open and is_transaction(connection)):
