@@ -355,7 +355,7 @@ class PasswordHasher:
             valid = self._matches(nfc(password), hashed)
             composed = unicodedata.is_normalized("NFC", password)
             if not valid and outdated and not composed:
-                # Whoever made that hash may have hashed what was typed as it came (NFD on macOS).
+                # Another program may have hashed what was typed as it came (NFD on macOS).
                 valid = self._matches(password, hashed)
         # The hash is corrupt or unknown, or has an unsupported parameter.
         except (ValueError, TypeError, NotImplementedError) as error:
