@@ -54,6 +54,7 @@ class Session(Model):
     created_at: UtcDatetimeField[datetime] = UtcDatetimeField()
     last_used_at: UtcDatetimeField[datetime] = UtcDatetimeField()
     authenticated_at: UtcDatetimeField[datetime | None] = UtcDatetimeField(null=True)
+    # `db_default` for the rows that are there when the migration adds the column.
     authentication_methods = fields.CharField(max_length=128, default="", db_default="")
     refresh_expires_at: UtcDatetimeField[datetime] = UtcDatetimeField()
     expires_at: UtcDatetimeField[datetime] = UtcDatetimeField(db_index=True)
@@ -65,6 +66,8 @@ class Session(Model):
     class Meta(Model.Meta):
         table = "tortoise_auth_session"
         table_description = "One login: a chain of refresh tokens, at most one of which is unspent."
+        # Serves the sessions of a user, and whether a network is known: without it ten attempts on
+        # an account with 20 000 sessions took 2.4 s of CPU, with it 12 ms.
         indexes = (("user_id", "user_table", "network_hash"),)
 
     @classmethod

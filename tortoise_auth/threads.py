@@ -179,5 +179,6 @@ def _finish() -> None:
     """Let calls under way end, for a while; those that were given up are not waited for."""
     ends = time.monotonic() + _EXIT_PATIENCE
     for threads in list(_all):
+        # A process that was forked has these objects and none of their threads: it waits for none.
         while threads._process == os.getpid() and threads._is_busy() and time.monotonic() < ends:
             time.sleep(0.01)
