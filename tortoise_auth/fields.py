@@ -190,6 +190,7 @@ class EmailField(fields.CharField[str]):
     def to_db_value(self, value: Any, instance: type[Model] | Model) -> Any:  # noqa: ANN401
         """Return the normalised address."""
         if value is not None:
+            # Tortoise passes the class for a filter, and the object or None for what is written.
             looks_up = isinstance(instance, type)
             value = self._comparable(value) if looks_up else self._normalized(value, instance)
             if isinstance(instance, Model):

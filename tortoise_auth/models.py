@@ -57,7 +57,7 @@ class Session(Model):
     # `db_default` for the rows that are there when the migration adds the column.
     authentication_methods = fields.CharField(max_length=128, default="", db_default="")
     refresh_expires_at: UtcDatetimeField[datetime] = UtcDatetimeField()
-    expires_at: UtcDatetimeField[datetime] = UtcDatetimeField(db_index=True)
+    expires_at: UtcDatetimeField[datetime] = UtcDatetimeField(db_index=True)  # for the purge
     revoked_at: UtcDatetimeField[datetime | None] = UtcDatetimeField(null=True)
     ip = fields.CharField(max_length=64, null=True)
     user_agent = fields.CharField(max_length=255, null=True)
@@ -199,7 +199,7 @@ class AttemptCount(Model):
     in_flight = fields.IntField(default=0)
     counted_at = fields.BigIntField()
     previous_at = fields.BigIntField()
-    reserved_at = fields.BigIntField(db_index=True)
+    reserved_at = fields.BigIntField(db_index=True)  # for the purge
 
     class Meta(Model.Meta):
         table = "tortoise_auth_attempts"

@@ -96,6 +96,8 @@ class Threads:
                 raise ThreadsStuckError(self._size, first=first)
             self._closed = False
             self._waiting.append((call, work))
+            # A thread stays idle by this number until it wakes, so those for earlier calls are not
+            # free.
             if self._idle < len(self._waiting) and self._count < self._size:
                 self._start()
             else:

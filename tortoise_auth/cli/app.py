@@ -40,6 +40,8 @@ def main() -> None:
         app(prog_name="tortoise-auth")
     except CommandError as error:
         if error.__cause__ is not None:
+            # A module of the host failed at its import, for which its author needs more than our
+            # line.
             traceback.print_exception(error.__cause__)
         print(f"tortoise-auth: {printable(str(error))}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None

@@ -88,6 +88,7 @@ class LimitsThrottle(CountingThrottle):
 
     async def _take(self, counted: Counted) -> Counted:
         key, in_flight = counted.key, _in_flight(counted.key)
+        # A source has no rounds: logins to an account of one's own must buy no guesses at others.
         round_ = 0 if counted.of_source else await self._storage.get(_round(key))
         windows = self._windows_of(counted, round_) if counted.limited else ()
         # Added before it is compared: `limits` has no other atomic step.

@@ -68,6 +68,8 @@ class Sessions(Generic[UserT]):
         session = await Session.create(
             user_table=user_table(self._user_model),
             user_id=str(user.pk),
+            # As it was read before the proof was checked: `store_login` has compared it and holds
+            # the row.
             session_version=user.session_version,
             family_hash=token.family_hash,
             refresh_hash=token.hash,

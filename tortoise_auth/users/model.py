@@ -402,6 +402,7 @@ class AbstractUser(Model):
             )
         columns = cls._meta.fields_db_projection
         violated = {name for name in columns if columns[name] in violated_columns(error)}
+        # A database that does not say which column it was most likely means the identifier.
         if not violated or violated & {cls.identifier_field, "email", cls._meta.pk_attr}:
             return IdentifierTakenError()
         verb = "has a value" if len(violated) == 1 else "have values"
