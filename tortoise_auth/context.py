@@ -64,7 +64,7 @@ def normalize_ip(ip: object) -> str:
         ) from None
     if isinstance(address, ipaddress.IPv6Address):
         low = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
-        compatible = int(address) >> 32 == 0 and int(address) > 1
+        compatible = int(address) >> 32 == 0 and int(address) > 1  # not :: and ::1
         if address.ipv4_mapped is not None or address in _NAT64 or compatible:
             return str(low)
         return str(ipaddress.IPv6Address(int(address)))  # without a zone, which is ours

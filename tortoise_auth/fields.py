@@ -100,12 +100,14 @@ def normalize_email(value: str, *, internal_domains: Collection[str] | None = ()
     internal = bool(at) and _is_internal(domain, internal_domains)
     text = f"{local}@{_ANY_DOMAIN}" if internal else value.strip()
     try:
+        # No DNS: a login would wait for servers that the visitor chose.
         address = email_validator.validate_email(text, check_deliverability=False)
     except (email_validator.EmailNotValidError, UnicodeError):
         raise InvalidIdentifierError(_why_not(domain if local and at else "")) from None
     normal = address.normalized.lower()
     if internal:
         normal = f"{address.local_part.lower()}@{domain}"
+    # Again: a small h with a macron below composes to U+1E96, and the capital to nothing.
     return unicodedata.normalize("NFC", normal)
 
 
@@ -188,6 +190,7 @@ class EmailField(fields.CharField[str]):
     def to_db_value(self, value: Any, instance: type[Model] | Model) -> Any:  # noqa: ANN401
         """Return the normalised address."""
         if value is not None:
+            # Tortoise passes the class for a filter, and the object or None for what is written.
             looks_up = isinstance(instance, type)
             value = self._comparable(value) if looks_up else self._normalized(value, instance)
             if isinstance(instance, Model):

@@ -229,6 +229,7 @@ class SigningKey:
             material = self.verifying.public_bytes(
                 serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
             )
+        # Every token shows its kid: 72 bits of a hash, which say nothing about a random secret.
         digest = hashlib.sha256(b"tortoise_auth kid " + material).digest()
         return base64.urlsafe_b64encode(digest[:9]).decode("ascii")
 
@@ -258,6 +259,8 @@ def _check_secret(secret: bytes, algorithm: str) -> None:
     if len(unit) <= _REPEATED or len(set(secret)) < 6:
         raise ConfigurationError(f"The secret repeats itself and can be guessed. {MAKE_ONE}")
     try:
+        # PyJWT knows the forms of public keys: one taken for a secret lets anyone sign, since
+        # anyone has it (algorithm confusion, CVE-2022-29217).
         jwt.PyJWS().get_algorithm_by_name(algorithm).prepare_key(secret)
     except jwt.InvalidKeyError:
         raise ConfigurationError(

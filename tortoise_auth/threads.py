@@ -96,6 +96,8 @@ class Threads:
                 raise ThreadsStuckError(self._size, first=first)
             self._closed = False
             self._waiting.append((call, work))
+            # A thread stays idle by this number until it wakes, so those for earlier calls are not
+            # free.
             if self._idle < len(self._waiting) and self._count < self._size:
                 self._start()
             else:
@@ -179,5 +181,6 @@ def _finish() -> None:
     """Let calls under way end, for a while; those that were given up are not waited for."""
     ends = time.monotonic() + _EXIT_PATIENCE
     for threads in list(_all):
+        # A process that was forked has these objects and none of their threads: it waits for none.
         while threads._process == os.getpid() and threads._is_busy() and time.monotonic() < ends:
             time.sleep(0.01)

@@ -30,14 +30,18 @@ app.add_typer(outbox_commands.commands, name="outbox", help="Look into the outbo
 
 def main() -> None:
     """Run the command line, and end the process."""
+    # As uvicorn does: the installed command does not look into the current folder.
     sys.path.insert(0, str(Path.cwd()))
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
+            # In a locale of ASCII a name in an event must not end the command.
             stream.reconfigure(errors="backslashreplace")
     try:
         app(prog_name="tortoise-auth")
     except CommandError as error:
         if error.__cause__ is not None:
+            # A module of the host failed at its import, for which its author needs more than our
+            # line.
             traceback.print_exception(error.__cause__)
         print(f"tortoise-auth: {printable(str(error))}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None

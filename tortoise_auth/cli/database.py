@@ -91,4 +91,6 @@ async def open_database(
         try:
             yield
         finally:
+            # aiosqlite (0.22) has a thread that is no daemon: a program that leaves it open never
+            # ends.
             await context.close_connections()

@@ -106,6 +106,7 @@ def _import(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
+        # The module itself or a package around it is missing, and not one that it imports.
         if error.name is not None and f"{name}.".startswith(f"{error.name}."):
             raise CommandError(
                 f"There is no module {error.name!r}, neither in {Path.cwd()} nor installed"

@@ -17,7 +17,7 @@ from tortoise_auth.clock import utc_now
 from tortoise_auth.events import outbox
 from tortoise_auth.models import DeadLetter, OutboxEntry, OutboxRow
 
-_LARGEST_ID = 2**63 - 1
+_LARGEST_ID = 2**63 - 1  # of a BIGINT; drivers raise for more
 
 
 commands = typer.Typer(no_args_is_help=True, rich_markup_mode=None)

@@ -92,6 +92,7 @@ def relay(
     auth = load_service(service)
     settings = load_settings(config)
     opening = load_lifespan(lifespan) if lifespan is not None else None
+    # After the host's modules are loaded: it does nothing where those have set up logging.
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
@@ -141,6 +142,8 @@ async def _carry(
         if lifespan is not None:
             await _open(lifespan, stack)
         await stack.enter_async_context(auth.emitter)
+        # Last, so that it is the first to end: the database, the lifespan and the emitter outlive
+        # it.
         await stack.enter_async_context(carrier)
         durable = sorted(durable_subscriptions(auth))
         if durable:
@@ -188,6 +191,7 @@ def _stop_on_signals(seconds: float) -> asyncio.Event:
         loop.call_soon_threadsafe(stopping.set)
         time.sleep(seconds)
         logger.warning("Ended with handlers still running; their rows will be delivered again")
+        # `sys.exit` would end this thread alone.
         os._exit(0)
 
     threading.Thread(target=keep_the_deadline, name="relay deadline", daemon=True).start()

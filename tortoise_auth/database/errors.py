@@ -94,6 +94,7 @@ def is_database_failure(error: Exception) -> bool:
         or module in {"asyncpg", "psycopg", "psycopg_pool", "asyncmy", "aiomysql", "pymysql"}
         or (
             isinstance(error, ValueError)
+            # What aiosqlite raises when the connection is not open.
             and str(error) in {"no active connection", "Connection closed"}
         )
     )
@@ -102,6 +103,7 @@ def is_database_failure(error: Exception) -> bool:
 def is_missing_table(error: Exception) -> bool:
     """Return whether a table or column is missing."""
     cause = error.args[0] if error.args and isinstance(error.args[0], Exception) else error
+    # undefined_table, undefined_column
     return getattr(cause, "sqlstate", None) in {"42P01", "42703"} or (
         isinstance(cause, sqlite3.OperationalError)
         and str(cause).startswith(("no such table", "no such column", "table "))

@@ -237,6 +237,8 @@ class BackgroundQueue:
         return lost
 
     def _start(self, lanes: _Lanes, key: Hashable, lane: _Lane) -> None:
+        # In an empty context: a lane outlives the request that started it, and would keep alive
+        # what hangs on its variables.
         lane.pump = asyncio.get_running_loop().create_task(
             lane.work(), name="tortoise_auth background delivery", context=Context()
         )
@@ -270,6 +272,7 @@ class BackgroundQueue:
         return lost
 
     def _lanes(self) -> _Lanes:
+        # Several threads, each with a loop of its own, may share one emitter.
         with self._lock:
             return self._loops.setdefault(asyncio.get_running_loop(), _Lanes())
 

@@ -189,6 +189,7 @@ class NamedEvent(Event):
     def of(cls, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> NamedEvent:
         """Return the event *name* with a payload."""
         event = cls(args=tuple(args), kwargs=FrozenDict(kwargs))
+        # The name is of the class elsewhere. Here it is of the one event, and events are frozen.
         object.__setattr__(event, "name", name)
         return event
 

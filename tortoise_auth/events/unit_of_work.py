@@ -102,6 +102,7 @@ class UnitOfWork:
             await self._transaction.__aexit__(None, None, None)
         except BaseException:
             # Cancelled, or cut off from the database, too late: it happened all the same.
+            # A nested one hangs on the commit of the caller: it is delivered there, and not twice.
             if self.committed and not nested:
                 self._outcome.deliver_detached()
             raise
@@ -117,6 +118,8 @@ class UnitOfWork:
             if durable:
                 await outbox.write(self.connection, event, durable, self._clock())
                 outcome.wakes_relays = True
+        # Inside the savepoint, so that its rollback drops it; and not for nothing: it costs one or
+        # two statements, 0.2 to 0.5 ms.
         if self._transaction.nested and not outcome.is_empty():
             await attach(self.connection, outcome)
 
@@ -172,6 +175,8 @@ class Outcome:
                 try:
                     await deliverer_of(self._emitter).run(*pending.popleft())
                 except Exception as failure:
+                    # With `errors="group"` it is one `EventErrorGroup`: each handler gets a line of
+                    # its own.
                     for each in getattr(failure, "exceptions", [failure]):
                         logger.error("%s", describe(each), exc_info=each)
         finally:
@@ -266,6 +271,8 @@ async def _emit_failure(
             raise
         return
     if transactional:
+        # A savepoint: after a statement of a handler that failed PostgreSQL refuses all others of
+        # the caller.
         async with transaction(connection):
             for subscription in transactional:
                 await deliverer_of(emitter).call(event, subscription)

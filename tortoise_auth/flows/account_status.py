@@ -19,6 +19,8 @@ async def deactivate(
     ended = 0
     async with core.unit_of_work() as unit:
         if await store_status(user, unit, is_active=False, at=core.clock()):
+            # The raised version has ended them already. They are marked, too, so that counts and
+            # lists are true.
             ended = await core.sessions.revoke_all(user, unit.connection)
             unit.record(
                 core.event(UserDeactivated, user, context, sessions_ended=ended, actor=actor)

@@ -122,6 +122,8 @@ class Core(Generic[UserT]):
             ValueError: The account is not saved, or there is no such actor.
         """
         require_actor(actor)
+        # A subclass with a table of its own is refused, too: its user 7 is another person than
+        # ours.
         if not isinstance(user, self.user_model) or (
             user_table(type(user)) != user_table(self.user_model)
         ):
@@ -193,6 +195,7 @@ def _check_parts(emitter: object, passwords: object, policy: object, throttle: o
     steps = ("reserve", "failed", "succeeded", "released")
     if throttle in (None, "database"):
         return
+    # A class has the methods as well: `throttle=DatabaseThrottle`, without the brackets.
     if isinstance(throttle, type) or not all(hasattr(throttle, step) for step in steps):
         raise ConfigurationError(
             "AuthService: throttle= takes DatabaseThrottle(...), LimitsThrottle(...) for Redis, "
@@ -239,4 +242,5 @@ def _check_model(user_model: type[AbstractUser]) -> None:
 def _longest_key(user_model: type[AbstractUser]) -> int:
     """Return how many characters the text of a primary key may have; of a number or UUID, 40."""
     field = user_model._meta.pk
+    # A UUID has 36, a number of 64 bits at most 20.
     return field.max_length if isinstance(field, CharField) else 40

@@ -75,6 +75,8 @@ async def revoke_session(
     if isinstance(session_id, AuthResult):
         raise TypeError("revoke_session() takes result.session, not the AuthResult itself")
     pair = await core.sessions.find_by_id(session_id)
+    # The id comes from a request: with `user` it ends a session of theirs, or none, and the answer
+    # does not say whether there is one of another account.
     if pair is None or (user is not None and pair.session.user_id != str(user.pk)):
         return Revocation(0, None)
     return await _end(core, pair, SessionRevoked, context, actor=actor)
@@ -106,8 +108,11 @@ async def _session_of(core: Core[UserT], token: str) -> SessionWithUser[UserT] |
     try:
         if isinstance(token, str) and RefreshToken.looks_like(token):
             return await core.sessions.find_by_refresh_token(RefreshToken.parse(token))
+        # A session outlives its access tokens by weeks, and the client may hold no other.
         claims = core.tokens.read(token, even_if_expired=True)
     except TokenError:
+        # RFC 7009, 2.2: an invalid token is no error, since what the client asked for is so
+        # already.
         return None
     return await core.sessions.find(claims.session_id, claims.subject)
 

@@ -24,6 +24,7 @@ async def set_password(
     """Store a new password without asking for the current one. Emits ``password_changed``."""
     core.require_own(user, actor)
     await core.policy.acheck(new_password, about=user.words_about())
+    # Before the transaction, so that no row is locked while it is computed.
     hashed = await core.passwords.hash(new_password)
     await _replace(core, user, hashed, keep=keep, instead_of=None, actor=actor, context=context)
 
@@ -46,6 +47,7 @@ async def change_password(
     changed = await _replace(
         core, user, hashed, keep=keep, instead_of=stored, actor="user", context=context
     )
+    # A reset was faster: what was checked is not the current password any more.
     if not changed:
         raise await passwords.refuse(passwords.change_failed(user, context, "bad_password"))
 

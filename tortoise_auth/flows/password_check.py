@@ -122,9 +122,11 @@ class PasswordCheck(Generic[UserT]):
             AuthenticationError, ThrottledError: As `check_login` does.
         """
         connection = self._sessions.connection()
+        # Read anew: the object of the caller may be older than the last change of the password.
         user_now = await self._user_model.filter(pk=user.pk).using_db(connection).first()
         identifier = str(getattr(user, user.identifier_field))
         failed = partial(self.change_failed, user, context)
+        # A hash that is outdated is about to be replaced by the new password.
         case = _Case(identifier, user_now, context, failed, rehash=False)
         verified = await self._check(case, password)
         await self.succeeded(verified)
@@ -179,6 +181,8 @@ class PasswordCheck(Generic[UserT]):
         if self._throttle is not None:
             row = self._user_model.filter(pk=user.pk).using_db(self._sessions.connection())
             for stored in await row.values_list("password", flat=True):
+                # The counter is named by the hash in the row; that of the object may be an older
+                # one.
                 account = self._account("", user, str(stored))
                 attempt = Attempt(account=account, source=None, known_source=_never)
                 await self._settle(self._throttle.succeeded(Reservation(attempt=attempt)))
@@ -219,6 +223,8 @@ class PasswordCheck(Generic[UserT]):
 
     async def _check(self, case: _Case[UserT], password: str) -> Verified[UserT]:
         try:
+            # Before the hash: else a burst is checked as a whole before its first failure is
+            # counted.
             reservation = await self._reserve(case)
         except ThrottledError as throttled:
             retry_after = throttled.retry_after
@@ -231,11 +237,13 @@ class PasswordCheck(Generic[UserT]):
         self, case: _Case[UserT], password: str, reservation: Reservation | None
     ) -> Verified[UserT]:
         reason = _reason(case.user, reservation)
+        # For a closed or locked account no password is compared, not even the right one; the hasher
+        # spends one hash all the same, so that the time says nothing (ASVS 6.3.8).
         user = case.user if reason == "bad_password" else None
         stored = None if user is None else user.password
         try:
             valid, replacement = await self._verify(case, password, stored)
-        except asyncio.CancelledError:  # else whoever hangs up in time would guess for free
+        except asyncio.CancelledError:  # else a caller that hangs up in time guesses for free
             self._later(self._failed(case, reservation))
             raise
         except Exception:  # our own fault
@@ -319,10 +327,12 @@ class PasswordCheck(Generic[UserT]):
             self._warn_of_hash(case.user, stored)
         verification = await self._core.passwords.verify(password, stored)
         outdated = case.rehash and verification.outdated
+        # Here and not in the transaction of the login, which would hold its rows for that long.
         replacement = await self._core.passwords.hash(password) if outdated else None
         return verification.valid, replacement
 
     def _warn_of_hash(self, user: UserT | None, stored: str) -> None:
+        # The `repr` of a user shows the key. Where that is what people type, it stays out of logs.
         by_name = self._user_model._meta.pk_attr == self._user_model.identifier_field
         owner = f"An account of {self._user_model.__name__}" if by_name else repr(user)
         if not self._core.passwords.knows(stored):
@@ -403,6 +413,7 @@ class PasswordCheck(Generic[UserT]):
         typed = self._user_model.comparable_identifier(identifier)
         if typed is None:
             typed = _shown(identifier)
+        # The prefix keeps strangers apart from accounts, whose counters are plain hexadecimal.
         number = int(self._hidden(f"{self._table}:{typed}"), 16) % _STRANGERS
         return f"stranger:{self._table}:{number}"
 
@@ -429,6 +440,8 @@ async def _available(
         else:
             kind = type(error).__name__
             failure = outage(error, f"The throttle could not count this attempt ({kind})")
+    # Outside of `except`: what a store raised may quote its URI or values, and would be the
+    # context.
     raise failure
 
 

@@ -29,6 +29,7 @@ async def login(
     verified = await passwords.check_login(identifier, password, context)
     spending = _Spending(passwords, verified, within=passwords.resets_in_login)
     if not spending.within:
+        # First, so that no session is opened if the store of the counters does not answer.
         await passwords.succeeded(verified)
     try:
         if spending.within:

@@ -107,6 +107,8 @@ async def sign_in(
             # The caller was cancelled, or a handler raised: no client ever holds the tokens.
             await core.end_orphan_later(user, opened[0], context)
         raise
+    # Signed after the commit: no token exists for a session that was rolled back. That it can be
+    # signed was checked before.
     return result_of(core, user, *opened, claims)
 
 

@@ -188,15 +188,20 @@ def _options(broker: str, envelope: Mapping[str, Any], name: str) -> dict[str, A
             options: dict[str, Any] = {
                 "content_type": CONTENT_TYPE,
                 "message_id": message_id,
+                # Else RabbitMQ loses it when it restarts, or drops it if no queue is bound, and
+                # confirms it all the same.
                 "persist": True,
                 "mandatory": True,
             }
         case "nats":
+            # JetStream drops a second message of this id for `duplicate_window`, two minutes by
+            # default.
             options = {"headers": headers | {"Nats-Msg-Id": message_id}}
         case "redis":
             options = {"headers": headers}
         case _:
             subject = envelope.get("subject")
+            # One key, one partition: the events of a user stay in order.
             options = {"headers": headers, "key": subject.encode() if subject else None}
     return options | {"correlation_id": envelope["id"]}
 

@@ -88,8 +88,10 @@ class LimitsThrottle(CountingThrottle):
 
     async def _take(self, counted: Counted) -> Counted:
         key, in_flight = counted.key, _in_flight(counted.key)
+        # A source has no rounds: logins to an account of one's own must buy no guesses at others.
         round_ = 0 if counted.of_source else await self._storage.get(_round(key))
         windows = self._windows_of(counted, round_) if counted.limited else ()
+        # Added before it is compared: `limits` has no other atomic step.
         for number, window in enumerate(windows, 1):
             if await self._storage.incr(window.key, window.kept) > window.amount:
                 await self._uncount(windows[:number])
@@ -189,6 +191,7 @@ def _round(key: str) -> str:
 
 def _storage(uri: str) -> object:
     try:
+        # By default `limits` looks for coredis, which is not in our extra.
         return storage_from_string(uri, implementation="redispy")
     except UnknownStorageError:
         # Its words hold the URI, and that may hold a password.

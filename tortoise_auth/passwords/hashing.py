@@ -77,7 +77,7 @@ _COSTS: Mapping[str, re.Pattern[str]] = {
 }
 """How a hash states its cost."""
 _BCRYPT_BYTES = 72
-_LANES = 64
+_LANES = 64  # of Argon2 in a stored hash: each is a thread
 _UNUSABLE_PREFIX = "!"
 _UNUSABLE = re.compile(r"!(?:[A-Za-z0-9_-]{32,})?", re.ASCII)
 _this_thread = threading.local()
@@ -298,7 +298,7 @@ class PasswordHasher:
         return passlib_context.CryptContext(
             schemes=list(self._schemes),
             default="argon2",
-            deprecated="auto",
+            deprecated="auto",  # whatever is not Argon2id is replaced at a login
             argon2__type="ID",
             argon2__memory_cost=self.memory_cost,
             argon2__time_cost=self.time_cost,
@@ -355,7 +355,7 @@ class PasswordHasher:
             valid = self._matches(nfc(password), hashed)
             composed = unicodedata.is_normalized("NFC", password)
             if not valid and outdated and not composed:
-                # Whoever made that hash may have hashed what was typed as it came (NFD on macOS).
+                # Another program may have hashed what was typed as it came (NFD on macOS).
                 valid = self._matches(password, hashed)
         # The hash is corrupt or unknown, or has an unsupported parameter.
         except (ValueError, TypeError, NotImplementedError) as error:

@@ -128,6 +128,7 @@ class PasswordPolicy:
     def failures(self, password: str, *, about: Sequence[str] = ()) -> list[PolicyFailure]:
         """Return every rule that *password* breaks, for a form that shows them as people type."""
         broken = input_failures(password)
+        # Nothing else is done with what is too long: its length is the choice of the sender.
         if broken:
             return broken
         password = nfc(password)

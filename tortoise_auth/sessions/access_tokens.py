@@ -45,6 +45,7 @@ _MAX_DEPTH = 50
 _ACCESS_TYPE = "at+jwt"
 
 
+# PyJWT also reads padded parts, a second spelling of a token (RFC 7515, 2: no padding).
 _COMPACT_JWS = re.compile(r"[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+", re.ASCII)
 
 
@@ -182,6 +183,7 @@ class AccessTokens:
         key = self._config.keys[0]
         latest = 10**11
         own = self._own_claims("x" * self._longest_subject, "x" * 36, latest, latest)
+        # 128: what `Session.authentication_methods` holds.
         own |= {"auth_time": latest, "amr": ["x" * 128]}
         header = _base64_length(len(_json({"alg": key.algorithm, **self._header()})))
         signature = _base64_length(key.signature_size)
@@ -254,6 +256,8 @@ class AccessTokens:
         header = _json_object(header_part)
         kid, typ = header.get("kid"), header.get("typ")
         key = self._keys.get(kid) if isinstance(kid, str) else None
+        # RFC 9068, 4: no JWT of another kind that is signed with the same key passes for an access
+        # token.
         if key is None or typ not in (_ACCESS_TYPE, f"application/{_ACCESS_TYPE}"):
             raise TokenInvalidError
         if _OF_ENCRYPTION & header.keys():
@@ -263,7 +267,7 @@ class AccessTokens:
             claims = self._jwt.decode(
                 token,
                 key.verifying,
-                algorithms=[key.algorithm],
+                algorithms=[key.algorithm],  # the key's, not the header's (RFC 8725, 3.1)
                 issuer=self._config.issuer,
                 audience=self._config.audience,
             )
@@ -277,6 +281,7 @@ class AccessTokens:
         # No primary key is written with what drivers refuse.
         if not all(isinstance(text, str) and _is_text(text) for text in texts):
             raise TokenInvalidError
+        # Not `isinstance`: True is an int, and JSON's 1e400 is read as infinity.
         if not all(type(time) is int and time >= 0 for time in times):
             raise TokenInvalidError
         # Two services may share one configuration: user 7 of the one is not user 7 of the other.

@@ -140,6 +140,8 @@ class SessionReader(Generic[UserT]):
         selected = [f's."{column}" AS "{alias}"' for column, alias in session.items()]
         selected += [f'u."{column}" AS "{alias}"' for column, alias in user.items()]
         marks = [mark.format(number) for number in range(1, 5)]
+        # The user by its parsed key, and no cast of `s.user_id`: so PostgreSQL uses the index, and
+        # casts no row of another model, whose key may be no number.
         sql = (
             f"SELECT {', '.join(selected)} "  # noqa: S608 - names of columns and tables, no values
             f"FROM {_table(Session)} s JOIN {_table(self._user_model)} u "
@@ -156,6 +158,7 @@ def _table(model: type[Model]) -> str:
 
 def _hydrated(model: type[Any], row: dict[str, Any], aliases: dict[str, str]) -> Any:  # noqa: ANN401
     instance = model._init_from_db(**{column: row[alias] for column, alias in aliases.items()})
+    # Tortoise takes a column that is missing for `.only()`, and makes a model without it, silently.
     if instance._partial:
         raise TypeError(f"{model.__name__} was made with fields missing")
     return instance

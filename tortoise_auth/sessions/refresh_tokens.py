@@ -81,6 +81,8 @@ class RefreshToken:
 
     @classmethod
     def _of(cls, text: str, raw: bytes) -> RefreshToken:
+        # SHA-256 is enough: there is nothing to guess in so many random bits, as there is in a
+        # password.
         return cls(text, _digest(raw[: cls._FAMILY_SIZE]).hex(), _digest(raw).hex())
 
     @classmethod

@@ -41,6 +41,7 @@ class Sessions(Generic[UserT]):
         self._config = config
         self._clock = clock
         self._reader = SessionReader(user_model)
+        # Of every key: the newest token may have been derived under the one that was first before.
         self._chain_keys = [key.derive("refresh chain") for key in config.keys]
         self._network_keys = [key.derive("network of a session") for key in config.keys]
 
@@ -67,6 +68,8 @@ class Sessions(Generic[UserT]):
         session = await Session.create(
             user_table=user_table(self._user_model),
             user_id=str(user.pk),
+            # As it was read before the proof was checked: `store_login` has compared it and holds
+            # the row.
             session_version=user.session_version,
             family_hash=token.family_hash,
             refresh_hash=token.hash,
@@ -127,6 +130,7 @@ class Sessions(Generic[UserT]):
             "user_agent": context.user_agent or session.user_agent,
             "network_hash": self._network_hash(context.ip) or session.network_hash,
         }
+        # Compare and swap: of any number of callers with one token the database lets one match.
         spendable = Session.filter(
             id=session.id,
             refresh_hash=session.refresh_hash,
@@ -148,6 +152,8 @@ class Sessions(Generic[UserT]):
         It does if it was spent then or came into being then. Both are answered with the latter.
         """
         grace_ends = session.last_used_at + self._config.refresh_reuse_grace
+        # Before the first rotation `last_used_at` is the login: the first token would be its own
+        # successor.
         if not session.generation or self._clock() >= grace_ends:
             return False
         spent = secrets.compare_digest(token.hash, session.previous_refresh_hash or "")
@@ -189,6 +195,8 @@ class Sessions(Generic[UserT]):
                 user_id=str(user.pk),
                 user_table=user_table(self._user_model),
                 revoked_at__isnull=True,
+                # Alive until this very change: a session that an earlier one has ended does not
+                # come back.
                 session_version=version - 1,
             )
             .using_db(connection)
@@ -198,6 +206,7 @@ class Sessions(Generic[UserT]):
     async def list(self, user: UserT, *, limit: int, before: Session | None) -> list[Session]:
         """Return live sessions of *user*, the one used last first; only those after *before*."""
         connection = self.connection()
+        # Of the row, not of the object, which may be older; none if the account is closed.
         versions = await (
             self._user_model.filter(pk=user.pk, is_active=True)
             .using_db(connection)
@@ -206,6 +215,7 @@ class Sessions(Generic[UserT]):
         now = self._clock()
         after = Q()
         if before is not None:
+            # By place and not by OFFSET, which skips a session when one before it ends.
             after = Q(last_used_at__lt=before.last_used_at) | Q(
                 last_used_at=before.last_used_at, id__lt=before.id
             )
@@ -226,6 +236,8 @@ class Sessions(Generic[UserT]):
 
     async def were_opened_from(self, user_id: str, ip: str | None) -> bool:
         """Return whether a user has a session from the network of *ip*, as far as rows are kept."""
+        # Under every key: a row keeps the hash of the key that was the first one when it was
+        # written.
         hashes = [_hash_of_network(ip, key) for key in self._network_keys]
         matching = Session.filter(
             user_id=user_id, user_table=user_table(self._user_model), network_hash__in=hashes
@@ -273,4 +285,5 @@ def _uuid(value: object) -> UUID | None:
         parsed = UUID(value) if isinstance(value, str) else None
     except ValueError:
         return None
+    # `UUID` also reads braces, URNs and capitals: an id has one spelling.
     return parsed if str(parsed) == value else None

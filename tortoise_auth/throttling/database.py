@@ -45,6 +45,12 @@ _MAX_TRIES = 100
 
 # One statement decides and counts: whatever runs at the same moment waits for the row, and then
 # sees it as it is. The numbers in brackets come from the settings.
+# `count` begins anew after a quiet time; `failures` never do, they end with a success or the lock.
+# `in_flight` is forgotten if none has begun for a minute: the processes were killed. `counted_at`
+# does not go back by less than [skew], or the clocks of two machines would restart each other's
+# pauses. Shifts are of BIGINT and end at [doublings]: microseconds times a power of two leave 32
+# bits soon, and 64 in the end. If the last condition fails no row is returned, and nothing is
+# written.
 _TAKE = """
 INSERT INTO tortoise_auth_attempts AS old
 (key, count, failures, in_flight, counted_at, previous_at, reserved_at)
@@ -63,6 +69,8 @@ OR [elapsed] >= CASE WHEN old.count - [free] >= [doublings] THEN [max_delay]
 ELSE CAST([initial_delay] AS BIGINT) << (old.count - [free]) END)
 RETURNING count, failures, counted_at
 """
+# CASE, because SQLite calls it MAX(a, b) and PostgreSQL GREATEST. The time is set back only if no
+# other attempt was counted since, which may have begun a pause of its own.
 _GIVE_BACK = """
 UPDATE tortoise_auth_attempts SET
 count = CASE WHEN count > 0 THEN count - {limited} ELSE 0 END,
@@ -71,6 +79,7 @@ in_flight = CASE WHEN in_flight > 0 THEN in_flight - 1 ELSE 0 END,
 counted_at = CASE WHEN counted_at = {at} THEN previous_at ELSE counted_at END
 WHERE key = {key}
 """
+# Not to zero: attempts in flight stay counted, or a login would make each of them a free guess.
 _RESET = """
 UPDATE tortoise_auth_attempts SET
 count = CASE WHEN in_flight > 1 THEN in_flight - 1 ELSE 0 END,
@@ -205,6 +214,8 @@ class DatabaseThrottle(CountingThrottle):
             if rows:
                 at = rows[0]["counted_at"] if counted.limited else -1
                 taken = _Row(counted.key, rows[0]["failures"], counted.limited, at)
+                # Without its conditions: it was granted, and counts whatever others have done
+                # meanwhile.
                 again, _, _ = statement.partition("WHERE")
                 await _repeat_if_lost(connection, again, values)
                 return taken
@@ -237,6 +248,7 @@ class DatabaseThrottle(CountingThrottle):
         delay = backoff.after(row.count) // _MICROSECOND if counted.limited else 0
         decided = not row.in_flight or abs(now - row.reserved_at) >= _UNDECIDED
         if elapsed < -_SKEW and delay:
+            # Not if another attempt was counted since this row was read.
             unchanged = AttemptCount.filter(key=row.key, counted_at=row.counted_at)
             await unchanged.using_db(_connection()).update(counted_at=now)
         wait = delay - max(elapsed, 0)

@@ -183,6 +183,7 @@ class Backoff:
         """Return the delay after *count* attempts."""
         if count < self.free_attempts:
             return timedelta(0)
+        # Bounded before the shift, which makes a number of as many bits.
         doubled = min(count - self.free_attempts, self.doublings)
         return min(self.initial_delay * (1 << doubled), self.max_delay)
 
@@ -267,6 +268,8 @@ class CountingThrottle(ABC):
                 raise
         own = await self._take(Counted(f"{_KNOWN_SOURCE}{attempt.account}:{attempt.source}"))
         try:
+            # The row of failures is one for the account, from wherever they come: NIST allows 100
+            # of them (SP 800-63B-4, 3.2.2).
             return await self._take(replace(account, limited=False)), own
         except Exception:
             await self._give_back(own)
@@ -304,4 +307,5 @@ def source_of(ip: str | None) -> str | None:
     """Return the network that counts as one source: an IPv4 address, the /64 of an IPv6 address."""
     if ip is None or ":" not in ip:
         return ip
+    # A customer has all 2^64 addresses of a /64, and would have as many budgets.
     return str(ipaddress.ip_network((int(ipaddress.IPv6Address(ip)), 64), strict=False))

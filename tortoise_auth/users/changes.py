@@ -60,13 +60,15 @@ async def store_password(
     changed = await matching.update(
         password=hashed,
         password_locked_at=None,
+        # Added by the database: two changes at once must not end up with the same version.
         session_version=F("session_version") + 1,
-        updated_at=at,
+        updated_at=at,  # `auto_now` is for `save` alone
     )
     if not changed:
         if await row.exists():
             return None
         raise ValueError(f"{user!r} is not in the database; save it before setting a password")
+    # Our UPDATE holds the row until the end, so this is the version that it wrote.
     version = await stored_version(user, unit)
     unit.set_on_commit(user, password=hashed, password_locked_at=None, session_version=version)
     return version
@@ -105,6 +107,8 @@ async def store_login(user: Model, unit: UnitOfWork, *, session_version: int, at
     Returns:
         False if the password was changed or locked, or the account deactivated meanwhile.
     """
+    # One conditional UPDATE: PostgreSQL waits for another writer of the row and then compares with
+    # what that has committed, where a SELECT before would show what was there earlier.
     unchanged = type(user).filter(
         pk=user.pk,
         session_version=session_version,
@@ -160,6 +164,8 @@ async def lock_password(
     Returns:
         Whether it was locked now.
     """
+    # By what people log in with: an account that does not exist has no key, and its statement must
+    # be the same.
     field = user_model.identifier_field  # type: ignore[attr-defined]
     seen = (getattr(user, name, None) for name in (field, "password", "last_login"))
     held, password, last_login = seen if user is not None else (identifier or "", "", None)

@@ -45,6 +45,7 @@ def comparable_username(value: object, limit: int) -> str | None:
 
     Milder than `normalize_username`: an account that exists must be able to log in.
     """
+    # Bounded before the work; NFKC composes at most four code points into one.
     if not isinstance(value, str) or len(value) > 4 * limit:
         return None
     normal = unicodedata.normalize("NFKC", value).strip()

@@ -44,6 +44,7 @@ AnswerT = TypeVar("AnswerT")
 UserT = TypeVar("UserT", bound="AbstractUser")
 
 
+# Mass assignment (CWE-915): one more field in a form must not open or unlock an account.
 _NOT_FOR_FORMS = frozenset(
     {
         "is_active",
@@ -116,6 +117,7 @@ class AbstractUser(Model):
         abstract = True
 
     class PydanticMeta:
+        # What `pydantic_model_creator` makes of the model may be an answer: it has no hash in it.
         exclude = ("password", "session_version")
 
     def __setattr__(self, key: str, value: Any) -> None:  # noqa: ANN401 - as the base class has it
@@ -182,6 +184,8 @@ class AbstractUser(Model):
             values["email"] = cls._normalized_email(values["email"])
         cls._refuse_unstorable(values)
         cls._refuse_misfits(values)
+        # Hashed before the database knows whether the address is taken: a sign-up takes as long
+        # either way (ASVS 6.3.8).
         if password is None:
             hashed = unusable_hash()
         else:
@@ -301,6 +305,7 @@ class AbstractUser(Model):
 
     @translates_database_errors
     async def _check_password(self, raw_password: str) -> bool:
+        # Read once: another task may assign a new hash while this one is checked.
         stored = self.password
         verification = await self.password_hasher.verify(raw_password, stored)
         if verification.outdated:
@@ -328,6 +333,7 @@ class AbstractUser(Model):
         return False
 
     def __repr__(self) -> str:
+        # The key alone: a `repr` ends in logs, and an address is personal.
         return f"<{type(self).__name__}: {legible(str(self.pk)[:_MAX_SHOWN_LENGTH], _MAX_SHOWN_LENGTH)}>"
 
     def __str__(self) -> str:
@@ -396,6 +402,7 @@ class AbstractUser(Model):
             )
         columns = cls._meta.fields_db_projection
         violated = {name for name in columns if columns[name] in violated_columns(error)}
+        # A database that does not say which column it was most likely means the identifier.
         if not violated or violated & {cls.identifier_field, "email", cls._meta.pk_attr}:
             return IdentifierTakenError()
         verb = "has a value" if len(violated) == 1 else "have values"

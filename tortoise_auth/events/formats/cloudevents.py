@@ -64,6 +64,7 @@ def event_from_cloudevent(envelope: Mapping[str, Any]) -> Event:
         raise CloudEventError("The CloudEvent is of a type that is not ours")
     if not isinstance(data, Mapping):
         raise CloudEventError("The CloudEvent has no data")
+    # Brokers and `feed` choose by the type, handlers by the data: it must be one event.
     if envelope["type"] != _type(data.get("name"), data.get("schema_version")):
         raise CloudEventError("The type of the CloudEvent is not that of its data")
     try:
@@ -71,6 +72,7 @@ def event_from_cloudevent(envelope: Mapping[str, Any]) -> Event:
     except Exception as error:
         reason = describe(error)[:_MAX_REASON_LENGTH]
         raise CloudEventError(f"The CloudEvent does not hold an event: {reason}") from error
+    # Brokers deduplicate by the one, handlers by the other.
     if envelope["id"] != str(event.id):
         raise CloudEventError("The id of the CloudEvent is not that of its event")
     return event

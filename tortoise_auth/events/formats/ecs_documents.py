@@ -107,6 +107,7 @@ def _labels(event: Event, classified: Classification) -> dict[str, str]:
         f"resource_{name}": value for name, value in reading.resource(event, classified).items()
     }
     return {
+        # In ECS labels are flat, and their values are text.
         name: value if isinstance(value, str) else json.dumps(value)
         for name, value in values.items()
     }

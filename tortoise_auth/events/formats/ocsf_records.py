@@ -20,7 +20,7 @@ OCSF_VERSION = "1.8.0"
 
 # Authentication, Account Change, Web Resources Activity.
 _AUTHENTICATION, _ACCOUNT, _RESOURCES = 3002, 3001, 6001
-_OTHER = 99
+_OTHER = 99  # has no label but the one that is given
 _ACTIVITIES: Mapping[Activity, tuple[int, int, str]] = {
     "logon": (_AUTHENTICATION, 1, "Logon"),
     "logoff": (_AUTHENTICATION, 2, "Logoff"),

@@ -60,6 +60,8 @@ def set_claims(
     transaction = (
         {"txn": reading.clean(event.context.request_id)} if event.context.request_id else {}
     )
+    # No `sub` and no `exp`, as the Shared Signals Framework demands, and a type of its own below:
+    # no receiver takes it for another kind of token.
     return {
         "iss": issuer,
         "aud": audience if isinstance(audience, str) else [*audience],
