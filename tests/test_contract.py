@@ -246,6 +246,7 @@ class TestSecrets:
                 pickle.dumps(each)
         assert dataclasses.replace(config, issuer="x").keys == config.keys
         assert copy.deepcopy(config) == config
+        assert len({config, copy.deepcopy(config)}) == 1
 
 
 class TestSummerTime:

@@ -148,29 +148,34 @@ class PasswordField(fields.CharField[str]):
         ValueError: The value is no hash, for example a password.
     """
 
-    def check(self, value: object, owner: type | None = None) -> None:
-        """Refuse what is no hash.
-
-        Raises:
-            ValueError: It is none. The message does not quote it.
-        """
-        hasher = getattr(owner or self.model, "password_hasher", None)
-        name = owner.__name__ if owner else "User"
-        if isinstance(value, str):
-            known = hasher is not None and hasher.knows(value)
-            if known or not value or is_hash(value):
-                return
-        raise ValueError(
-            f"{name}.password holds the hash of a password, and this is none. Use "
-            f"{name}.create_user(password=...) for a new account and set_password(...) for one "
-            "that exists"
-        )
-
     def to_db_value(self, value: Any, instance: type[Model] | Model) -> Any:  # noqa: ANN401
         """Check what an UPDATE of many rows writes; an object is checked when it is assigned to."""
         if instance is None:
-            self.check(value)
+            require_hash(value, self.model)
         return super().to_db_value(value, instance)
+
+
+def require_hash(value: object, owner: type | None) -> None:
+    """Refuse what is no hash of a password.
+
+    Args:
+        value: What is to be stored.
+        owner: The model, whose ``password_hasher`` may know further schemes.
+
+    Raises:
+        ValueError: It is none. The message does not quote it.
+    """
+    hasher = getattr(owner, "password_hasher", None)
+    if isinstance(value, str):
+        known = hasher is not None and hasher.knows(value)
+        if known or not value or is_hash(value):
+            return
+    name = owner.__name__ if owner else "User"
+    raise ValueError(
+        f"{name}.password holds the hash of a password, and this is none. Use "
+        f"{name}.create_user(password=...) for a new account and set_password(...) for one "
+        "that exists"
+    )
 
 
 class EmailField(fields.CharField[str]):

@@ -23,12 +23,14 @@ from tests.support.rows import row
 from tortoise_auth import AuthConfig, AuthService, EventEmitter, RequestContext, SigningKey
 from tortoise_auth.exceptions import (
     EventError,
+    ServiceUnavailableError,
     TokenError,
     TokenInvalidError,
     TokenReusedError,
     TokenRevokedError,
 )
 from tortoise_auth.models import Session
+from tortoise_auth.sessions import Sessions
 from tortoise_auth.testing import Captured, FakeClock, capture
 
 GRACE = timedelta(seconds=30)
@@ -155,6 +157,26 @@ class TestTooLate:
             await auth.refresh(first.refresh_token)
         await assert_over(auth, third)
         assert events.names[-1] == "refresh_token_reused"
+
+
+class TestTurns:
+    async def test_end(
+        self, auth: AuthService[User], ada: User, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A refresh that never sees that the token was spent gives up, and ends no session."""
+        first = await log_in(auth)
+        turns = 0
+
+        async def lose(*_: object) -> None:
+            nonlocal turns
+            turns += 1
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Sessions, "rotate", lose)
+            with pytest.raises(ServiceUnavailableError, match="READ COMMITTED"):
+                await auth.refresh(first.refresh_token)
+        assert turns == 5
+        await assert_live(auth, first)
 
 
 class TestKeys:

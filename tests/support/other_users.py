@@ -26,6 +26,16 @@ class PlainEmailUser(AbstractUser):
         abstract = False
 
 
+class PlainPasswordUser(AbstractUser):
+    """The column of the hash is of a plain field class."""
+
+    password = fields.CharField(max_length=128, default="")
+
+    class Meta(AbstractUser.Meta):
+        table = "app_plain_password_user"
+        abstract = False
+
+
 class InternalUser(AbstractUser):
     """Addresses of a network of its own are accepted, too."""
 

@@ -13,7 +13,7 @@ from tortoise.context import TortoiseContext
 from tests.support.accounts import EMAIL, NEW_PASSWORD, PASSWORD, SECRET, log_in
 from tests.support.app import NamedUser, User, store
 from tests.support.database import DATABASES, MODULES, database
-from tests.support.other_users import Admin, InternalUser, PlainEmailUser
+from tests.support.other_users import Admin, InternalUser, PlainEmailUser, PlainPasswordUser
 from tortoise_auth import AuthConfig, AuthenticationError, AuthService
 from tortoise_auth.events import EventEmitter
 from tortoise_auth.exceptions import InvalidIdentifierError, TokenRevokedError
@@ -88,6 +88,16 @@ class TestPasswordColumn:
         for hashed in (LEGACY, "$2b$12$" + "." * 53, unusable_hash(), "", ada.password):
             await User.filter(email="eve@example.com").delete()
             await write(ada, hashed)
+
+    async def test_of_another_field_class(self, others: TortoiseContext, clock: FakeClock) -> None:
+        """A host's own column refuses clear text as well, and holds what logs in."""
+        with pytest.raises(ValueError, match=r"PlainPasswordUser\.create_user"):
+            await PlainPasswordUser.create(email=EMAIL, password=PASSWORD)
+        user = await PlainPasswordUser.create_user(email=EMAIL, password=PASSWORD)
+        with pytest.raises(ValueError, match="set_password"):
+            user.password = "clear text"
+        auth = AuthService(PlainPasswordUser, CONFIG, clock=clock)
+        assert (await auth.login(EMAIL, PASSWORD)).user == user
 
     async def test_stored_before(self, ada: User) -> None:
         """An account with something else in it can be read and saved, and matches no password."""

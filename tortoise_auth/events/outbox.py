@@ -318,7 +318,7 @@ async def _for_dead_letters(
 ) -> int:
     """Do *work*, which removes dead letters of up to a time, in short transactions."""
     changed = 0
-    async for _ in batches():
+    async for _ in batches():  # pragma: no branch - it never ends by itself
         rows = await _run(connection, sql.OLDEST_DEAD, until=until, limit=BATCH_SIZE)
         if not rows:
             break

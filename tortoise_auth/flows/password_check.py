@@ -37,7 +37,14 @@ from tortoise_auth.flows.core import Core
 from tortoise_auth.legible import logger_of
 from tortoise_auth.models import user_table
 from tortoise_auth.passwords import is_usable_hash
-from tortoise_auth.throttling import Attempt, DatabaseThrottle, Reservation, Throttle, source_of
+from tortoise_auth.throttling import (
+    Attempt,
+    DatabaseThrottle,
+    Reservation,
+    Throttle,
+    Unlimited,
+    source_of,
+)
 from tortoise_auth.throttling.waiting import Waiting
 from tortoise_auth.users import AbstractUser, UserT
 from tortoise_auth.users.changes import lock_password
@@ -68,7 +75,7 @@ class Verified(Generic[UserT]):
     user: UserT
     stored: str = field(repr=False)
     replacement: str | None = field(repr=False)
-    reservation: Reservation | None = field(repr=False)
+    reservation: Reservation = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +100,7 @@ class PasswordCheck(Generic[UserT]):
         self._core = core
         self._user_model = core.user_model
         self._sessions = core.sessions
-        self._throttle = core.throttle
+        self._throttle: Throttle = Unlimited() if core.throttle is None else core.throttle
         self._clock = core.clock
         # Hides identifiers from a reader of the counters, and keeps guessers from choosing which
         # of them share one.
@@ -133,37 +140,34 @@ class PasswordCheck(Generic[UserT]):
         return verified.stored
 
     @property
-    def resets_in_login(self) -> bool:
-        """The login resets the counters in its own transaction, which is cheaper and atomic.
+    def resetting_in_login(self) -> DatabaseThrottle | None:
+        """The throttle, if the login is to reset it in its own transaction: cheaper, and atomic.
 
         Not in a transaction of the caller: its rows would be locked until that ends.
         """
-        is_ours = isinstance(self._throttle, DatabaseThrottle)
-        return is_ours and not is_transaction(self._sessions.connection())
+        ours = self._throttle if isinstance(self._throttle, DatabaseThrottle) else None
+        return None if is_transaction(self._sessions.connection()) else ours
 
-    async def succeeded(
-        self, verified: Verified[UserT], *, within: UnitOfWork | None = None
-    ) -> None:
-        """Reset the failures of the account; *within* the unit of work that logs in, if so."""
-        if self._throttle is None or verified.reservation is None:
-            return
-        if within is not None and isinstance(self._throttle, DatabaseThrottle):
-            resetting = self._throttle.succeeded(verified.reservation, using_db=within.connection)
-            await _available(resetting)
-        else:
-            await self._settle(self._throttle.succeeded(verified.reservation))
+    async def succeeded(self, verified: Verified[UserT]) -> None:
+        """Reset the failures of the account."""
+        await self._settle(self._throttle.succeeded(verified.reservation))
 
-    async def source_released(self, verified: Verified[UserT]) -> Verified[UserT]:
+    async def source_released(
+        self, verified: Verified[UserT], throttle: DatabaseThrottle
+    ) -> Verified[UserT]:
         """Give the source its attempt back before the login begins, which resets the account."""
-        if not isinstance(self._throttle, DatabaseThrottle) or verified.reservation is None:
-            return verified
-        released = self._throttle.source_released(verified.reservation)
+        released = throttle.source_released(verified.reservation)
         return replace(verified, reservation=await _available(released, _PATIENCE))
+
+    async def reset_within(
+        self, unit: UnitOfWork, verified: Verified[UserT], throttle: DatabaseThrottle
+    ) -> None:
+        """Reset the failures of the account in the unit of work that logs in."""
+        await _available(throttle.succeeded(verified.reservation, using_db=unit.connection))
 
     async def lost(self, verified: Verified[UserT]) -> None:
         """Count a right password that opened nothing as a failure: it was replaced or locked."""
-        if self._throttle is not None and verified.reservation is not None:
-            await self._settle(self._throttle.failed(verified.reservation))
+        await self._settle(self._throttle.failed(verified.reservation))
 
     async def reason_now(self, user: UserT) -> FailureReason:
         """Return why a password that was right opens nothing any more."""
@@ -173,19 +177,16 @@ class PasswordCheck(Generic[UserT]):
 
     def release_later(self, verified: Verified[UserT]) -> None:
         """Give the attempt back, because the login was rolled back or cancelled."""
-        if self._throttle is not None and verified.reservation is not None:
-            self._later(_available(self._throttle.released(verified.reservation)))
+        self._later(_available(self._throttle.released(verified.reservation)))
 
     async def forget_failures(self, user: UserT) -> None:
         """Reset the failures of an account that is to be unlocked."""
-        if self._throttle is not None:
-            row = self._user_model.filter(pk=user.pk).using_db(self._sessions.connection())
-            for stored in await row.values_list("password", flat=True):
-                # The counter is named by the hash in the row; that of the object may be an older
-                # one.
-                account = self._account("", user, str(stored))
-                attempt = Attempt(account=account, source=None, known_source=_never)
-                await self._settle(self._throttle.succeeded(Reservation(attempt=attempt)))
+        row = self._user_model.filter(pk=user.pk).using_db(self._sessions.connection())
+        for stored in await row.values_list("password", flat=True):
+            # The counter is named by the hash in the row; that of the object may be an older one.
+            account = self._account("", user, str(stored))
+            attempt = Attempt(account=account, source=None, known_source=_never)
+            await self._settle(self._throttle.succeeded(Reservation(attempt=attempt)))
 
     def login_failed(
         self,
@@ -234,7 +235,7 @@ class PasswordCheck(Generic[UserT]):
         raise ThrottledError(retry_after)
 
     async def _verified(
-        self, case: _Case[UserT], password: str, reservation: Reservation | None
+        self, case: _Case[UserT], password: str, reservation: Reservation
     ) -> Verified[UserT]:
         reason = _reason(case.user, reservation)
         # For a closed or locked account no password is compared, not even the right one; the hasher
@@ -247,8 +248,7 @@ class PasswordCheck(Generic[UserT]):
             self._later(self._failed(case, reservation))
             raise
         except Exception:  # our own fault
-            if self._throttle is not None and reservation is not None:
-                await self._settle(self._throttle.released(reservation))
+            await self._settle(self._throttle.released(reservation))
             raise
         if valid and user is not None and stored is not None:
             return Verified(user, stored, replacement, reservation)
@@ -261,10 +261,8 @@ class PasswordCheck(Generic[UserT]):
         await self._emit(rejected)
         raise AuthenticationError
 
-    async def _failed(self, case: _Case[UserT], reservation: Reservation | None) -> None:
+    async def _failed(self, case: _Case[UserT], reservation: Reservation) -> None:
         """Count a failure, to the end even if the caller hangs up; lock if it was one too many."""
-        if self._throttle is None or reservation is None:
-            return
         locks = reservation.locks or reservation.exceeded
         counting = asyncio.ensure_future(_available(self._throttle.failed(reservation), _PATIENCE))
         try:
@@ -363,23 +361,19 @@ class PasswordCheck(Generic[UserT]):
             known_source=known_source,
         )
 
-    async def _reserve(self, case: _Case[UserT]) -> Reservation | None:
+    async def _reserve(self, case: _Case[UserT]) -> Reservation:
         """Count an attempt; wait for others in flight, if only they are in its way.
 
         Not in a transaction of the caller: the others may wait for the connection that it holds.
         """
-        if self._throttle is None:
-            return None
-        reserve = partial(self._reserve_once, self._throttle, case, self._attempt(case))
+        reserve = partial(self._reserve_once, case, self._attempt(case))
         if is_transaction(self._sessions.connection()):
             return await reserve()
         return await self._waiting.reserve(reserve)
 
-    async def _reserve_once(
-        self, throttle: Throttle, case: _Case[UserT], attempt: Attempt
-    ) -> Reservation:
+    async def _reserve_once(self, case: _Case[UserT], attempt: Attempt) -> Reservation:
         """Count an attempt to the end, even if the caller hangs up: then it has failed."""
-        reserving = asyncio.ensure_future(_available(throttle.reserve(attempt), _PATIENCE))
+        reserving = asyncio.ensure_future(_available(self._throttle.reserve(attempt), _PATIENCE))
         try:
             await wait_uncancelled(reserving)
         except asyncio.CancelledError:
@@ -391,7 +385,7 @@ class PasswordCheck(Generic[UserT]):
         reservation = reserving.result()
         if not isinstance(reservation, Reservation):
             raise ConfigurationError(
-                f"{type(throttle).__name__}.reserve() must return a Reservation, or raise "
+                f"{type(self._throttle).__name__}.reserve() must return a Reservation, or raise "
                 f"ThrottledError; it returned {type(reservation).__name__}"
             )
         return reservation
@@ -454,14 +448,15 @@ def _id(user: UserT | None) -> str | None:
     return None if user is None or user.pk is None else str(user.pk)
 
 
-def _reason(user: AbstractUser | None, reservation: Reservation | None) -> FailureReason:
+def _reason(user: AbstractUser | None, reservation: Reservation) -> FailureReason:
     """Return why no password is right for this account; ``bad_password`` if one may be."""
     if user is None:
         return "not_found"
     if not user.is_active:
         return "inactive"
-    exceeded = reservation is not None and reservation.exceeded
-    return "locked" if exceeded or user.password_locked_at is not None else "bad_password"
+    return (
+        "locked" if reservation.exceeded or user.password_locked_at is not None else "bad_password"
+    )
 
 
 async def _never() -> bool:

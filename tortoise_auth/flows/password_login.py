@@ -11,6 +11,7 @@ from tortoise_auth.events.unit_of_work import UnitOfWork
 from tortoise_auth.flows.core import Core
 from tortoise_auth.flows.password_check import PasswordCheck, Verified
 from tortoise_auth.flows.signin import AuthResult, Proof, sign_in
+from tortoise_auth.throttling import DatabaseThrottle
 from tortoise_auth.users import UserT
 from tortoise_auth.users.changes import replace_outdated_hash
 
@@ -27,22 +28,18 @@ async def login(
     core.tokens.check_extra(claims or {})
     context = current_context(context)
     verified = await passwords.check_login(identifier, password, context)
-    spending = _Spending(passwords, verified, within=passwords.resets_in_login)
-    if not spending.within:
-        # First, so that no session is opened if the store of the counters does not answer.
-        await passwords.succeeded(verified)
+    spending = _Spending(passwords, verified, within=passwords.resetting_in_login)
     try:
-        if spending.within:
-            spending.verified = verified = await passwords.source_released(verified)
+        await spending.begin()
         result = await sign_in(core, spending.proof(core), context, claims)
     except BaseException:  # rolled back, or cancelled
         if spending.within and not spending.committed:
-            passwords.release_later(verified)
+            passwords.release_later(spending.verified)
         raise
     if result is None:
         # The password was changed or locked, or the account deactivated, while it was hashed.
         if spending.within:
-            await passwords.lost(verified)
+            await passwords.lost(spending.verified)
         reason = await passwords.reason_now(verified.user)
         failed = passwords.login_failed(identifier, verified.user, context, reason)
         raise await passwords.refuse(failed)
@@ -54,14 +51,22 @@ class _Spending(Generic[UserT]):
     """A right password, used up in the transaction that opens the session.
 
     Attributes:
-        within: That transaction resets the counters of the throttle, too.
+        within: The throttle that is reset in that transaction; ``None`` if it is reset before.
         committed: It is committed.
     """
 
     passwords: PasswordCheck[UserT]
     verified: Verified[UserT]
-    within: bool
+    within: DatabaseThrottle | None
     committed: bool = False
+
+    async def begin(self) -> None:
+        """Reset what is reset before the transaction begins."""
+        if self.within is None:
+            # First, so that no session is opened if the store of the counters does not answer.
+            await self.passwords.succeeded(self.verified)
+        else:
+            self.verified = await self.passwords.source_released(self.verified, self.within)
 
     def proof(self, core: Core[UserT]) -> Proof[UserT]:
         """Return the proof that the user knows the password."""
@@ -79,7 +84,7 @@ class _Spending(Generic[UserT]):
             await replace_outdated_hash(
                 verified.user, verified.replacement, unit, instead_of=verified.stored
             )
-        if self.within:
-            await self.passwords.succeeded(verified, within=unit)
+        if self.within is not None:
+            await self.passwords.reset_within(unit, verified, self.within)
             unit.set_on_commit(self, committed=True)
         return True

@@ -10,6 +10,7 @@ from tortoise_auth.throttling.protocol import (
     TooEarly,
     source_of,
 )
+from tortoise_auth.throttling.unlimited import Unlimited
 
 __all__ = [
     "Attempt",
@@ -19,5 +20,6 @@ __all__ = [
     "Reservation",
     "Throttle",
     "TooEarly",
+    "Unlimited",
     "source_of",
 ]

@@ -148,26 +148,21 @@ class DatabaseThrottle(CountingThrottle):
     ) -> None:
         """Reset the account and give the source its attempt back.
 
-        Always in this order, so that two logins never wait for each other's rows.
-
         Args:
-            reservation: The attempt.
-            using_db: The transaction of the login, to reset in it; see `source_released`. Warning:
-                until it ends, every attempt of the account waits for the row; so never a
-                transaction of the caller.
+            reservation: The attempt; with *using_db*, what `source_released` returned.
+            using_db: The transaction of the login, to reset in it. Warning: until it ends, every
+                attempt of the account waits for the row; so never a transaction of the caller.
         """
-        connection = using_db if using_db is not None else _connection()
+        if using_db is None:
+            return await super().succeeded(reservation)
         for counted in self._to_reset(reservation):
-            if counted.of_source:
-                await self._give_back_on(connection, counted)
-            else:
-                await run_statement(connection, _RESET, {"key": counted.key})
+            await run_statement(using_db, _RESET, {"key": counted.key})
 
     async def source_released(self, reservation: Reservation) -> Reservation:
         """Give the source its attempt back; return the reservation of the account, still in flight.
 
-        For a login that resets the account in its own transaction, before that begins: everybody
-        behind one address shares the row of the source, and it would stay locked until the commit.
+        For a login that resets the account in its own transaction, before that begins: all users
+        behind one address share the row of the source, and it would stay locked until the commit.
         """
         for counted in reservation.counted:
             if counted.of_source:
@@ -185,7 +180,7 @@ class DatabaseThrottle(CountingThrottle):
         forgotten = Q(reserved_at__lt=now - FAILURES_KEPT // _MICROSECOND)
         stale = Q(reserved_at__lt=reset, failures=0) | forgotten
         counters = AttemptCount.all().using_db(_connection())
-        async for _ in batches():
+        async for _ in batches():  # pragma: no branch - it never ends by itself
             # From where the last batch ended: those that are kept are looked at once.
             at, key = place
             behind = Q(reserved_at__gt=at) | Q(reserved_at=at, key__gt=key)

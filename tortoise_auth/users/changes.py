@@ -171,15 +171,11 @@ async def lock_password(
     held, password, last_login = seen if user is not None else (identifier or "", "", None)
     login = {"last_login__isnull": True} if last_login is None else {"last_login": last_login}
     row = user_model.filter(password=password, password_locked_at__isnull=True, **login)
-    if (
-        not await row.filter(**{field: held})
-        .using_db(unit.connection)
-        .update(password_locked_at=at)
-    ):
-        return False
-    if user is not None:
+    row = row.filter(**{field: held}).using_db(unit.connection)
+    locked = bool(await row.update(password_locked_at=at))
+    if user is not None and locked:
         unit.set_on_commit(user, password_locked_at=at)
-    return True
+    return locked
 
 
 async def unlock_password(user: Model, unit: UnitOfWork) -> bool:

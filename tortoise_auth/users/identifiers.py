@@ -35,8 +35,6 @@ def normalize_username(value: object, limit: int) -> str:
         raise InvalidIdentifierError(
             "it holds a character that names may not have, or two spaces in a row (RFC 8265)"
         ) from None
-    if len(normal) > limit:
-        raise InvalidIdentifierError("it is too long")
     return normal
 
 

@@ -33,7 +33,13 @@ from tortoise_auth.exceptions import (
     IdentifierTakenError,
     InvalidIdentifierError,
 )
-from tortoise_auth.fields import EmailField, PasswordField, UtcDatetimeField, normalize_email
+from tortoise_auth.fields import (
+    EmailField,
+    PasswordField,
+    UtcDatetimeField,
+    normalize_email,
+    require_hash,
+)
 from tortoise_auth.legible import legible, listed
 from tortoise_auth.models import Session, user_table
 from tortoise_auth.passwords import PasswordHasher, PasswordPolicy, is_usable_hash, unusable_hash
@@ -123,9 +129,7 @@ class AbstractUser(Model):
     def __setattr__(self, key: str, value: Any) -> None:  # noqa: ANN401 - as the base class has it
         # What comes from the database does not pass here.
         if key == "password":
-            field = self._meta.fields_map["password"]
-            if isinstance(field, PasswordField):
-                field.check(value, type(self))
+            require_hash(value, type(self))  # also where the host's column is of another class
         elif key in ("email", self.identifier_field) and isinstance(value, str):
             value = self._comparable(key, value) or value
         super().__setattr__(key, value)
