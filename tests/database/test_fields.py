@@ -254,6 +254,7 @@ class TestNormalizeEmail:
         ("typed", "stored"),
         [
             ("Zoe\u0308@Example.com", "zo\u00eb@example.com"),
+            ("H\u0331x@example.com", "\u1e96x@example.com"),
             ("ada@XN--BCHER-KVA.example", "ada@bücher.example"),
             ("ada@BÜCHER.example", "ada@bücher.example"),
             ("straße@example.com", "straße@example.com"),

@@ -1,4 +1,4 @@
-"""The gate: a proof of who somebody is goes in, a session comes out. No other module opens one."""
+"""The gate: a proof of identity goes in, a session comes out. No other module opens one."""
 
 from __future__ import annotations
 

@@ -183,10 +183,11 @@ class AccessTokens:
         key = self._config.keys[0]
         latest = 10**11
         own = self._own_claims("x" * self._longest_subject, "x" * 36, latest, latest)
-        # 128: what `Session.authentication_methods` holds.
-        own |= {"auth_time": latest, "amr": ["x" * 128]}
+        # `Session.authentication_methods` holds 128 characters: the longest JSON are short methods.
+        own |= {"auth_time": latest, "amr": ["x"] * 64}
         header = _base64_length(len(_json({"alg": key.algorithm, **self._header()})))
         signature = _base64_length(key.signature_size)
+        # 8: two parts are rounded up in base64, and a comma joins both kinds of claims.
         room = (MAX_TOKEN_LENGTH - header - signature - 2) * 3 // 4 - len(_json(own)) - 8
         if room < _MIN_CLAIMS:
             raise ConfigurationError(

@@ -97,7 +97,7 @@ class AbstractUser(Model):
         email: Normalised when written and when looked up.
         password: The hash. Empty or unusable: no password logs in. Anything that is no hash is
             refused with a ``ValueError`` when it is assigned, created or updated.
-        is_active: False: nobody can log in, and no session works.
+        is_active: If false, no login succeeds and no session works.
         session_version: Raising it ends every session of the account at once. It starts at a
             random number, so that tokens of a deleted account do not open one that reuses its key.
         password_locked_at: When too many failures in a row locked the password, or ``None``. No
