@@ -15,7 +15,7 @@ from tortoise.context import TortoiseContext
 from tests.support.accounts import PASSWORD, SECRET
 from tests.support.app import User
 from tests.support.database import MODULES
-from tortoise_auth import AuthConfig, AuthService, EventEmitter
+from tortoise_auth import AuthConfig, AuthenticationError, AuthService, EventEmitter
 from tortoise_auth.events import PasswordChanged, UserLogin
 from tortoise_auth.models import Session
 from tortoise_auth.testing import cheap_hasher
@@ -105,6 +105,9 @@ async def _live(url: str, connection: str, journal: Journal, ready: Connection) 
 
 async def _use(auth: AuthService[User], email: str, ready: Connection) -> None:
     while True:
-        result = await auth.login(email, PASSWORD)
+        try:
+            result = await auth.login(email, PASSWORD)
+        except AuthenticationError:
+            continue  # the server ended the COMMIT of a killed process while this hash was computed
         ready.send("ready")
         await auth.set_password(result.user, PASSWORD)
