@@ -1253,6 +1253,22 @@ class TestSuccess:
         assert events.one(UserLoginFailed).reason == "bad_password"
         await fail(strict, BUDGET)
 
+    async def test_changed_meanwhile_without_a_throttle(
+        self,
+        ada: User,
+        clock: FakeClock,
+        hasher: PasswordHasher,
+        monkeypatch: pytest.MonkeyPatch,
+        events: Captured,
+    ) -> None:
+        """Such a password opens nothing where no attempts are counted, either."""
+        auth = AuthService(User, AuthConfig(secret=SECRET), throttle=None, clock=clock)
+        other = await User.get(pk=ada.pk)
+        meanwhile(monkeypatch, hasher, "verify", lambda: other.set_password(NEW_PASSWORD))
+        assert await guess(auth, EMAIL, PASSWORD) == "AuthenticationError"
+        assert events.one(UserLoginFailed).reason == "bad_password"
+        assert await auth.sessions(ada) == []
+
 
 class TestFault:
     """A password that was not checked (A173)."""

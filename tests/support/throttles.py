@@ -36,15 +36,13 @@ async def yes() -> bool:
     return True
 
 
-async def no() -> bool:
-    return False
-
-
 def attempt(
     account: str = "ada",
     source: str | None = HERE,
-    known_source: Callable[[], Awaitable[bool]] = no,
+    known_source: Callable[[], Awaitable[bool]] | None = None,
 ) -> Attempt:
+    if known_source is None:
+        return Attempt(account=account, source=source)
     return Attempt(account=account, source=source, known_source=known_source)
 
 

@@ -185,7 +185,7 @@ class PasswordCheck(Generic[UserT]):
         for stored in await row.values_list("password", flat=True):
             # The counter is named by the hash in the row; that of the object may be an older one.
             account = self._account("", user, str(stored))
-            attempt = Attempt(account=account, source=None, known_source=_never)
+            attempt = Attempt(account=account, source=None)
             await self._settle(self._throttle.succeeded(Reservation(attempt=attempt)))
 
     def login_failed(
@@ -457,7 +457,3 @@ def _reason(user: AbstractUser | None, reservation: Reservation) -> FailureReaso
     return (
         "locked" if reservation.exceeded or user.password_locked_at is not None else "bad_password"
     )
-
-
-async def _never() -> bool:
-    return False

@@ -29,6 +29,10 @@ UNDECIDED = timedelta(minutes=1)
 """How long an attempt may be in flight. After that its process was killed, and it has failed."""
 
 
+async def _unknown() -> bool:
+    return False
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Attempt:
     """One attempt to prove a password.
@@ -42,7 +46,7 @@ class Attempt:
 
     account: str
     source: str | None
-    known_source: Callable[[], Awaitable[bool]]
+    known_source: Callable[[], Awaitable[bool]] = _unknown
 
 
 @dataclass(frozen=True, slots=True)
