@@ -151,16 +151,18 @@ class PasswordField(fields.CharField[str]):
     def to_db_value(self, value: Any, instance: type[Model] | Model) -> Any:  # noqa: ANN401
         """Check what an UPDATE of many rows writes; an object is checked when it is assigned to."""
         if instance is None:
-            require_hash(value, self.model)
+            # An inherited field does not know its model for sure, so the message names none.
+            require_hash(value, self.model, name="User")
         return super().to_db_value(value, instance)
 
 
-def require_hash(value: object, owner: type | None) -> None:
+def require_hash(value: object, owner: type | None, *, name: str) -> None:
     """Refuse what is no hash of a password.
 
     Args:
         value: What is to be stored.
         owner: The model, whose ``password_hasher`` may know further schemes.
+        name: What the message calls the model.
 
     Raises:
         ValueError: It is none. The message does not quote it.
@@ -170,7 +172,6 @@ def require_hash(value: object, owner: type | None) -> None:
         known = hasher is not None and hasher.knows(value)
         if known or not value or is_hash(value):
             return
-    name = owner.__name__ if owner else "User"
     raise ValueError(
         f"{name}.password holds the hash of a password, and this is none. Use "
         f"{name}.create_user(password=...) for a new account and set_password(...) for one "

@@ -129,7 +129,8 @@ class AbstractUser(Model):
     def __setattr__(self, key: str, value: Any) -> None:  # noqa: ANN401 - as the base class has it
         # What comes from the database does not pass here.
         if key == "password":
-            require_hash(value, type(self))  # also where the host's column is of another class
+            # Here, because the host's column may be of another class.
+            require_hash(value, type(self), name=type(self).__name__)
         elif key in ("email", self.identifier_field) and isinstance(value, str):
             value = self._comparable(key, value) or value
         super().__setattr__(key, value)
