@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -12,13 +12,13 @@ from tortoise.context import TortoiseContext
 
 pytest.register_assert_rewrite("tests.support")
 
-from tests.support.accounts import SECRET
+from tests.support.accounts import EMAIL, PASSWORD, SECRET
 from tests.support.app import User
 from tests.support.database import DATABASES, database
 from tests.support.services import missing, needs_postgres
 from tortoise_auth import AuthConfig, AuthService, EventEmitter
 from tortoise_auth.passwords import PasswordHasher
-from tortoise_auth.testing import FakeClock, cheap_hasher
+from tortoise_auth.testing import Captured, FakeClock, capture, cheap_hasher
 
 # The same examples in every run: a build fails for what was changed, not by chance. Look further
 # with `make test ARGS="--hypothesis-profile=default"`.
@@ -85,6 +85,19 @@ def _cheap_models(
 
     monkeypatch.setattr(AbstractUser, "password_hasher", hasher)
     monkeypatch.setattr(AbstractUser, "emitter", emitter)
+
+
+@pytest.fixture
+async def ada(db: TortoiseContext) -> User:
+    """An account on each database."""
+    return await User.create_user(email=EMAIL, password=PASSWORD)
+
+
+@pytest.fixture
+def events(emitter: EventEmitter) -> Iterator[Captured]:
+    """What is emitted on the test's own emitter."""
+    with capture(emitter) as captured:
+        yield captured
 
 
 @pytest.fixture

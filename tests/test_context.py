@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -10,10 +9,10 @@ from tortoise.context import TortoiseContext
 
 from tests.support.accounts import PASSWORD
 from tests.support.app import User
-from tortoise_auth import AuthService, EventEmitter, RequestContext
+from tortoise_auth import AuthService, RequestContext
 from tortoise_auth.context import current_context, request_context
 from tortoise_auth.exceptions import AuthenticationError, TokenReusedError
-from tortoise_auth.testing import Captured, capture
+from tortoise_auth.testing import Captured
 
 GIVEN = RequestContext(ip="203.0.113.7", user_agent="Firefox", request_id="r-1")
 EVERY_EVENT = {
@@ -28,12 +27,6 @@ EVERY_EVENT = {
     "user_deactivated",
     "user_activated",
 }
-
-
-@pytest.fixture
-def events(emitter: EventEmitter) -> Iterator[Captured]:
-    with capture(emitter) as captured:
-        yield captured
 
 
 async def live(auth: AuthService[User], context: RequestContext | None) -> None:

@@ -37,11 +37,6 @@ from tortoise_auth.throttling import source_of
 CONFIG = AuthConfig(secret=SECRET)
 
 
-@pytest.fixture
-async def ada(db: TortoiseContext) -> User:
-    return await User.create_user(email=EMAIL, password=PASSWORD)
-
-
 class TestLogout:
     @pytest.mark.parametrize(
         ("mistake", "error", "message"),

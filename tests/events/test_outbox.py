@@ -55,11 +55,6 @@ class CardShown(UserEvent[User]):
     card: str
 
 
-@pytest.fixture
-async def ada(db: TortoiseContext) -> User:
-    return await User.create_user(email=EMAIL, password=PASSWORD)
-
-
 async def receive(event: Event) -> None:
     """A handler."""
 

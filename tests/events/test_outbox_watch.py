@@ -11,7 +11,7 @@ import pytest
 from tortoise.context import TortoiseContext
 from tortoise.exceptions import OperationalError
 
-from tests.support.accounts import EMAIL, PASSWORD, SECRET, log_in
+from tests.support.accounts import SECRET, log_in
 from tests.support.app import User
 from tests.support.concurrency import finished
 from tests.support.statements import every_statement
@@ -20,11 +20,6 @@ from tortoise_auth.events import outbox, outbox_watch
 from tortoise_auth.events.event_emitter import deliverer_of
 from tortoise_auth.events.outbox_watch import OutboxWatch
 from tortoise_auth.models import OutboxEntry
-
-
-@pytest.fixture
-async def ada(db: TortoiseContext) -> User:
-    return await User.create_user(email=EMAIL, password=PASSWORD)
 
 
 @pytest.fixture

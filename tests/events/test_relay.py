@@ -57,11 +57,6 @@ class BellRung(Event):
     times: int = 1
 
 
-@pytest.fixture
-async def ada(db: TortoiseContext) -> User:
-    return await User.create_user(email=EMAIL, password=PASSWORD)
-
-
 class Publisher:
     """Records events: writes rows for the durable subscriptions of an emitter."""
 

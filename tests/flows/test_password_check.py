@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -52,7 +52,7 @@ from tortoise_auth.flows import password_check
 from tortoise_auth.flows.password_check import PasswordCheck
 from tortoise_auth.models import AttemptCount, Session
 from tortoise_auth.passwords import Verification
-from tortoise_auth.testing import Captured, FakeClock, capture
+from tortoise_auth.testing import Captured, FakeClock
 from tortoise_auth.throttling import Backoff, DatabaseThrottle, waiting
 from tortoise_auth.throttling.protocol import Counted
 
@@ -69,17 +69,6 @@ Call: TypeAlias = Callable[[], Awaitable[object]]
 def waiting_at(auth: AuthService[User]) -> int:
     """Return how many attempts wait for attempts in flight."""
     return auth._passwords._waiting._waiting.total()
-
-
-@pytest.fixture
-def events(emitter: EventEmitter) -> Iterator[Captured]:
-    with capture(emitter) as captured:
-        yield captured
-
-
-@pytest.fixture
-async def ada(db: TortoiseContext) -> User:
-    return await User.create_user(email=EMAIL, password=PASSWORD)
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from datetime import timedelta
 from itertools import count
 from typing import Any, TypeAlias
@@ -64,7 +64,7 @@ from tortoise_auth.exceptions import (
 )
 from tortoise_auth.models import Session
 from tortoise_auth.passwords import MAX_PASSWORD_LENGTH, unusable_hash
-from tortoise_auth.testing import Captured, FakeClock, capture
+from tortoise_auth.testing import Captured, FakeClock
 
 Host: TypeAlias = tuple[type[AbstractUser], str, dict[str, str]]
 """A user model, the identifier to log in with, and the columns to sign up with."""
@@ -75,17 +75,6 @@ HOSTS = [
     pytest.param((StrUser, EMAIL, {"email": EMAIL, "code": "ada/Löve 1"}), id="str"),
     pytest.param((NamedUser, "Ada", {"email": EMAIL, "username": "Ada"}), id="username"),
 ]
-
-
-@pytest.fixture
-def events(emitter: EventEmitter) -> Iterator[Captured]:
-    with capture(emitter) as captured:
-        yield captured
-
-
-@pytest.fixture
-async def ada(db: TortoiseContext) -> User:
-    return await User.create_user(email=EMAIL, password=PASSWORD)
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ from typing import Any
 
 import argon2.low_level
 import pytest
-from tortoise.context import TortoiseContext
 
 from tests.support.accounts import EMAIL, PASSWORD, SECRET, assert_live, log_in
 from tests.support.app import User, store
@@ -46,11 +45,6 @@ class Computing:
                     self._now -= 1
 
         patch.setattr(argon2.low_level, "verify_secret", verify_and_count)
-
-
-@pytest.fixture
-async def ada(db: TortoiseContext) -> User:
-    return await User.create_user(email=EMAIL, password=PASSWORD)
 
 
 class TestStorm:

@@ -46,11 +46,6 @@ async def guess(auth: AuthService[User], ip: str | None = None) -> type[Tortoise
     return type(refusal.value)
 
 
-@pytest.fixture
-async def ada(db: TortoiseContext) -> User:
-    return await User.create_user(email=EMAIL, password=PASSWORD)
-
-
 class TestSameAnswer:
     async def test_locked_account(
         self, ada: User, clock: FakeClock, hasher: PasswordHasher, emitter: EventEmitter

@@ -93,11 +93,6 @@ async def db(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[To
         yield context
 
 
-@pytest.fixture
-async def ada(db: TortoiseContext) -> User:
-    return await User.create_user(email=EMAIL, password=PASSWORD)
-
-
 @dataclass
 class Work:
     """The cost of a call.

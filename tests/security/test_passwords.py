@@ -12,7 +12,6 @@ from typing import Any, TypeAlias
 import argon2.low_level
 import pytest
 from argon2.exceptions import HashingError, VerificationError
-from tortoise.context import TortoiseContext
 
 import tortoise_auth
 from tests.support.accounts import (
@@ -50,11 +49,6 @@ DOORS: list[Any] = [
 
 FOURTEEN, FIFTEEN = "qzwvbnmlkjhgfd", "qzwvbnmlkjhgfds"
 """Letters that no user chooses; the second is one longer."""
-
-
-@pytest.fixture
-async def ada(db: TortoiseContext) -> User:
-    return await User.create_user(email=EMAIL, password=PASSWORD)
 
 
 class TestPolicy:

@@ -6,6 +6,7 @@ import ast
 import asyncio
 import json
 import os
+import re
 import subprocess
 import sys
 import uuid
@@ -17,6 +18,7 @@ from typing import Any
 import pytest
 from tortoise.context import TortoiseContext
 from tortoise.exceptions import OperationalError
+from tortoise.transactions import in_transaction
 
 import tortoise_auth
 from tests.support.accounts import (
@@ -47,11 +49,6 @@ from tortoise_auth.testing import FakeClock, capture
 
 PACKAGE = Path(tortoise_auth.__file__).parent
 ROOT = PACKAGE.parent
-
-
-@pytest.fixture
-async def ada(db: TortoiseContext) -> User:
-    return await User.create_user(email=EMAIL, password=PASSWORD)
 
 
 class TestRandomness:
@@ -432,6 +429,7 @@ class TestRows:
             await auth.logout(result.access_token)
             await auth.logout_all(ada)
             await auth.set_password(ada, NEW_PASSWORD)
+            await auth.sessions(ada)
             await auth.purge_expired()
         connection = connection_of(sqlite)
         plans = {}
@@ -446,6 +444,30 @@ class TestRows:
             if any(step.startswith("SCAN") for step in plan)
         }
         assert scanned == {}
+
+    async def test_long_lists_use_an_index_on_postgres(
+        self, postgres: TortoiseContext, auth: AuthService[User]
+    ) -> None:
+        """A104: PostgreSQL has an index for every list, logout and purge, whatever its statistics."""
+        ada = await User.create_user(email=EMAIL, password=PASSWORD)
+        first = (await log_in(auth)).session
+        with statements(postgres) as sent:
+            await auth.sessions(ada, before=first)
+            await auth.logout_all(ada)
+            await auth.purge_expired()
+        plans = {}
+        async with in_transaction(connection_of(postgres).connection_name) as connection:
+            await connection.execute_script(
+                "SET LOCAL enable_seqscan = off; SET LOCAL plan_cache_mode = force_generic_plan"
+            )
+            for number, statement in enumerate({each for each in sent if " WHERE " in each}):
+                given = len(set(re.findall(r"\$\d+", statement)))
+                values = f"({', '.join(['NULL'] * given)})" if given else ""
+                await connection.execute_script(f"PREPARE plan{number} AS {statement}")
+                steps = await connection.execute_query_dict(f"EXPLAIN EXECUTE plan{number}{values}")
+                plans[statement] = " ".join(step["QUERY PLAN"] for step in steps)
+        assert len(plans) >= 5
+        assert {each for each, plan in plans.items() if "Seq Scan" in plan} == set()
 
 
 class TestPersonalData:

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from datetime import timedelta
 
 import pytest
-from tortoise.context import TortoiseContext
 
 from tests.support.accounts import (
-    EMAIL,
     NEW_PASSWORD,
-    PASSWORD,
     SECRET,
     assert_live,
     assert_over,
@@ -31,21 +27,10 @@ from tortoise_auth.exceptions import (
 )
 from tortoise_auth.models import Session
 from tortoise_auth.sessions import Sessions
-from tortoise_auth.testing import Captured, FakeClock, capture
+from tortoise_auth.testing import Captured, FakeClock
 
 GRACE = timedelta(seconds=30)
 INSTANT = timedelta(microseconds=1)
-
-
-@pytest.fixture
-def events(emitter: EventEmitter) -> Iterator[Captured]:
-    with capture(emitter) as captured:
-        yield captured
-
-
-@pytest.fixture
-async def ada(db: TortoiseContext) -> User:
-    return await User.create_user(email=EMAIL, password=PASSWORD)
 
 
 @pytest.fixture

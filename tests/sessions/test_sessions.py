@@ -60,18 +60,7 @@ from tortoise_auth.exceptions import (
 from tortoise_auth.fields import EmailField
 from tortoise_auth.models import Session
 from tortoise_auth.sessions.refresh_tokens import RefreshToken
-from tortoise_auth.testing import Captured, FakeClock, capture
-
-
-@pytest.fixture
-def events(emitter: EventEmitter) -> Iterator[Captured]:
-    with capture(emitter) as captured:
-        yield captured
-
-
-@pytest.fixture
-async def ada(db: TortoiseContext) -> User:
-    return await User.create_user(email=EMAIL, password=PASSWORD)
+from tortoise_auth.testing import Captured, FakeClock
 
 
 @pytest.fixture

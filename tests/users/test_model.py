@@ -32,11 +32,6 @@ async def others(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterato
         yield context
 
 
-@pytest.fixture
-async def ada(db: TortoiseContext) -> User:
-    return await User.create_user(email=EMAIL, password=PASSWORD)
-
-
 async def update(user: User, value: str) -> None:
     await User.filter(pk=user.pk).update(password=value)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import traceback
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -29,7 +29,6 @@ from tortoise_auth import (
     AuthConfig,
     AuthenticationError,
     AuthService,
-    EventEmitter,
     PasswordHasher,
     PasswordPolicy,
     PasswordPolicyError,
@@ -42,7 +41,7 @@ from tortoise_auth.exceptions import IdentifierTakenError, InvalidIdentifierErro
 from tortoise_auth.fields import EmailField
 from tortoise_auth.models import primary_key, user_table
 from tortoise_auth.passwords import MAX_PASSWORD_LENGTH
-from tortoise_auth.testing import Captured, capture
+from tortoise_auth.testing import Captured
 
 MODELS: list[Any] = [
     pytest.param(User, {}, id="int"),
@@ -50,12 +49,6 @@ MODELS: list[Any] = [
     pytest.param(StrUser, {"code": "ada"}, id="str"),
     pytest.param(NamedUser, {"username": "ada"}, id="username"),
 ]
-
-
-@pytest.fixture
-def events(emitter: EventEmitter) -> Iterator[Captured]:
-    with capture(emitter) as captured:
-        yield captured
 
 
 @pytest.fixture
