@@ -14,7 +14,7 @@ pytest.register_assert_rewrite("tests.support")
 
 from tests.support.accounts import EMAIL, PASSWORD, SECRET
 from tests.support.app import User
-from tests.support.database import DATABASES, database
+from tests.support.database import DATABASES, SERVERS, database
 from tests.support.services import missing, needs_postgres
 from tortoise_auth import AuthConfig, AuthService, EventEmitter
 from tortoise_auth.passwords import PasswordHasher
@@ -58,6 +58,13 @@ async def sqlite(tmp_path: Path) -> AsyncIterator[TortoiseContext]:
 async def postgres(tmp_path: Path) -> AsyncIterator[TortoiseContext]:
     """PostgreSQL with a pool of 30 connections."""
     async with database("postgres", tmp_path, maxsize=30) as context:
+        yield context
+
+
+@pytest.fixture(params=SERVERS)
+async def server(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[TortoiseContext]:
+    """Each server by each driver, with a pool of 30 connections: SQLite hides races."""
+    async with database(request.param, tmp_path, maxsize=30) as context:
         yield context
 
 

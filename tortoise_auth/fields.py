@@ -14,6 +14,8 @@ from tortoise.models import Model
 
 from tortoise_auth.clock import utc_now
 from tortoise_auth.context import sanitize_text
+from tortoise_auth.database import reads_naive_times
+from tortoise_auth.database.dialects.mysql_settings import EXACT
 from tortoise_auth.exceptions import InvalidIdentifierError
 from tortoise_auth.lazy import LazyModule
 from tortoise_auth.passwords import is_hash
@@ -38,13 +40,18 @@ class UtcDatetimeField(fields.DatetimeField[MomentT]):
     ``timezone``.
 
     Raises:
-        ValidationError: The value is a naive datetime, which could be in any time zone.
+        ValidationError: The value is a naive datetime, which could be in any time zone. On MariaDB
+            and MySQL the constructor of a model takes it for UTC, as their drivers read times.
     """
 
     def to_python_value(self, value: Any) -> datetime | None:  # noqa: ANN401 - the signature of the base class
         """Return *value*, which comes from the database driver, as aware UTC."""
-        if value is None or isinstance(value, datetime):
+        if isinstance(value, datetime):
+            if value.tzinfo is None and reads_naive_times():
+                return value.replace(tzinfo=UTC)
             return self._in_utc(value)
+        if value is None:
+            return None
         # SQLite returns text, without an offset if CURRENT_TIMESTAMP wrote it, which is UTC.
         moment = datetime.fromisoformat(value)
         return moment.replace(tzinfo=moment.tzinfo or UTC).astimezone(UTC)
@@ -141,7 +148,25 @@ def _why_not(domain: str) -> str:
     )
 
 
-class PasswordField(fields.CharField[str]):
+class ExactCharField(fields.CharField[str]):
+    """A text that equals no other one, on any database.
+
+    MariaDB and MySQL take ``A`` for ``a`` and a blank at the end for none, unless the column says
+    otherwise. Use it for the column that people log in with.
+    """
+
+    exact = True
+
+    class _db_mysql:
+        def __init__(self, field: fields.CharField[str]) -> None:
+            self._field = field
+
+        @property
+        def SQL_TYPE(self) -> str:
+            return f"VARCHAR({self._field.max_length}) {EXACT}"
+
+
+class PasswordField(ExactCharField):
     """The hash of a password; anything else is refused when it is written.
 
     Raises:
@@ -179,7 +204,7 @@ def require_hash(value: object, owner: type | None, *, name: str) -> None:
     )
 
 
-class EmailField(fields.CharField[str]):
+class EmailField(ExactCharField):
     """An e-mail address, normalised when written *and* when looked up.
 
     So ``User.get(email="Ada@Example.COM ")`` returns the user stored as ``ada@example.com``, by a

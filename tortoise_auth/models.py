@@ -12,7 +12,7 @@ from tortoise.exceptions import ValidationError
 from tortoise.indexes import Index
 from tortoise.models import Model
 
-from tortoise_auth.fields import UtcDatetimeField
+from tortoise_auth.fields import ExactCharField, UtcDatetimeField
 
 
 class Session(Model):
@@ -44,24 +44,24 @@ class Session(Model):
     """
 
     id = fields.UUIDField(primary_key=True)
-    user_table = fields.CharField(max_length=128)
-    user_id = fields.CharField(max_length=255)
+    user_table = ExactCharField(max_length=128)
+    user_id = ExactCharField(max_length=255)
     session_version = fields.IntField()
-    family_hash = fields.CharField(max_length=64, unique=True)
-    refresh_hash = fields.CharField(max_length=64)
-    previous_refresh_hash = fields.CharField(max_length=64, null=True)
+    family_hash = ExactCharField(max_length=64, unique=True)
+    refresh_hash = ExactCharField(max_length=64)
+    previous_refresh_hash = ExactCharField(max_length=64, null=True)
     generation = fields.IntField(default=0)
     created_at: UtcDatetimeField[datetime] = UtcDatetimeField()
     last_used_at: UtcDatetimeField[datetime] = UtcDatetimeField()
     authenticated_at: UtcDatetimeField[datetime | None] = UtcDatetimeField(null=True)
     # `db_default` for the rows that are there when the migration adds the column.
-    authentication_methods = fields.CharField(max_length=128, default="", db_default="")
+    authentication_methods = ExactCharField(max_length=128, default="", db_default="")
     refresh_expires_at: UtcDatetimeField[datetime] = UtcDatetimeField()
     expires_at: UtcDatetimeField[datetime] = UtcDatetimeField(db_index=True)  # for the purge
     revoked_at: UtcDatetimeField[datetime | None] = UtcDatetimeField(null=True)
-    ip = fields.CharField(max_length=64, null=True)
-    user_agent = fields.CharField(max_length=255, null=True)
-    network_hash = fields.CharField(max_length=64, null=True)
+    ip = ExactCharField(max_length=64, null=True)
+    user_agent = ExactCharField(max_length=255, null=True)
+    network_hash = ExactCharField(max_length=64, null=True)
 
     class Meta(Model.Meta):
         table = "tortoise_auth_session"
@@ -114,10 +114,10 @@ class OutboxRow(Model):
     """
 
     event_id = fields.UUIDField()
-    event_name = fields.CharField(max_length=255)
-    subscription = fields.CharField(max_length=255)
-    user_table = fields.CharField(max_length=128, default="")
-    subject_id = fields.CharField(max_length=255, null=True)
+    event_name = ExactCharField(max_length=255)
+    subscription = ExactCharField(max_length=255)
+    user_table = ExactCharField(max_length=128, default="")
+    subject_id = ExactCharField(max_length=255, null=True)
     payload: fields.JSONField[dict[str, Any]] = fields.JSONField()
     created_at: UtcDatetimeField[datetime] = UtcDatetimeField()
     attempts = fields.IntField(default=0)
@@ -143,7 +143,7 @@ class OutboxEntry(OutboxRow):
 
     id = fields.BigIntField(primary_key=True)
     due_at: UtcDatetimeField[datetime | None] = UtcDatetimeField(null=True)
-    claimed_by = fields.CharField(max_length=128, null=True)
+    claimed_by = ExactCharField(max_length=128, null=True)
 
     class Meta(Model.Meta):
         table = "tortoise_auth_outbox"
@@ -193,7 +193,7 @@ class AttemptCount(Model):
         reserved_at: When an attempt last began, whether it counted against the budget or not.
     """
 
-    key = fields.CharField(max_length=191, primary_key=True)
+    key = ExactCharField(max_length=191, primary_key=True)
     count = fields.IntField(default=0)
     failures = fields.IntField(default=0)
     in_flight = fields.IntField(default=0)

@@ -24,8 +24,7 @@ from tortoise.context import TortoiseContext
 
 from tests.support.accounts import PASSWORD, SECRET
 from tests.support.app import AuditRow, User
-from tests.support.database import SHARED_DATABASES, connection_of, database
-from tests.support.services import POSTGRES_URL
+from tests.support.database import SHARED_DATABASES, address, connection_of, database
 from tortoise_auth import AuthConfig, AuthService, EventEmitter
 from tortoise_auth.clock import utc_now
 from tortoise_auth.models import DeadLetter, OutboxEntry
@@ -218,15 +217,14 @@ async def eventually(true: Callable[[], Awaitable[bool]]) -> None:
 async def project_on(kind: str, folder: Path) -> AsyncIterator[Project]:
     """Make a project with an empty database."""
     async with database(kind, folder) as context:
-        connection: Any = connection_of(context)
-        url = {
-            "file": f"sqlite://{folder / 'test.sqlite3'}",
-            "postgres": f"{POSTGRES_URL}?schema={getattr(connection, 'schema', None)}",
-        }[kind]
         project = Project(
             folder,
             context,
-            {"SHOP_DATABASE": url, "SHOP_SECRET": SECRET, "TORTOISE_ORM": "shop:TORTOISE_ORM"},
+            {
+                "SHOP_DATABASE": address(context),
+                "SHOP_SECRET": SECRET,
+                "TORTOISE_ORM": "shop:TORTOISE_ORM",
+            },
         )
         project.write(RECORD)
         yield project

@@ -31,12 +31,12 @@ from tests.support.services import needs_postgres
 from tortoise_auth.database import (
     attach,
     connection_for,
+    dialect_of,
     in_caller_transaction,
     on_commit,
     transaction,
     unless_kept,
 )
-from tortoise_auth.database.dialects import mark_of, set_mark
 
 
 @pytest.fixture(params=DATABASES)
@@ -544,14 +544,15 @@ class TestPrivateNames:
 
     async def test_marks(self, root: BaseDBAsyncClient) -> None:
         """The last number is rolled back with a savepoint, and kept by a release."""
+        dialect = dialect_of(root)
         async with in_transaction(root.connection_name) as outer:
-            before = await mark_of(outer)
-            assert await set_mark(outer, 7) == before
+            before = await dialect.mark_of(outer)
+            assert await dialect.set_mark(outer, 7) == before
             with suppress(Undo):
                 async with in_transaction(root.connection_name) as inner:
-                    assert await set_mark(inner, 8) == 7
+                    assert await dialect.set_mark(inner, 8) == 7
                     raise Undo
-            assert await mark_of(outer) == 7
+            assert await dialect.mark_of(outer) == 7
             async with in_transaction(root.connection_name) as inner:
-                assert await set_mark(inner, 2**31 - 1) == 7
-            assert await mark_of(outer) == 2**31 - 1
+                assert await dialect.set_mark(inner, 2**31 - 1) == 7
+            assert await dialect.mark_of(outer) == 2**31 - 1

@@ -6,6 +6,7 @@ import asyncio
 import contextvars
 import itertools
 import logging
+import secrets
 import sqlite3
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -16,6 +17,7 @@ from typing import Any
 
 import anyio
 import asyncpg
+import psycopg
 import pytest
 from tortoise import fields
 from tortoise.backends.asyncpg.client import AsyncpgDBClient, TransactionWrapper
@@ -43,7 +45,14 @@ from tortoise.transactions import in_transaction
 
 from tests.support.app import AuditRow, User
 from tests.support.concurrency import Steps, Work, settled
-from tests.support.database import SHARED_DATABASES, database
+from tests.support.database import (
+    ON_POSTGRES,
+    SERVERS,
+    SHARED_DATABASES,
+    connection_of,
+    database,
+    kind_of,
+)
 from tests.support.services import needs_postgres
 from tortoise_auth.database import (
     Listener,
@@ -51,7 +60,6 @@ from tortoise_auth.database import (
     connection_for,
     context_outside_transactions,
     current_connection,
-    dialects,
     in_caller_transaction,
     is_transaction,
     notify,
@@ -60,6 +68,7 @@ from tortoise_auth.database import (
     transaction,
     translates_database_errors,
 )
+from tortoise_auth.database.dialects import listening as listening_module
 from tortoise_auth.exceptions import (
     AuthenticationError,
     ConfigurationError,
@@ -780,11 +789,19 @@ class TestContexts:
         assert [is_transaction(each) for each in (root, outer, inner)] == [False, False, False]
 
 
-@needs_postgres
+@pytest.fixture(params=[each for each in SERVERS if each.values[0] in ON_POSTGRES])
+async def listening(
+    request: pytest.FixtureRequest, tmp_path: Path
+) -> AsyncIterator[TortoiseContext]:
+    """PostgreSQL, by each driver."""
+    async with database(request.param, tmp_path) as context:
+        yield context
+
+
 class TestNotify:
-    async def test_wakes_after_the_commit(self, postgres: TortoiseContext) -> None:
+    async def test_wakes_after_the_commit(self, listening: TortoiseContext) -> None:
         """A listener is woken by a commit, and not by a rollback."""
-        root = postgres.connections.get("postgres")
+        root = connection_of(listening)
         woken: asyncio.Queue[str] = asyncio.Queue()
         async with (
             Listener(root, "tests_one", lambda: woken.put_nowait("one")),
@@ -803,7 +820,7 @@ class TestNotify:
 
     async def test_listener_that_gets_no_connection(
         self,
-        postgres: TortoiseContext,
+        listening: TortoiseContext,
         monkeypatch: pytest.MonkeyPatch,
         caplog: pytest.LogCaptureFixture,
     ) -> None:
@@ -811,36 +828,40 @@ class TestNotify:
         root = connection_for(AuditRow)
 
         async def refuse(**options: object) -> None:
-            assert options["timeout"] == 5
+            assert 5 in (options.get("timeout"), options.get("connect_timeout"))
             raise OSError(f"no route to {options['host']}")
 
-        monkeypatch.setattr(asyncpg, "connect", refuse)
+        owner: Any = asyncpg if kind_of(listening) == "postgres" else psycopg.AsyncConnection
+        monkeypatch.setattr(owner, "connect", refuse)
         async with Listener(root, "channel", lambda: None):
             pass
         assert caplog.messages == ["Cannot listen to channel (OSError)"]
 
     async def test_listener_that_loses_its_connection(
         self,
-        postgres: TortoiseContext,
+        listening: TortoiseContext,
         monkeypatch: pytest.MonkeyPatch,
         caplog: pytest.LogCaptureFixture,
     ) -> None:
         """A listener whose connection is ended says so once, and listens again when it can."""
         caplog.set_level(logging.INFO)
         root, woken = connection_for(AuditRow), asyncio.Event()
-        connect, refusals = asyncpg.connect, iter([OSError("down"), OSError("down")])
+        owner: Any = asyncpg if kind_of(listening) == "postgres" else psycopg.AsyncConnection
+        connect, refusals = owner.connect, iter([OSError("down"), OSError("down")])
 
         async def refuse_at_first(**options: Any) -> Any:
             for refusal in refusals:
                 raise refusal
             return await connect(**options)
 
-        monkeypatch.setattr(dialects, "_pauses", lambda: itertools.repeat(0.01))
-        channel = "tests_lost"
-        async with Listener(root, channel, woken.set) as listener:
-            pid = listener._listening.get_server_pid()
-            monkeypatch.setattr(asyncpg, "connect", refuse_at_first)
-            await root.execute_query_dict("SELECT pg_terminate_backend($1)", [pid])
+        monkeypatch.setattr(listening_module, "_pauses", lambda: itertools.repeat(0.01))
+        channel = f"tests_lost_{secrets.token_hex(4)}"
+        async with Listener(root, channel, woken.set):
+            monkeypatch.setattr(owner, "connect", refuse_at_first)
+            await root.execute_query_dict(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+                f"WHERE query LIKE 'LISTEN%{channel}%'"
+            )
             async with asyncio.timeout(30):
                 await woken.wait()  # for what may have been notified meanwhile
                 woken.clear()
@@ -854,7 +875,7 @@ class TestNotify:
 
     def test_listener_backs_off(self) -> None:
         """While the database is down, the pauses between attempts grow to half a minute."""
-        pauses = list(itertools.islice(dialects._pauses(), 10))
+        pauses = list(itertools.islice(listening_module._pauses(), 10))
         assert pauses == sorted(pauses)
         assert (pauses[0], pauses[-1]) == (0.1, 30.0)
 

@@ -17,8 +17,7 @@ from tortoise.context import TortoiseContext
 from tests.delivery import victim
 from tests.support.accounts import PASSWORD, counting_from_zero
 from tests.support.app import User
-from tests.support.database import database, look, root
-from tests.support.services import POSTGRES_URL, needs_postgres
+from tests.support.database import SHARED_DATABASES, address, database, kind_of, look
 from tortoise_auth.clock import utc_now
 from tortoise_auth.events.relay import Relay
 from tortoise_auth.models import Session
@@ -33,9 +32,7 @@ PATIENCE = 30.0
 processes = multiprocessing.get_context("forkserver")
 
 
-@pytest.fixture(
-    params=[pytest.param("file"), pytest.param("postgres", marks=needs_postgres)],
-)
+@pytest.fixture(params=SHARED_DATABASES)
 async def shared(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[TortoiseContext]:
     """A database that outlives the processes that use it."""
     async with database(request.param, tmp_path) as context:
@@ -46,13 +43,7 @@ class Executioner:
     """Starts the program on one database again and again, and kills it each time."""
 
     def __init__(self, context: TortoiseContext, journal: Path) -> None:
-        client = root(context)
-        self._url = (
-            f"{POSTGRES_URL}?schema={client.schema}"  # type: ignore[attr-defined]
-            if client.capabilities.dialect == "postgres"
-            else f"sqlite://{client.filename}"  # type: ignore[attr-defined]
-        )
-        self._name = client.connection_name
+        self._url, self._name = address(context), kind_of(context)
         self._journal = journal
         # What all of them import is imported once, and each is a fork of that.
         processes.set_forkserver_preload(["pytest", "tests.delivery.victim"])
@@ -117,7 +108,7 @@ async def test_every_committed_change_is_delivered_and_nothing_else(
     assert left_behind[True] > KILLS / 10
     with capsys.disabled():
         print(
-            f"\n{root(shared).connection_name}: seed {SEED}, {KILLS} kills, {events} changes, "
+            f"\n{kind_of(shared)}: seed {SEED}, {KILLS} kills, {events} changes, "
             f"{len(notes)} deliveries, {len(notes) - events} of them repetitions; "
             f"rows left behind by {left_behind[True]} kills, {inherited} delivered after the last"
         )

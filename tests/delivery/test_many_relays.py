@@ -16,8 +16,7 @@ import pytest
 from tortoise.context import TortoiseContext
 
 from tests.support.app import AuditRow, User
-from tests.support.database import MODULES, database, root
-from tests.support.services import POSTGRES_URL, needs_postgres
+from tests.support.database import MODULES, SERVERS, address, database, kind_of
 from tortoise_auth import EventEmitter
 from tortoise_auth.clock import utc_now
 from tortoise_auth.events import Event
@@ -40,19 +39,19 @@ class StepTaken(Event):
     number: int
 
 
-def carry(url: str, number: int, parent: Connection) -> None:
+def carry(url: str, name: str, number: int, parent: Connection) -> None:
     """Run a relay that writes a row for each event, from one message of the parent to the next."""
-    asyncio.run(_carry(url, number, parent))
+    asyncio.run(_carry(url, name, number, parent))
 
 
-async def _carry(url: str, number: int, parent: Connection) -> None:
+async def _carry(url: str, name: str, number: int, parent: Connection) -> None:
     emitter = EventEmitter()
 
     @emitter.on(StepTaken, delivery="durable", name="steps")
     async def note(event: StepTaken) -> None:
         await AuditRow.create(event=f"{event.number} by {number}", subject=str(event.id))
 
-    async with connected(url):
+    async with connected(url, name):
         await AuditRow.all().count()
         parent.send("ready")
         await asyncio.to_thread(parent.recv)
@@ -62,11 +61,11 @@ async def _carry(url: str, number: int, parent: Connection) -> None:
 
 
 @asynccontextmanager
-async def connected(url: str) -> AsyncIterator[None]:
+async def connected(url: str, name: str) -> AsyncIterator[None]:
     """Open the database of the test in a process of its own."""
     config = {
-        "connections": {"postgres": url},
-        "apps": {"models": {"models": MODULES, "default_connection": "postgres"}},
+        "connections": {name: url},
+        "apps": {"models": {"models": MODULES, "default_connection": name}},
     }
     async with TortoiseContext() as context:
         await context.init(config=config)
@@ -77,12 +76,12 @@ class Relays:
     """Relay processes that begin and end together."""
 
     def __init__(self, context: TortoiseContext, number: int) -> None:
-        url = f"{POSTGRES_URL}?schema={root(context).schema}"  # type: ignore[attr-defined]
+        url, name = address(context), kind_of(context)
         processes.set_forkserver_preload(["pytest", "tests.delivery.test_many_relays"])
         pipes = [processes.Pipe() for _ in range(number)]
         self._parents = [parent for parent, _ in pipes]
         self._processes = [
-            processes.Process(target=carry, args=(url, each, child))
+            processes.Process(target=carry, args=(url, name, each, child))
             for each, (_, child) in enumerate(pipes)
         ]
 
@@ -113,11 +112,11 @@ def steps(number: int) -> list[StepTaken]:
     ]
 
 
-@needs_postgres
+@pytest.mark.parametrize("kind", SERVERS)
 @pytest.mark.parametrize("number", [2, 4])
-async def test_every_row_once(tmp_path: Path, number: int) -> None:
+async def test_every_row_once(tmp_path: Path, kind: str, number: int) -> None:
     """Relays that compete for the same rows share them; each is delivered by exactly one of them."""
-    async with database("postgres", tmp_path) as context:
+    async with database(kind, tmp_path) as context:
         events = steps(ROWS)
         now = utc_now()
         await OutboxEntry.bulk_create(

@@ -21,8 +21,8 @@ from tests.support.concurrency import finished
 from tests.support.database import database, look, root
 from tests.support.statements import every_statement
 from tortoise_auth.database import transaction
+from tortoise_auth.database.dialects import outbox as sql
 from tortoise_auth.events import Event, outbox
-from tortoise_auth.events import outbox_sql as sql
 from tortoise_auth.events.outbox import Claimed
 from tortoise_auth.models import DeadLetter, OutboxEntry
 from tortoise_auth.testing import FakeClock
@@ -187,7 +187,7 @@ async def test_claim_and_deletion_write_first(tmp_path: Path, clock: FakeClock) 
         lines = Lines(root(context), clock)
         await lines.put("a", "a")
         async with transaction(lines.connection) as working:
-            await working.execute_query(sql.LOCK_ON_SQLITE)
+            await working.execute_query(sql.BEGIN["sqlite"])
             client: Any = lines.connection
             with closing(sqlite3.connect(client.filename, timeout=0)) as other:
                 with pytest.raises(sqlite3.OperationalError, match="locked"):
@@ -195,7 +195,7 @@ async def test_claim_and_deletion_write_first(tmp_path: Path, clock: FakeClock) 
         with every_statement(context) as seen:
             await outbox.delete_delivered(lines.connection, await lines.claim("r1"), "r1")
         begun = [after for before, after in pairwise(seen) if before == "BEGIN"]
-        assert begun == [sql.LOCK_ON_SQLITE] * 2
+        assert begun == [sql.BEGIN["sqlite"]] * 2
 
 
 async def _waits_for_a_lock(context: TortoiseContext) -> None:

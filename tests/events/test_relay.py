@@ -7,8 +7,8 @@ import gc
 import logging
 import random
 from collections import defaultdict
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from functools import partial
@@ -980,7 +980,7 @@ class TestRunning:
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         """It does not wait for the next poll, nor after the commit of a caller's transaction."""
-        monkeypatch.setattr(Listener, "_listen", _unavailable)
+        monkeypatch.setattr(Listener, "_connect", lambda _: _no_listening())
         async with auth.relay(poll_interval=NEVER):
             await idle()
             result = await log_in(auth)
@@ -1023,20 +1023,21 @@ class TestRunning:
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         """A relay whose listening connection is ended by the server is woken by others again."""
-        listeners: list[Any] = []
-        listen = Listener._listen
+        opened: list[Any] = []
+        connect = asyncpg.connect
 
-        async def noted(listener: Listener) -> None:
-            await listen(listener)
-            listeners.append(listener)
+        async def noted(**options: Any) -> Any:
+            connection = await connect(**options)
+            opened.append(connection)
+            return connection
 
-        monkeypatch.setattr(Listener, "_listen", noted)
+        monkeypatch.setattr(asyncpg, "connect", noted)
         await User.create_user(email=EMAIL, password=PASSWORD)
         async with auth.relay(poll_interval=NEVER):
             await idle()
-            pid = listeners[0]._listening.get_server_pid()
+            pid = opened[0].get_server_pid()
             await root(postgres).execute_query_dict("SELECT pg_terminate_backend($1)", [pid])
-            while len(listeners) < 2:  # it looks once more when it listens again
+            while len(opened) < 2:  # it looks once more when it listens again
                 await idle()
             result = await log_in(other)
             assert (await finished(logins.get())).session_id == str(result.session.id)
@@ -1052,7 +1053,7 @@ class TestRunning:
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         """Without notifications it gets the rows of other processes by polling."""
-        monkeypatch.setattr(Listener, "_listen", _unavailable)
+        monkeypatch.setattr(Listener, "_connect", lambda _: _no_listening())
         async with auth.relay(poll_interval=timedelta(milliseconds=10)):
             await idle()
             await log_in(other)
@@ -1446,6 +1447,12 @@ class TestSettings:
 
 async def _unavailable(*args: object, **kwargs: object) -> None:
     raise OperationalError("not available")
+
+
+@asynccontextmanager
+async def _no_listening() -> AsyncIterator[Callable[[], Awaitable[object]]]:
+    raise OperationalError("not available")
+    yield asyncio.Event().wait
 
 
 async def _cut_connections(context: TortoiseContext) -> None:

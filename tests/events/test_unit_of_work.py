@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import random
-import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
@@ -33,15 +32,16 @@ from tests.support.database import (
     connection_of,
     database,
     look,
+    place,
 )
 from tests.support.deliveries import Deliveries, Undo, everywhere, quiet
 from tests.support.ledger import Ledger
 from tests.support.rows import changed, columns, row, rows
-from tests.support.services import POSTGRES_URL, needs_postgres
+from tests.support.services import needs_postgres
 from tests.support.statements import statements, transaction_class
 from tortoise_auth import AuthConfig, AuthenticationError, AuthResult, AuthService, EventEmitter
 from tortoise_auth.clock import utc_now
-from tortoise_auth.database import connection_for, is_transaction
+from tortoise_auth.database import connection_for, dialect_of, is_transaction
 from tortoise_auth.events import (
     Event,
     PasswordChanged,
@@ -1149,34 +1149,25 @@ class TestTwoDatabases:
     ) -> AsyncIterator[tuple[str, str]]:
         """The names of both connections."""
         kind: str = request.param
-        schemas = [f"t_{secrets.token_hex(8)}" for _ in range(2)]
-        urls = {
-            "memory": ["sqlite://:memory:"] * 2,
-            "file": [f"sqlite://{tmp_path / each}.sqlite3" for each in schemas],
-            "postgres": [f"{POSTGRES_URL}?schema={each}&maxsize=1" for each in schemas],
-        }
         names = f"{kind}_users", f"{kind}_host"
-        config = {
-            "connections": dict(zip(names, urls[kind], strict=True)),
-            "apps": {
-                "models": {"models": MODULES, "default_connection": names[0]},
-                "host": {"models": ["tests.support.ledger"], "default_connection": names[1]},
-            },
-        }
-        async with TortoiseContext() as context:
+        async with (
+            place(kind, tmp_path, maxsize=1) as users,
+            place(kind, tmp_path, maxsize=1) as host,
+            TortoiseContext() as context,
+        ):
+            config = {
+                "connections": {names[0]: users, names[1]: host},
+                "apps": {
+                    "models": {"models": MODULES, "default_connection": names[0]},
+                    "host": {"models": ["tests.support.ledger"], "default_connection": names[1]},
+                },
+            }
             await context.init(config=config)
-            connections = [context.connections.get(name) for name in names]
-            if kind == "postgres":
-                for connection, schema in zip(connections, schemas, strict=True):
-                    await connection.execute_script(f'CREATE SCHEMA "{schema}"')
-            try:
-                await context.generate_schemas()
-                yield names
-                assert_no_connection_is_held(context)
-            finally:
-                if kind == "postgres":
-                    for connection, schema in zip(connections, schemas, strict=True):
-                        await connection.execute_script(f'DROP SCHEMA "{schema}" CASCADE')
+            for connection in context.connections.all():
+                dialect_of(connection).prepare(connection)
+            await context.generate_schemas()
+            yield names
+            assert_no_connection_is_held(context)
 
     @pytest.mark.parametrize("kept", [True, False], ids=["kept", "undone"])
     async def test_transaction_on_the_hosts_own(

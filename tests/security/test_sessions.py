@@ -32,8 +32,7 @@ from tests.support.accounts import (
     signed,
 )
 from tests.support.app import StrUser, User, UuidUser
-from tests.support.database import SHARED_DATABASES, connection_of, database
-from tests.support.services import POSTGRES_URL
+from tests.support.database import SHARED_DATABASES, address, connection_of, database
 from tests.support.statements import statements
 from tortoise_auth import AbstractUser, AuthConfig, AuthResult, AuthService, EventEmitter
 from tortoise_auth.clock import utc_now
@@ -362,17 +361,8 @@ class Node:
 async def node(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Node]:
     """A database that a second process can open: the file and PostgreSQL."""
     async with database(request.param, tmp_path) as context:
-        if request.param == "postgres":
-            query = "SELECT current_schema() AS name"
-            ((schema,),) = [
-                tuple(row.values())
-                for row in await connection_of(context).execute_query_dict(query)
-            ]
-            url = f"{POSTGRES_URL}?schema={schema}"
-        else:
-            url = f"sqlite://{tmp_path / 'test.sqlite3'}"
         await User.create_user(email=EMAIL, password=PASSWORD)
-        yield Node(AuthService(User, AuthConfig(secret=SECRET)), url)
+        yield Node(AuthService(User, AuthConfig(secret=SECRET)), address(context))
 
 
 class TestTwoNodes:

@@ -461,13 +461,16 @@ class TestViolatedColumns:
         ],
         ids=range(7),
     )
-    def test_of_every_driver(self, text: str, details: dict[str, Any], columns: set[str]) -> None:
+    async def test_of_every_driver(
+        self, sqlite: TortoiseContext, text: str, details: dict[str, Any], columns: set[str]
+    ) -> None:
         """The columns are read from the errors of SQLite, asyncpg and psycopg, in any language."""
         cause = Exception(text)
         for name, value in details.items():
             setattr(cause, name, value)
         assert is_unique_violation(IntegrityError(cause))
-        assert violated_columns(IntegrityError(cause)) == columns
+        named = await violated_columns(IntegrityError(cause), User, connection_of(sqlite))
+        assert named == columns
 
 
 class ShortUser(AbstractUser):

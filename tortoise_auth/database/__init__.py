@@ -10,7 +10,14 @@ from tortoise_auth.database.commits import (
     wait_uncancelled,
 )
 from tortoise_auth.database.connections import connection_for, current_connection
-from tortoise_auth.database.dialects import Listener, count_changed, notify, run_statement
+from tortoise_auth.database.dialects import (
+    Listener,
+    count_changed,
+    dialect_of,
+    notify,
+    reads_naive_times,
+    run_statement,
+)
 from tortoise_auth.database.errors import (
     is_database_failure,
     is_missing_table,
@@ -40,6 +47,7 @@ __all__ = [
     "context_outside_transactions",
     "count_changed",
     "current_connection",
+    "dialect_of",
     "in_caller_transaction",
     "is_database_failure",
     "is_missing_table",
@@ -50,6 +58,7 @@ __all__ = [
     "on_commit",
     "outage",
     "pending_effects",
+    "reads_naive_times",
     "root_of",
     "run_statement",
     "transaction",

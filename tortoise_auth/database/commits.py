@@ -21,7 +21,7 @@ import anyio
 import anyio.lowlevel
 from tortoise.backends.base.client import BaseDBAsyncClient, TransactionalDBClient
 
-from tortoise_auth.database.dialects import mark_of, set_mark
+from tortoise_auth.database.dialects import dialect_of
 from tortoise_auth.database.wrappers import (
     ENDS,
     context_outside_transactions,
@@ -193,6 +193,8 @@ class Ending:
 
     def __init__(self, transaction: TransactionalDBClient) -> None:
         self.level = Level()
+        self._dialect = dialect_of(transaction)
+        self._dialect.guard(transaction)
         self._transaction: Any = transaction  # with the attributes that its dialects have
         self._commit, self._rollback = transaction.commit, transaction.rollback
         # Numbers must reach the database in the order in which they are drawn: `_up_to` relies on
@@ -210,13 +212,13 @@ class Ending:
         ending: Ending | None = getattr(around, _ENDING, None)
         return ending or cls(around)
 
-    async def register(self, connection: BaseDBAsyncClient, effect: CommitEffect) -> None:
+    async def register(self, connection: TransactionalDBClient, effect: CommitEffect) -> None:
         """Let *effect* follow the commit if what is open now is kept."""
         async with self._registering:
             mark = next(_marks)
             before = [*self._waiting]
             self._waiting.append((mark, None))  # cancelled now, it may have been set or not
-            last = await set_mark(connection, mark)
+            last = await self._dialect.set_mark(connection, mark)
             # The new mark hides a rollback that came before it, so what that dropped goes now.
             self._waiting = [*_up_to(last, before), (mark, effect)]
 
@@ -228,7 +230,9 @@ class Ending:
         """
         async with self._registering:
             if self._waiting:
-                self._waiting = _up_to(await mark_of(self._transaction), self._waiting)
+                self._waiting = _up_to(
+                    await self._dialect.mark_of(self._transaction), self._waiting
+                )
         return [effect for _, effect in self._waiting if effect is not None]
 
     def take(self) -> None:

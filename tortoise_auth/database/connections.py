@@ -8,7 +8,8 @@ from tortoise.exceptions import ConfigurationError as TortoiseConfigurationError
 from tortoise.models import Model
 
 from tortoise_auth.database.commits import watch
-from tortoise_auth.database.wrappers import is_transaction
+from tortoise_auth.database.dialects import dialect_of
+from tortoise_auth.database.wrappers import is_transaction, root_of
 from tortoise_auth.exceptions import ConfigurationError
 
 
@@ -37,6 +38,8 @@ def connection_for(model: type[Model]) -> BaseDBAsyncClient:
     while isinstance(connection, TransactionalDBClient) and not is_transaction(connection):
         connection = connection._parent
     watch(connection)
+    root = root_of(connection)
+    dialect_of(root).check(root, model)
     return connection
 
 

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import functools
-import re
-import sqlite3
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
+from tortoise.backends.base.client import BaseDBAsyncClient
 from tortoise.exceptions import BaseORMException, IntegrityError
 from tortoise.exceptions import ConfigurationError as TortoiseConfigurationError
+from tortoise.models import Model
 
+from tortoise_auth.database.dialects import dialect_of
+from tortoise_auth.database.dialects.failures import (
+    columns_in,
+    is_of_driver,
+    is_of_missing_table,
+    is_of_unique_key,
+    speaks_of_the_server,
+)
 from tortoise_auth.exceptions import ConfigurationError, ServiceUnavailableError, causes
 from tortoise_auth.legible import describe, logger_of
 
@@ -19,9 +27,6 @@ logger = logger_of("tortoise_auth")
 P = ParamSpec("P")
 ReturnT = TypeVar("ReturnT")
 SelfT = TypeVar("SelfT")
-
-_OUTAGES = ("08", "28", "3D", "40", "53", "55", "57", "58")
-"""Classes of SQLSTATE whose messages name the server, its locks and roles, and no value of a row."""
 
 _MAX_CAUSE_LENGTH = 300
 
@@ -57,8 +62,8 @@ def translated(error: Exception, doing: str) -> Exception:
             "A table or column of tortoise_auth, or of your user model, is missing. Run your "
             "migrations, or `await Tortoise.generate_schemas()` in a test."
         )
-    kind = type(error.args[0] if error.args and isinstance(error.args[0], Exception) else error)
-    return outage(error, f"The database failed during {doing.lstrip('_')} ({kind.__name__})")
+    kind = type(_of_driver(error)).__name__
+    return outage(error, f"The database failed during {doing.lstrip('_')} ({kind})")
 
 
 def outage(error: Exception, message: str) -> ServiceUnavailableError:
@@ -79,56 +84,38 @@ def outage(error: Exception, message: str) -> ServiceUnavailableError:
 
 def _text_without_values(error: BaseException) -> str:
     """Return the text of an error on one line; empty for a kind that may quote what is stored."""
-    state = getattr(error, "sqlstate", None)
-    speaks_of_the_server = isinstance(state, str) and state.startswith(_OUTAGES)
-    if speaks_of_the_server or isinstance(error, OSError | sqlite3.OperationalError):
-        return " ".join(describe(error).split())
-    return ""
+    return " ".join(describe(error).split()) if speaks_of_the_server(error) else ""
 
 
 def is_database_failure(error: Exception) -> bool:
     """Return whether the database, or its driver, failed."""
-    module = type(error).__module__.partition(".")[0]
-    return (
-        isinstance(error, BaseORMException | sqlite3.Error | OSError | TimeoutError)
-        or module in {"asyncpg", "psycopg", "psycopg_pool", "asyncmy", "aiomysql", "pymysql"}
-        or (
-            isinstance(error, ValueError)
-            # What aiosqlite raises when the connection is not open.
-            and str(error) in {"no active connection", "Connection closed"}
-        )
-    )
+    return isinstance(error, BaseORMException | OSError | TimeoutError) or is_of_driver(error)
 
 
 def is_missing_table(error: Exception) -> bool:
     """Return whether a table or column is missing."""
-    cause = error.args[0] if error.args and isinstance(error.args[0], Exception) else error
-    # undefined_table, undefined_column
-    return getattr(cause, "sqlstate", None) in {"42P01", "42703"} or (
-        isinstance(cause, sqlite3.OperationalError)
-        and str(cause).startswith(("no such table", "no such column", "table "))
-    )
+    return is_of_missing_table(_of_driver(error))
 
 
 def is_unique_violation(error: IntegrityError) -> bool:
     """Return whether a row was rejected because of another one with the same values."""
-    cause = error.args[0] if error.args else None
-    return getattr(cause, "sqlstate", None) == "23505" or "UNIQUE constraint" in str(cause)
+    return is_of_unique_key(_of_driver(error))
 
 
-def violated_columns(error: IntegrityError) -> frozenset[str]:
-    """Return the columns whose values another row has; empty if the database does not say.
+async def violated_columns(
+    error: IntegrityError, model: type[Model], connection: BaseDBAsyncClient
+) -> frozenset[str]:
+    """Return the columns whose values another row of *model* has; empty if that is not known.
 
     For an index on an expression it is every word of that.
     """
-    cause = error.args[0] if error.args else None
-    detail = getattr(cause, "detail", None) or getattr(
-        getattr(cause, "diag", None), "message_detail", None
+    cause = _of_driver(error)
+    return columns_in(cause) or await dialect_of(connection).columns_of_key(
+        connection, model._meta.db_table, cause
     )
-    if isinstance(
-        detail, str
-    ):  # in the language of the server: Key (tenant, lower(phone))=(7, ...)
-        key = re.search(r"\((.+?)\)=", detail)
-        return frozenset(re.findall(r"\w+", key[1]) if key else ())
-    _, _, names = str(cause).partition("UNIQUE constraint failed: ")
-    return frozenset(name.rpartition(".")[2] for name in names.split(", ") if "." in name)
+
+
+def _of_driver(error: Exception) -> BaseException:
+    """Return the error of the driver, which Tortoise puts into its own."""
+    cause = error.args[0] if error.args else None
+    return cause if isinstance(cause, BaseException) else error

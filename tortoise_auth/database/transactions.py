@@ -34,6 +34,7 @@ from tortoise_auth.database.commits import (
     hand_over,
     wait_uncancelled,
 )
+from tortoise_auth.database.dialects import dialect_of
 from tortoise_auth.database.wrappers import outermost, root_of
 
 ReturnT = TypeVar("ReturnT")
@@ -182,16 +183,12 @@ class transaction:
         return self._level.closing() if self._level is not None else nullcontext()
 
     async def _refuse_if_failed(self) -> None:
-        """Raise if a statement failed and its error was swallowed.
-
-        PostgreSQL rolls such a transaction back at its COMMIT, and does not say so.
-        """
-        if self._opened.capabilities.dialect == "postgres":
-            try:
-                await self._opened.execute_script("SELECT 1")
-            except TransactionManagementError as error:
-                # Of its own type it would make Tortoise leave the transaction open.
-                raise OperationalError("A statement failed in this transaction") from error
+        """Raise if a statement failed, its error was swallowed, and COMMIT would not say so."""
+        try:
+            await dialect_of(self._opened).refuse_if_failed(self._opened)
+        except TransactionManagementError as error:
+            # Of its own type it would make Tortoise leave the transaction open.
+            raise OperationalError("A statement failed in this transaction") from error
 
 
 def _statements_of(savepoint: Any) -> asyncio.Lock:  # noqa: ANN401 - a block of Tortoise

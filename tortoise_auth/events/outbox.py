@@ -21,12 +21,14 @@ from tortoise_auth.database import (
     BATCH_SIZE,
     batches,
     count_changed,
+    dialect_of,
     notify,
     run_statement,
     transaction,
     translates_database_errors,
 )
-from tortoise_auth.events import outbox_sql as sql
+from tortoise_auth.database.dialects import Statement
+from tortoise_auth.database.dialects import outbox as sql
 from tortoise_auth.events.catalog import Event, UserEvent
 from tortoise_auth.events.subscription import Subscription
 from tortoise_auth.models import DeadLetter, OutboxEntry, OutboxRow, user_table
@@ -126,11 +128,9 @@ async def write(
     user = event.user if isinstance(event, UserEvent) else None
     names = {f"name{position}": each.name for position, each in enumerate(subscriptions)}
     statement = sql.WRITE.format(rows=", ".join(sql.ROW.format(name=name) for name in names))
-    if connection.capabilities.dialect == "postgres":
-        statement = f"WITH written AS ({statement}) SELECT pg_notify('{CHANNEL}', '')"
     await run_statement(
         connection,
-        statement,
+        dialect_of(connection).notifying(statement, CHANNEL),
         {
             **names,
             "event_id": str(event.id),
@@ -175,7 +175,7 @@ async def claim(
         for table in ("", user_table)
     ]
     async with _transaction(connection) as claiming:
-        due = await _run(claiming, sql.DUE, pairs=json.dumps(pairs), now=now, limit=limit)
+        due = await _run(claiming, sql.DUE, pairs=pairs, now=now, limit=limit)
         mine: set[int] = set()
         behind: dict[int, int] = {}
         for row in sorted(due, key=lambda row: int(row["id"])):
@@ -186,7 +186,7 @@ async def claim(
         claimed = []
         if mine:
             claimed = await _run(
-                claiming, sql.CLAIM, ids=json.dumps([*mine]), holder=holder, lease_ends=lease_ends
+                claiming, sql.CLAIM, ids=[*mine], holder=holder, lease_ends=lease_ends
             )
         set_aside = await _set_aside(claiming, behind) if behind else 0
     return Claim(sorted(map(_claimed, claimed), key=lambda row: row.id), set_aside)
@@ -286,7 +286,7 @@ async def retry(connection: BaseDBAsyncClient, ids: Sequence[int], now: datetime
     for first in range(0, len(ids), BATCH_SIZE):
         some = list(ids[first : first + BATCH_SIZE])
         async with _transaction(connection) as changing:
-            renewed += await _count(changing, sql.RESTART, ids=json.dumps(some), now=now)
+            renewed += await _count(changing, sql.RESTART, ids=some, now=now)
             renewed += await _revive(changing, some, now)
     await notify(connection, CHANNEL)
     return renewed
@@ -308,7 +308,7 @@ async def purge(connection: BaseDBAsyncClient, *, before: datetime) -> int:
     """Delete dead letters from before a time, some at a time; return how many there were."""
 
     async def delete_some(ids: list[int]) -> int:
-        return await _count(connection, sql.DELETE_DEAD, ids=json.dumps(ids))
+        return await _count(connection, sql.DELETE_DEAD, ids=ids)
 
     return await _for_dead_letters(connection, before - timedelta.resolution, delete_some)
 
@@ -328,7 +328,7 @@ async def _for_dead_letters(
 
 async def _revive(connection: BaseDBAsyncClient, ids: Sequence[int], now: datetime) -> int:
     """Move dead letters back, in a transaction; return how many."""
-    rows = json.dumps(list(ids))
+    rows = list(ids)
     # Locks them: what another one has just moved back is not moved twice.
     revived = await _count(connection, sql.LOCK_DEAD, ids=rows)
     await _run(connection, sql.REVIVE, ids=rows, now=now)
@@ -338,10 +338,10 @@ async def _revive(connection: BaseDBAsyncClient, ids: Sequence[int], now: dateti
 
 async def _set_aside(connection: BaseDBAsyncClient, behind: Mapping[int, int]) -> int:
     """Set rows aside whose predecessors are held, so that those cannot go without promoting them."""
-    held = await _run(connection, sql.HOLD, ids=json.dumps(list(behind.values())))
+    held = await _run(connection, sql.HOLD, ids=list(behind.values()))
     there = {row["id"] for row in held}
     rows = [row for row, earlier in behind.items() if earlier in there]
-    await _run(connection, sql.SET_ASIDE, ids=json.dumps(rows))
+    await _run(connection, sql.SET_ASIDE, ids=rows)
     return len(rows)
 
 
@@ -359,7 +359,7 @@ async def _delete(connection: BaseDBAsyncClient, rows: Sequence[Claimed], holder
         if row.subject_id is not None
     ]
     if gone:
-        await _run(connection, sql.PROMOTE, gone=json.dumps(gone), several=_PROMOTED)
+        await _run(connection, sql.PROMOTE, gone=gone, several=_PROMOTED)
 
 
 @asynccontextmanager
@@ -369,27 +369,26 @@ async def _transaction(
     """Open a transaction that is prepared for the statements; one of the caller is left as it is."""
     block = transaction(connection)
     async with block as opened:
-        if block.nested:
-            pass
-        elif connection.capabilities.dialect == "postgres":
-            await opened.execute_script(sql.PLANNED_ON_POSTGRES)
-        elif not reads:
-            await run_statement(opened, sql.LOCK_ON_SQLITE, {})
+        dialect = dialect_of(opened)
+        begin = sql.BEGIN[dialect.language]
+        # Nothing is locked only to read; and a transaction of the caller stays as it is.
+        if begin and not block.nested and not (reads and dialect.has_one_connection):
+            await dialect.script(opened, begin)
         yield opened
 
 
 async def _run(
-    connection: BaseDBAsyncClient, statement: sql.Statement, **values: object
+    connection: BaseDBAsyncClient, statement: Statement, **values: object
 ) -> list[dict[str, Any]]:
-    return await run_statement(connection, statement[connection.capabilities.dialect], values)
+    return await run_statement(connection, statement, values)
 
 
-async def _count(connection: BaseDBAsyncClient, statement: sql.Statement, **values: object) -> int:
-    return await count_changed(connection, statement[connection.capabilities.dialect], values)
+async def _count(connection: BaseDBAsyncClient, statement: Statement, **values: object) -> int:
+    return await count_changed(connection, statement, values)
 
 
-def _ids(rows: Sequence[Claimed]) -> str:
-    return json.dumps([row.id for row in rows])
+def _ids(rows: Sequence[Claimed]) -> list[int]:
+    return [row.id for row in rows]
 
 
 def _claimed(row: Mapping[str, Any]) -> Claimed:

@@ -4,7 +4,7 @@ from tortoise import fields
 from tortoise.indexes import Index
 from tortoise.migrations import operations as ops
 
-from tortoise_auth.fields import UtcDatetimeField
+from tortoise_auth.fields import ExactCharField, UtcDatetimeField
 from tortoise_auth.migrations import OwnMigration
 
 
@@ -19,15 +19,15 @@ class Migration(OwnMigration):
             fields=[
                 ("id", fields.BigIntField(primary_key=True, generated=True)),
                 ("event_id", fields.UUIDField(db_index=True)),
-                ("event_name", fields.CharField(max_length=255)),
-                ("subscription", fields.CharField(max_length=255)),
-                ("user_table", fields.CharField(max_length=128, default="")),
-                ("subject_id", fields.CharField(max_length=255, null=True)),
+                ("event_name", ExactCharField(max_length=255)),
+                ("subscription", ExactCharField(max_length=255)),
+                ("user_table", ExactCharField(max_length=128, default="")),
+                ("subject_id", ExactCharField(max_length=255, null=True)),
                 ("payload", fields.JSONField()),
                 ("created_at", UtcDatetimeField()),
                 ("due_at", UtcDatetimeField(null=True, db_index=True)),
                 ("attempts", fields.IntField(default=0)),
-                ("claimed_by", fields.CharField(max_length=128, null=True)),
+                ("claimed_by", ExactCharField(max_length=128, null=True)),
                 ("dead_at", UtcDatetimeField(null=True)),
                 ("last_error", fields.TextField(null=True)),
             ],

@@ -3,7 +3,7 @@
 from tortoise import fields
 from tortoise.migrations import operations as ops
 
-from tortoise_auth.fields import UtcDatetimeField
+from tortoise_auth.fields import ExactCharField, UtcDatetimeField
 from tortoise_auth.migrations import OwnMigration
 
 
@@ -16,7 +16,7 @@ class Migration(OwnMigration):
         ops.CreateModel(
             name="AttemptCount",
             fields=[
-                ("key", fields.CharField(max_length=191, primary_key=True)),
+                ("key", ExactCharField(max_length=191, primary_key=True)),
                 ("count", fields.IntField(default=0)),
                 ("failures", fields.IntField(default=0)),
                 ("last_at", UtcDatetimeField(db_index=True)),

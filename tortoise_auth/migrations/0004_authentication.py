@@ -1,9 +1,8 @@
 """When and by which methods the owner of a session was authenticated."""
 
-from tortoise import fields
 from tortoise.migrations import operations as ops
 
-from tortoise_auth.fields import UtcDatetimeField
+from tortoise_auth.fields import ExactCharField, UtcDatetimeField
 from tortoise_auth.migrations import OwnMigration
 
 
@@ -21,6 +20,6 @@ class Migration(OwnMigration):
         ops.AddField(
             model_name="Session",
             name="authentication_methods",
-            field=fields.CharField(max_length=128, default="", db_default=""),
+            field=ExactCharField(max_length=128, default="", db_default=""),
         ),
     ]

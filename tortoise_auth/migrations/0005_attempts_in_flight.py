@@ -3,6 +3,7 @@
 from tortoise import fields
 from tortoise.migrations import operations as ops
 
+from tortoise_auth.fields import ExactCharField
 from tortoise_auth.migrations import OwnMigration
 
 
@@ -16,7 +17,7 @@ class Migration(OwnMigration):
         ops.CreateModel(
             name="AttemptCount",
             fields=[
-                ("key", fields.CharField(max_length=191, primary_key=True)),
+                ("key", ExactCharField(max_length=191, primary_key=True)),
                 ("count", fields.IntField(default=0)),
                 ("failures", fields.IntField(default=0)),
                 ("in_flight", fields.IntField(default=0)),

@@ -1,9 +1,9 @@
 """The network that a session was opened from, hashed, for one look-up by an index."""
 
-from tortoise import fields
 from tortoise.indexes import Index
 from tortoise.migrations import operations as ops
 
+from tortoise_auth.fields import ExactCharField
 from tortoise_auth.migrations import OwnMigration
 
 
@@ -16,7 +16,7 @@ class Migration(OwnMigration):
         ops.AddField(
             model_name="Session",
             name="network_hash",
-            field=fields.CharField(max_length=64, null=True),
+            field=ExactCharField(max_length=64, null=True),
         ),
         ops.RemoveIndex(model_name="Session", fields=["user_id", "user_table"]),
         ops.AddIndex(

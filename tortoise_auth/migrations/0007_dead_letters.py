@@ -4,7 +4,7 @@ from tortoise import fields
 from tortoise.indexes import Index
 from tortoise.migrations import operations as ops
 
-from tortoise_auth.fields import UtcDatetimeField
+from tortoise_auth.fields import ExactCharField, UtcDatetimeField
 from tortoise_auth.migrations import OwnMigration
 
 _KEPT = (
@@ -23,10 +23,10 @@ class Migration(OwnMigration):
             name="DeadLetter",
             fields=[
                 ("event_id", fields.UUIDField()),
-                ("event_name", fields.CharField(max_length=255)),
-                ("subscription", fields.CharField(max_length=255)),
-                ("user_table", fields.CharField(max_length=128, default="")),
-                ("subject_id", fields.CharField(max_length=255, null=True)),
+                ("event_name", ExactCharField(max_length=255)),
+                ("subscription", ExactCharField(max_length=255)),
+                ("user_table", ExactCharField(max_length=128, default="")),
+                ("subject_id", ExactCharField(max_length=255, null=True)),
                 ("payload", fields.JSONField()),
                 ("created_at", UtcDatetimeField()),
                 ("attempts", fields.IntField(default=0)),

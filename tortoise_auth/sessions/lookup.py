@@ -12,15 +12,14 @@ from tortoise.backends.base.client import BaseDBAsyncClient
 from tortoise.manager import Manager
 from tortoise.models import Model
 
+from tortoise_auth.database import dialect_of, run_statement
+from tortoise_auth.database.dialects import Dialect
 from tortoise_auth.exceptions import TokenExpiredError, TokenRevokedError
 from tortoise_auth.legible import logger_of
 from tortoise_auth.models import Session, user_table
 from tortoise_auth.users.model import UserT
 
 logger = logger_of("tortoise_auth.sessions")
-
-
-_PLACEHOLDERS = {"sqlite": "?", "postgres": "${}"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,13 +72,13 @@ class SessionReader(Generic[UserT]):
     def __init__(self, user_model: type[UserT]) -> None:
         self._user_model = user_model
         self._may_join = True
+        self._columns: dict[Dialect, _Columns] = {}
 
     async def read(
         self, connection: BaseDBAsyncClient, session_id: UUID, user_id: str, pk: object
     ) -> SessionWithUser[UserT] | None:
         """Return a session of a user, or ``None`` if either of them is gone."""
-        dialect = connection.capabilities.dialect
-        if self._may_join and dialect in _PLACEHOLDERS and self._has_plain_managers:
+        if self._may_join and self._has_plain_managers:
             try:
                 return await self._read_joined(connection, session_id, user_id, pk)
             except (AttributeError, KeyError, TypeError):
@@ -94,16 +93,17 @@ class SessionReader(Generic[UserT]):
     async def _read_joined(
         self, connection: BaseDBAsyncClient, session_id: UUID, user_id: str, pk: object
     ) -> SessionWithUser[UserT] | None:
-        columns = self._columns[connection.capabilities.dialect]
-        rows = await connection.execute_query_dict(
-            columns.sql,
-            [
-                self._user_model._meta.pk.to_db_value(pk, self._user_model),
-                str(session_id),
-                user_id,
-                user_table(self._user_model),
-            ],
+        dialect = dialect_of(connection)
+        columns = self._columns.get(dialect) or self._columns.setdefault(
+            dialect, self._build(dialect)
         )
+        values = {
+            "pk": self._user_model._meta.pk.to_db_value(pk, self._user_model),
+            "id": str(session_id),
+            "user_id": user_id,
+            "user_table": user_table(self._user_model),
+        }
+        rows = await run_statement(connection, columns.sql, values)
         if not rows:
             return None
         return SessionWithUser(
@@ -128,32 +128,31 @@ class SessionReader(Generic[UserT]):
     def _has_plain_managers(self) -> bool:
         return all(type(model._meta.manager) is Manager for model in (Session, self._user_model))
 
-    @cached_property
-    def _columns(self) -> dict[str, _Columns]:
-        return {dialect: self._build(mark) for dialect, mark in _PLACEHOLDERS.items()}
-
-    def _build(self, mark: str) -> _Columns:
+    def _build(self, dialect: Dialect) -> _Columns:
+        quoted = dialect.quoted
         session = {column: f"s_{column}" for column in Session._meta.fields_db_projection.values()}
         user = {
             column: f"u_{column}" for column in self._user_model._meta.fields_db_projection.values()
         }
-        selected = [f's."{column}" AS "{alias}"' for column, alias in session.items()]
-        selected += [f'u."{column}" AS "{alias}"' for column, alias in user.items()]
-        marks = [mark.format(number) for number in range(1, 5)]
+        selected = [
+            f"{table}.{quoted(column)} AS {quoted(alias)}"
+            for table, columns in (("s", session), ("u", user))
+            for column, alias in columns.items()
+        ]
         # The user by its parsed key, and no cast of `s.user_id`: so PostgreSQL uses the index, and
         # casts no row of another model, whose key may be no number.
         sql = (
             f"SELECT {', '.join(selected)} "  # noqa: S608 - names of columns and tables, no values
-            f"FROM {_table(Session)} s JOIN {_table(self._user_model)} u "
-            f'ON u."{self._user_model._meta.db_pk_column}" = {marks[0]} '
-            f"WHERE s.id = {marks[1]} AND s.user_id = {marks[2]} AND s.user_table = {marks[3]}"
+            f"FROM {_table(Session, dialect)} s JOIN {_table(self._user_model, dialect)} u "
+            f"ON u.{quoted(self._user_model._meta.db_pk_column)} = {{pk}} "
+            "WHERE s.id = {id} AND s.user_id = {user_id} AND s.user_table = {user_table}"
         )
         return _Columns(sql, session, user)
 
 
-def _table(model: type[Model]) -> str:
-    schema = f'"{model._meta.schema}".' if model._meta.schema else ""
-    return f'{schema}"{model._meta.db_table}"'
+def _table(model: type[Model], dialect: Dialect) -> str:
+    schema, table = model._meta.schema, dialect.quoted(model._meta.db_table)
+    return f"{dialect.quoted(schema)}.{table}" if schema else table
 
 
 def _hydrated(model: type[Any], row: dict[str, Any], aliases: dict[str, str]) -> Any:  # noqa: ANN401

@@ -16,11 +16,13 @@ from tortoise_auth.database import (
     BATCH_SIZE,
     batches,
     connection_for,
+    dialect_of,
     is_transaction,
     root_of,
     run_statement,
     unless_kept,
 )
+from tortoise_auth.database.dialects import Statement, attempts
 from tortoise_auth.exceptions import ConfigurationError
 from tortoise_auth.models import AttemptCount
 from tortoise_auth.throttling.protocol import (
@@ -42,54 +44,6 @@ _SKEW = 5_000_000
 """How much the clocks of machines that share a database may differ, in microseconds."""
 _MAX_TRIES = 100
 """How often a counter is tried that was blocked, and was not when it was looked at after that."""
-
-# One statement decides and counts: whatever runs at the same moment waits for the row, and then
-# sees it as it is. The numbers in brackets come from the settings.
-# `count` begins anew after a quiet time; `failures` never do, they end with a success or the lock.
-# `in_flight` is forgotten if none has begun for a minute: the processes were killed. `counted_at`
-# does not go back by less than [skew], or the clocks of two machines would restart each other's
-# pauses. Shifts are of BIGINT and end at [doublings]: microseconds times a power of two leave 32
-# bits soon, and 64 in the end. If the last condition fails no row is returned, and nothing is
-# written.
-_TAKE = """
-INSERT INTO tortoise_auth_attempts AS old
-(key, count, failures, in_flight, counted_at, previous_at, reserved_at)
-VALUES ({key}, [limited], [fails], 1, {now}, {now}, {now})
-ON CONFLICT (key) DO UPDATE SET
-count = CASE WHEN [elapsed] >= [reset_after] THEN 0 ELSE old.count END + [limited],
-failures = old.failures + [fails],
-in_flight = CASE WHEN [decided] THEN 1 ELSE old.in_flight + 1 END,
-counted_at = CASE WHEN [limited] = 1 AND ([elapsed] > 0 OR [elapsed] < -[skew])
-THEN {now} ELSE old.counted_at END,
-previous_at = CASE WHEN [limited] = 1 THEN old.counted_at ELSE old.previous_at END,
-reserved_at = {now}
-WHERE ([fails] = 0 OR old.failures < [max_failures] OR [decided])
-AND ([limited] = 0 OR old.count < [free]
-OR [elapsed] >= CASE WHEN old.count - [free] >= [doublings] THEN [max_delay]
-ELSE CAST([initial_delay] AS BIGINT) << (old.count - [free]) END)
-RETURNING count, failures, counted_at
-"""
-# CASE, because SQLite calls it MAX(a, b) and PostgreSQL GREATEST. The time is set back only if no
-# other attempt was counted since, which may have begun a pause of its own.
-_GIVE_BACK = """
-UPDATE tortoise_auth_attempts SET
-count = CASE WHEN count > 0 THEN count - {limited} ELSE 0 END,
-failures = CASE WHEN failures > 0 THEN failures - 1 ELSE 0 END,
-in_flight = CASE WHEN in_flight > 0 THEN in_flight - 1 ELSE 0 END,
-counted_at = CASE WHEN counted_at = {at} THEN previous_at ELSE counted_at END
-WHERE key = {key}
-"""
-# Not to zero: attempts in flight stay counted, or a login would make each of them a free guess.
-_RESET = """
-UPDATE tortoise_auth_attempts SET
-count = CASE WHEN in_flight > 1 THEN in_flight - 1 ELSE 0 END,
-failures = CASE WHEN failures > 0 AND in_flight > 1 THEN in_flight - 1 ELSE 0 END,
-in_flight = CASE WHEN in_flight > 1 THEN in_flight - 1 ELSE 0 END
-WHERE key = {key}
-"""
-_DECIDE = """
-UPDATE tortoise_auth_attempts SET in_flight = in_flight - 1 WHERE key = {key} AND in_flight > 0
-"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +95,7 @@ class DatabaseThrottle(CountingThrottle):
     async def failed(self, reservation: Reservation) -> None:
         """The password was wrong: what was counted stays, and is not in flight any more."""
         for counted in reservation.counted:
-            await run_statement(_connection(), _DECIDE, {"key": counted.key})
+            await run_statement(_connection(), attempts.DECIDE, {"key": counted.key})
 
     async def succeeded(
         self, reservation: Reservation, *, using_db: BaseDBAsyncClient | None = None
@@ -156,7 +110,7 @@ class DatabaseThrottle(CountingThrottle):
         if using_db is None:
             return await super().succeeded(reservation)
         for counted in self._to_reset(reservation):
-            await run_statement(using_db, _RESET, {"key": counted.key})
+            await run_statement(using_db, attempts.RESET, {"key": counted.key})
 
     async def source_released(self, reservation: Reservation) -> Reservation:
         """Give the source its attempt back; return the reservation of the account, still in flight.
@@ -202,17 +156,16 @@ class DatabaseThrottle(CountingThrottle):
 
     async def _take(self, counted: Counted) -> Counted:
         connection = _connection()
-        statement = self._statement(counted)
+        numbers = self._numbers(counted)
+        statement = attempts.take(numbers)
         for _ in range(_MAX_TRIES):
             values = {"key": counted.key, "now": self._now()}
             rows = await run_statement(connection, statement, values)
             if rows:
                 at = rows[0]["counted_at"] if counted.limited else -1
                 taken = _Row(counted.key, rows[0]["failures"], counted.limited, at)
-                # Without its conditions: it was granted, and counts whatever others have done
-                # meanwhile.
-                again, _, _ = statement.partition("WHERE")
-                await _repeat_if_lost(connection, again, values)
+                # It was granted, and counts whatever others have done meanwhile.
+                await _repeat_if_lost(connection, attempts.take_again(numbers), values)
                 return taken
             await self._peek(counted)
         raise TooEarly(self._backoff(counted).initial_delay.total_seconds())
@@ -220,20 +173,20 @@ class DatabaseThrottle(CountingThrottle):
     async def _give_back(self, counted: Counted) -> None:
         connection = _connection()
         values = await self._give_back_on(connection, counted)
-        await _repeat_if_lost(connection, _GIVE_BACK, values)
+        await _repeat_if_lost(connection, attempts.GIVE_BACK, values)
 
     @staticmethod
     async def _give_back_on(connection: BaseDBAsyncClient, counted: Counted) -> dict[str, object]:
         at = counted.at if isinstance(counted, _Row) else -1
         values = {"key": counted.key, "limited": int(counted.limited), "at": at}
-        await run_statement(connection, _GIVE_BACK, values)
+        await run_statement(connection, attempts.GIVE_BACK, values)
         return values
 
     async def _reset(self, counted: Counted) -> None:
-        await run_statement(_connection(), _RESET, {"key": counted.key})
+        await run_statement(_connection(), attempts.RESET, {"key": counted.key})
 
     async def _reject_if_blocked(self, counted: Counted, row: AttemptCount) -> None:
-        """Raise if the row would reject one more, for the reasons for which `_TAKE` does.
+        """Raise if the row would reject one more, for the reasons for which `attempts.take` does.
 
         If the clock was set back, the delay begins again: else it would last until the clock has
         come to where it was.
@@ -252,11 +205,9 @@ class DatabaseThrottle(CountingThrottle):
         if wait > 0:
             raise TooEarly(wait / 1_000_000, in_flight=None if decided else row.key)
 
-    def _statement(self, counted: Counted) -> str:
+    def _numbers(self, counted: Counted) -> dict[str, int]:
         backoff = self._backoff(counted)
-        numbers = {
-            "decided": "(old.in_flight = 0 OR ABS({now} - old.reserved_at) >= [undecided])",
-            "elapsed": "({now} - old.counted_at)",
+        return {
             "limited": int(counted.limited),
             "fails": int(counted.of_account),
             "max_failures": self._max_failures,
@@ -268,10 +219,6 @@ class DatabaseThrottle(CountingThrottle):
             "skew": _SKEW,
             "undecided": _UNDECIDED,
         }
-        statement = _TAKE
-        for name, number in numbers.items():
-            statement = statement.replace(f"[{name}]", str(number))
-        return statement
 
     def _backoff(self, counted: Counted) -> Backoff:
         return self._source if counted.of_source else self._account
@@ -283,13 +230,13 @@ class DatabaseThrottle(CountingThrottle):
 def _connection() -> BaseDBAsyncClient:
     """Return where attempts are counted: in a transaction of the caller only if there is no other way."""
     connection = connection_for(AttemptCount)
-    if is_transaction(connection) and connection.capabilities.dialect != "sqlite":
+    if is_transaction(connection) and not dialect_of(connection).has_one_connection:
         return root_of(connection)
     return connection
 
 
 async def _repeat_if_lost(
-    connection: BaseDBAsyncClient, statement: str, values: Mapping[str, object]
+    connection: BaseDBAsyncClient, statement: Statement, values: Mapping[str, object]
 ) -> None:
     """Let a count hold although the caller rolls it back, before others can count."""
     again = partial(run_statement, statement=statement, values=values)

@@ -203,7 +203,7 @@ class AbstractUser(Model):
                     UserRegistered(user=user, subject_id=str(user.pk), context=current_context())
                 )
         except (IntegrityError, ValidationError) as error:
-            refusal = cls._refusal(error)
+            refusal = await cls._refusal(error)
         else:
             return user
         raise refusal  # outside of `except`: the text of what was caught quotes values
@@ -395,7 +395,7 @@ class AbstractUser(Model):
             raise ValueError(f"{cls.__name__}: {', '.join(misfits)} cannot hold such a value")
 
     @classmethod
-    def _refusal(cls, error: IntegrityError | ValidationError) -> Exception:
+    async def _refusal(cls, error: IntegrityError | ValidationError) -> Exception:
         """Return what to raise for a row that was not written; it names columns and no value."""
         if isinstance(error, ValidationError):
             name = str(error).partition(":")[0]  # Tortoise puts it before all else
@@ -406,7 +406,8 @@ class AbstractUser(Model):
                 f"{cls.__name__}: the database refuses a value, by a foreign key or a check"
             )
         columns = cls._meta.fields_db_projection
-        violated = {name for name in columns if columns[name] in violated_columns(error)}
+        taken = await violated_columns(error, cls, connection_for(cls))
+        violated = {name for name in columns if columns[name] in taken}
         # A database that does not say which column it was most likely means the identifier.
         if not violated or violated & {cls.identifier_field, "email", cls._meta.pk_attr}:
             return IdentifierTakenError()

@@ -1,36 +1,38 @@
-"""The statements of the outbox, for each database.
+"""The statements of the outbox.
 
 None of them leaves a choice to the planner. A table that is empty most of the time has statistics to
 match, and the plan that is best for an empty table takes seconds when there is a backlog. So each
-statement reads one index from a given place, row by row, and stops. SQLite is told which index
-(``INDEXED BY``). PostgreSQL may neither sort nor read a whole table in these transactions, and the
-comparison of all columns of a line leaves it one index that is in the right order.
-
-Lists are given as JSON: the text of a statement does not depend on their length.
+statement reads one index from a given place, row by row, and stops. SQLite and MariaDB are told
+which index (``INDEXED BY``, ``FORCE INDEX``). PostgreSQL may neither sort nor read a whole table in
+these transactions, and the comparison of all columns of a line leaves it one index that is in the
+right order.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from typing import TypeAlias
+
+from tortoise_auth.database.dialects import outbox_mysql as mysql
+from tortoise_auth.database.dialects.dialect import Statement
 
 CHANNEL = "tortoise_auth_outbox"
-"""On PostgreSQL, relays of other processes are woken through it."""
-
-Statement: TypeAlias = Mapping[str, str]
-"""A statement of every dialect."""
+"""Relays of other processes are woken through it, where the database can."""
 
 
-def _everywhere(text: str) -> Statement:
+def _everywhere(text: str) -> dict[str, str]:
     """Return a statement of one text, with what each database writes for the marks in it."""
     sqlite = re.sub(r"\[ids in \w+\]", "id IN (SELECT value FROM json_each({ids}))", text)
+    sqlite = re.sub(r"\[by (\w+)\]", r"INDEXED BY \1", sqlite.replace(" [by key]", ""))
     postgres = re.sub(r"\[ids in (\w+)\]", _BY_KEY_ON_POSTGRES, text)
+    postgres = re.sub(r" \[by \w+\]", "", postgres)
+    plain = {"sqlite": sqlite.replace("[for share]", "")}
+    plain["postgres"] = postgres.replace("[for share]", "FOR SHARE SKIP LOCKED")
     return {
-        "sqlite": re.sub(r"\[by (\w+)\]", r"INDEXED BY \1", sqlite).replace("[for share]", ""),
-        "postgres": re.sub(r"\[by \w+\]", "", postgres).replace(
-            "[for share]", "FOR SHARE SKIP LOCKED"
-        ),
+        **{
+            name: re.sub(r"\[delete from (\w+)\]", r"DELETE FROM \1", each)
+            for name, each in plain.items()
+        },
+        "mysql": mysql.written(text),
     }
 
 
@@ -56,70 +58,78 @@ INSERT INTO tortoise_auth_outbox (
 ) VALUES {rows}
 """
 
-PLANNED_ON_POSTGRES = """
+BEGIN = {
+    "sqlite": "DELETE FROM tortoise_auth_outbox WHERE id IS NULL",
+    "postgres": """
 SET TRANSACTION ISOLATION LEVEL READ COMMITTED;
 SET LOCAL enable_seqscan = off; SET LOCAL enable_sort = off; SET LOCAL enable_bitmapscan = off;
 SET LOCAL enable_incremental_sort = off; SET LOCAL jit = off
-"""
-"""Begins a transaction, in which each statement sees what was committed before it."""
+""",
+    "mysql": "",
+}
+"""Begins a transaction, in which each statement sees what was committed before it.
 
-LOCK_ON_SQLITE = "DELETE FROM tortoise_auth_outbox WHERE id IS NULL"
-"""Begins a transaction: one that reads before it writes fails if another process has written."""
+SQLite begins with a lock: a transaction that reads before it writes fails if another process has
+written.
+"""
 
 _MINE = "[ids in tortoise_auth_outbox] AND claimed_by = {holder}"
 
-CLAIM = _everywhere("""
+CLAIM: Statement = {
+    **_everywhere("""
 UPDATE tortoise_auth_outbox
 SET due_at = {lease_ends}, claimed_by = {holder}, attempts = attempts + 1
 WHERE [ids in tortoise_auth_outbox]
 RETURNING id, event_id, event_name, subscription, user_table, subject_id, payload, attempts
-""")
+"""),
+    "mysql": mysql.claim,
+}
 """Gives rows to a relay."""
 
 HOLD = _everywhere(
-    "SELECT id FROM tortoise_auth_outbox WHERE [ids in tortoise_auth_outbox] [for share]"
+    "SELECT id FROM tortoise_auth_outbox [by key] WHERE [ids in tortoise_auth_outbox] [for share]"
 )
 """Locks rows, as far as they are there and not locked elsewhere."""
 
 SET_ASIDE = _everywhere(
-    "UPDATE tortoise_auth_outbox SET due_at = NULL WHERE [ids in tortoise_auth_outbox]"
+    "UPDATE tortoise_auth_outbox [by key] SET due_at = NULL WHERE [ids in tortoise_auth_outbox]"
 )
 """Takes rows out of those that are due, because each is behind another row of its line."""
 
-DELETE = _everywhere(f"DELETE FROM tortoise_auth_outbox WHERE {_MINE}")
+DELETE = _everywhere(f"[delete from tortoise_auth_outbox] WHERE {_MINE}")
 
 RELEASE = _everywhere(f"""
-UPDATE tortoise_auth_outbox SET due_at = {{due_at}}, attempts = attempts - 1 WHERE {_MINE}
+UPDATE tortoise_auth_outbox [by key] SET due_at = {{due_at}}, attempts = attempts - 1 WHERE {_MINE}
 """)
 
 RESCHEDULE = _everywhere(f"""
-UPDATE tortoise_auth_outbox SET due_at = {{due_at}}, last_error = {{error}} WHERE {_MINE}
+UPDATE tortoise_auth_outbox [by key] SET due_at = {{due_at}}, last_error = {{error}} WHERE {_MINE}
 """)
 
 _KEPT = "id, event_id, event_name, subscription, user_table, subject_id, payload, created_at, last_error"
 
 DIE = _everywhere(f"""
 INSERT INTO tortoise_auth_dead_letter ({_KEPT}, attempts, dead_at)
-SELECT {_KEPT}, attempts, {{at}} FROM tortoise_auth_outbox WHERE {_MINE}
+SELECT {_KEPT}, attempts, {{at}} FROM tortoise_auth_outbox [by key] WHERE {_MINE}
 """)
 """Copies a row to the dead letters."""
 
 LOCK_DEAD = _everywhere(
-    "UPDATE tortoise_auth_dead_letter SET attempts = 0 WHERE [ids in tortoise_auth_dead_letter]"
+    "UPDATE tortoise_auth_dead_letter [by key] SET attempts = 0 WHERE [ids in tortoise_auth_dead_letter]"
 )
 
 REVIVE = _everywhere(f"""
 INSERT INTO tortoise_auth_outbox ({_KEPT}, attempts, due_at)
-SELECT {_KEPT}, 0, {{now}} FROM tortoise_auth_dead_letter WHERE [ids in tortoise_auth_dead_letter]
+SELECT {_KEPT}, 0, {{now}} FROM tortoise_auth_dead_letter [by key] WHERE [ids in tortoise_auth_dead_letter]
 """)
 """Copies dead letters back, due and with all attempts before them."""
 
 DELETE_DEAD = _everywhere(
-    "DELETE FROM tortoise_auth_dead_letter WHERE [ids in tortoise_auth_dead_letter]"
+    "[delete from tortoise_auth_dead_letter] WHERE [ids in tortoise_auth_dead_letter]"
 )
 
 RESTART = _everywhere("""
-UPDATE tortoise_auth_outbox SET due_at = {now}, attempts = 0, claimed_by = NULL
+UPDATE tortoise_auth_outbox [by key] SET due_at = {now}, attempts = 0, claimed_by = NULL
 WHERE [ids in tortoise_auth_outbox]
 """)
 
@@ -185,6 +195,7 @@ SELECT subscription, (
 COUNTS: Statement = {
     "sqlite": _everywhere(_PAIRS_ON_SQLITE + _COUNTS)["sqlite"],
     "postgres": _everywhere(_PAIRS_ON_POSTGRES + _COUNTS)["postgres"],
+    "mysql": mysql.counts,
 }
 """Counts what waits and what is due for each pair of subscription and user table, up to a limit."""
 
@@ -209,6 +220,7 @@ FROM pair CROSS JOIN LATERAL (
 OVERDUE: Statement = {
     "sqlite": _everywhere(_PAIRS_ON_SQLITE + _OVERDUE_ON_SQLITE)["sqlite"],
     "postgres": _everywhere(_PAIRS_ON_POSTGRES + _OVERDUE_ON_POSTGRES)["postgres"],
+    "mysql": mysql.overdue,
 }
 """Finds the row of each pair that has been due for longest."""
 
@@ -216,7 +228,7 @@ COUNT_DEAD = _everywhere("""
 SELECT COUNT(*) AS dead FROM (SELECT 1 FROM tortoise_auth_dead_letter LIMIT {limit}) AS counted
 """)
 
-WAITING = _everywhere("SELECT * FROM tortoise_auth_outbox ORDER BY id LIMIT {limit}")
+WAITING = _everywhere("SELECT * FROM tortoise_auth_outbox [by key] ORDER BY id LIMIT {limit}")
 
 DEAD = _everywhere("""
 SELECT * FROM tortoise_auth_dead_letter [by tortoise_auth_dead_letter_at]
@@ -291,13 +303,17 @@ WHERE CASE WHEN due_at IS NULL THEN 1 END = 1 AND ctid = ANY(ARRAY(
 ))
 """
 
-DUE: Statement = {"sqlite": _DUE_ON_SQLITE, "postgres": _DUE_ON_POSTGRES}
+DUE: Statement = {"sqlite": _DUE_ON_SQLITE, "postgres": _DUE_ON_POSTGRES, "mysql": mysql.due}
 """Finds and locks rows that are due, by pairs of subscription and user table.
 
 ``behind`` is the row before it in its line. Rows that are locked elsewhere are left out.
 """
 
-PROMOTE: Statement = {"sqlite": _PROMOTE_ON_SQLITE, "postgres": _PROMOTE_ON_POSTGRES}
+PROMOTE: Statement = {
+    "sqlite": _PROMOTE_ON_SQLITE,
+    "postgres": _PROMOTE_ON_POSTGRES,
+    "mysql": mysql.promote,
+}
 """Makes the rows that come next in the lines of rows that are gone due again, in their old place.
 
 One would do. Several can be claimed together when a long line goes on.

@@ -1,0 +1,209 @@
+"""MariaDB and MySQL, through asyncmy or aiomysql."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from tortoise.backends.base.client import (
+    BaseDBAsyncClient,
+    ConnectionWrapper,
+    PoolConnectionWrapper,
+    TransactionalDBClient,
+)
+from tortoise.exceptions import OperationalError, TransactionManagementError
+from tortoise.models import Model
+
+from tortoise_auth.database.dialects.dialect import Dialect
+from tortoise_auth.database.dialects.failures import key_in
+from tortoise_auth.database.dialects.mysql_settings import Requirements
+from tortoise_auth.database.wrappers import outermost, root_of
+
+_DEADLOCK, _LOCK_WAIT_TIMEOUT = 1213, 1205
+
+
+class MySql(Dialect):
+    """MariaDB or MySQL: two servers with one language, through two drivers with one interface."""
+
+    language: ClassVar[str] = "mysql"
+    placeholder: ClassVar[str] = "%s"
+
+    def _placeholders(self, value: Any) -> tuple[str, list[Any]]:  # noqa: ANN401
+        """Spread a list: the server finds rows by an index for written values, not for JSON."""
+        if isinstance(value, list):
+            return ", ".join(["%s"] * len(value)) or "NULL", value
+        return "%s", [value]
+
+    def quoted(self, name: str) -> str:
+        """Return *name* in backquotes."""
+        return f"`{name}`"
+
+    def prepare(self, client: BaseDBAsyncClient) -> None:
+        """Set the row counts and the isolation that this package requires, unless connected already."""
+        Requirements.of(client).prepare()
+
+    def check(self, client: BaseDBAsyncClient, model: type[Model]) -> None:
+        """Let the next statement on *client* check its settings, and the collations of *model*."""
+        requirements = Requirements.of(client)
+        if requirements.expect(model) and "acquire_connection" not in vars(client):
+            client.acquire_connection = lambda: _Checked(client, requirements)  # type: ignore[method-assign]
+
+    def guard(self, transaction: TransactionalDBClient) -> None:
+        """Keep in Python what other databases keep in the transaction: its marks, and that it failed."""
+        _state_of(transaction)
+
+    async def set_mark(self, transaction: TransactionalDBClient, mark: int) -> int | None:
+        """Set the number, which savepoints of Tortoise roll back; not one opened by SQL text."""
+        state = _state_of(transaction)
+        state.refuse_if_failed()
+        before, state.mark = state.mark, mark
+        return before
+
+    async def mark_of(self, transaction: TransactionalDBClient) -> int | None:
+        """Return the number."""
+        state = _state_of(transaction)
+        state.refuse_if_failed()
+        return state.mark
+
+    async def refuse_if_failed(self, transaction: TransactionalDBClient) -> None:
+        """Raise after a deadlock: the server has rolled back the whole transaction."""
+        _state_of(transaction).refuse_if_failed()
+
+    async def columns_of_key(
+        self, connection: BaseDBAsyncClient, table: str, error: BaseException
+    ) -> frozenset[str]:
+        """Look the key up whose name is in the text of *error*."""
+        statement = (
+            "SELECT column_name AS name FROM information_schema.statistics WHERE "
+            "table_schema = DATABASE() AND table_name = {table} AND index_name = {key}"
+        )
+        rows = await self.rows(connection, statement, {"table": table, "key": key_in(error)})
+        return frozenset(row["name"] for row in rows)
+
+
+_STATE = "_tortoise_auth_state"
+
+
+@dataclass(slots=True)
+class _State:
+    """What a transaction and its savepoints share.
+
+    Attributes:
+        mark: The number that was set last and has not been rolled back.
+        failed: The server has rolled the whole transaction back. It is in none now: further
+            statements would be kept one by one.
+    """
+
+    mark: int | None = None
+    failed: bool = False
+
+    def refuse_if_failed(self) -> None:
+        if self.failed:
+            raise TransactionManagementError(
+                "A deadlock has rolled back this transaction: nothing of it is kept"
+            )
+
+
+def _state_of(transaction: TransactionalDBClient) -> _State:
+    around = outermost(transaction)
+    if _STATE not in vars(around):  # it has begun before anything was watched
+        _watch(around, _State())
+    state: _State = getattr(around, _STATE)
+    return state
+
+
+def _watch(transaction: Any, state: _State) -> None:  # noqa: ANN401 - the wrapper of one driver
+    """Replace methods of one transaction or savepoint, so that *state* follows it."""
+    begin_nested, commit = transaction._in_transaction, transaction.commit
+
+    def begin_watched() -> Any:  # noqa: ANN401
+        block = begin_nested()
+        _watch_savepoint(block.client, state)
+        return block
+
+    async def commit_unless_failed() -> None:
+        if state.failed:
+            # Of its own type Tortoise would leave the transaction open.
+            raise OperationalError("A deadlock has rolled back this transaction")
+        await commit()
+
+    setattr(transaction, _STATE, state)
+    transaction._in_transaction, transaction.commit = begin_watched, commit_unless_failed
+    transaction.acquire_connection = lambda: _Guarded(transaction, state)
+
+
+def _watch_savepoint(savepoint: Any, state: _State) -> None:  # noqa: ANN401
+    _watch(savepoint, state)
+    begin, roll_back, release = (
+        savepoint.savepoint,
+        savepoint.savepoint_rollback,
+        savepoint.release_savepoint,
+    )
+    before: list[int | None] = []
+
+    async def begin_watched() -> None:
+        state.refuse_if_failed()
+        await begin()
+        before.append(state.mark)
+
+    async def roll_back_watched() -> None:
+        if state.failed:  # the server knows the savepoint no more
+            savepoint._finalized = True
+            return
+        await roll_back()
+        state.mark = before.pop()
+
+    async def release_watched() -> None:
+        state.refuse_if_failed()
+        await release()
+
+    savepoint.savepoint, savepoint.savepoint_rollback = begin_watched, roll_back_watched
+    savepoint.release_savepoint = release_watched
+
+
+class _Guarded(ConnectionWrapper[Any]):
+    """The connection of a transaction, for one statement."""
+
+    __slots__ = ("_requirements", "_state")
+
+    def __init__(self, transaction: Any, state: _State) -> None:  # noqa: ANN401
+        super().__init__(transaction._lock, transaction)
+        self._state = state
+        self._requirements = Requirements.of(root_of(transaction))
+
+    async def __aenter__(self) -> Any:  # noqa: ANN401
+        connection = await super().__aenter__()
+        try:
+            self._state.refuse_if_failed()
+            await self._requirements.verify(connection)
+        except BaseException:
+            self._lock.release()
+            raise
+        return connection
+
+    async def __aexit__(self, kind: Any, error: Any, traceback: Any) -> None:  # noqa: ANN401
+        number = error.args[0] if error is not None and error.args else None
+        if number == _DEADLOCK or (
+            number == _LOCK_WAIT_TIMEOUT and self._requirements.timeout_ends_transaction
+        ):
+            self._state.failed = True
+        await super().__aexit__(kind, error, traceback)
+
+
+class _Checked(PoolConnectionWrapper[Any]):
+    """A connection of the pool, for one statement."""
+
+    __slots__ = ("_requirements",)
+
+    def __init__(self, client: Any, requirements: Requirements) -> None:  # noqa: ANN401
+        super().__init__(client, client._pool_init_lock)
+        self._requirements = requirements
+
+    async def __aenter__(self) -> Any:  # noqa: ANN401
+        connection = await super().__aenter__()
+        try:
+            await self._requirements.verify(connection)
+        except BaseException:
+            await super().__aexit__(None, None, None)
+            raise
+        return connection
