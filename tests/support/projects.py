@@ -166,6 +166,7 @@ class EmptyDatabase(Protocol):
     """A database of one kind, empty at first."""
 
     url: str
+    kind: str
 
     def tables(self) -> Tables:
         """Return the columns and indexes of each table."""
@@ -176,6 +177,8 @@ class EmptyDatabase(Protocol):
 
 class SqliteFile:
     """An SQLite database."""
+
+    kind = "sqlite"
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -206,6 +209,8 @@ class SqliteFile:
 
 class PostgresSchema:
     """A schema in the PostgreSQL of the tests."""
+
+    kind = "postgres"
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -242,6 +247,8 @@ class PostgresSchema:
 
 class MariadbDatabase:
     """A database in the MariaDB of the tests."""
+
+    kind = "mariadb"
 
     def __init__(self, name: str) -> None:
         self._name = name
