@@ -25,18 +25,18 @@ from tests.support.projects import (
     ONE_STRING,
     OTHER_LABEL,
     OWN_ENTRY,
+    SILENT,
     EmptyDatabase,
     Host,
     NewDatabase,
     Registration,
     SqliteFile,
+    needs_our_statements,
 )
 from tortoise_auth import migrations
 from tortoise_auth.migrations import OwnMigration
 
 pytestmark = pytest.mark.slow
-
-SILENT = "No changes detected\n"
 
 LOG_IN = """
 import secrets
@@ -107,12 +107,6 @@ def story(
         host.tortoise(database.url, "migrate")
         host.run(generated.url, GENERATE_SCHEMAS)
         yield Story(host, database, generated, before, first)
-
-
-def needs_our_statements(database: EmptyDatabase) -> None:
-    """Skip the rest of a test where our hand-written statements do not work yet."""
-    if database.kind == "mariadb":
-        pytest.skip("migrated; our own statements do not run on MariaDB yet")
 
 
 class TestHost:

@@ -25,6 +25,9 @@ import tortoise_auth
 from tests.support.services import MARIADB_URL, POSTGRES_URL, needs_mariadb, needs_postgres
 
 PACKAGE = Path(tortoise_auth.__file__).parent
+SILENT = "No changes detected\n"
+"""What ``makemigrations`` prints when it writes nothing."""
+
 MODELS = """
 from tortoise import fields
 from tortoise_auth import AbstractUser
@@ -335,3 +338,9 @@ NEW_DATABASES = [
     pytest.param(mariadb_database, id="mariadb", marks=needs_mariadb),
 ]
 """What opens an empty database of each kind."""
+
+
+def needs_our_statements(database: EmptyDatabase) -> None:
+    """Skip the rest of a test where our hand-written statements do not work yet."""
+    if database.kind == "mariadb":
+        pytest.skip("migrated; our own statements do not run on MariaDB yet")
