@@ -250,7 +250,7 @@ class TestMistakes:
         made, tables, library = host.own_migrations(), database.tables(), host.library_files()
         host.register(registration)
         for command in ("makemigrations", "migrate", "sqlmigrate models 0001_initial", "history"):
-            said = host.refused(database.url, *command.split())
+            said = host.refused(database.url, "tortoise", *command.split())
             assert "ConfigurationError: The tables of tortoise_auth are registered twice" in said
         assert host.own_migrations() == made
         assert database.tables() == tables
@@ -261,12 +261,12 @@ class TestMistakes:
         host = Host(tmp_path, NO_OWN_MIGRATIONS)
         database = SqliteFile(tmp_path / "test.sqlite3")
         library = host.library_files()
-        said = host.refused(database.url, "makemigrations")
+        said = host.refused(database.url, "tortoise", "makemigrations")
         assert "ConfigurationError: The app 'models' has the migrations of tortoise_auth" in said
         assert "shop.models.User" in said
         assert host.library_files() == library
         host.register(Registration(NO_OWN_MIGRATIONS.apps[:-1] + OUR_MIGRATIONS + "}", ""))
-        assert "shop.models.User" in host.refused(database.url, "migrate")
+        assert "shop.models.User" in host.refused(database.url, "tortoise", "migrate")
         assert database.tables() == {}
 
 
