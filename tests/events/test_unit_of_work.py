@@ -41,7 +41,7 @@ from tests.support.services import needs_postgres
 from tests.support.statements import statements, transaction_class
 from tortoise_auth import AuthConfig, AuthenticationError, AuthResult, AuthService, EventEmitter
 from tortoise_auth.clock import utc_now
-from tortoise_auth.database import connection_for, dialect_of, is_transaction
+from tortoise_auth.database import connection_for, is_transaction
 from tortoise_auth.events import (
     Event,
     PasswordChanged,
@@ -1163,8 +1163,6 @@ class TestTwoDatabases:
                 },
             }
             await context.init(config=config)
-            for connection in context.connections.all():
-                dialect_of(connection).prepare(connection)
             await context.generate_schemas()
             yield names
             assert_no_connection_is_held(context)

@@ -23,7 +23,7 @@ from tests.support.services import (
     needs_mariadb,
     needs_postgres,
 )
-from tortoise_auth.database import dialect_of, root_of
+from tortoise_auth.database import root_of
 
 MODULES = ["tests.support.app", "tortoise_auth.models"]
 
@@ -107,8 +107,6 @@ async def database(
             "apps": {"models": {"models": modules or MODULES, "default_connection": kind}},
         }
         await context.init(config=config, **options)
-        connection = context.connections.get(kind)
-        dialect_of(connection).prepare(connection)
         await context.generate_schemas()
         yield context
 

@@ -9,7 +9,7 @@ from tortoise_auth.database.commits import (
     wait_for,
     wait_uncancelled,
 )
-from tortoise_auth.database.connections import connection_for, current_connection
+from tortoise_auth.database.connections import connection_for, current_connection, prepare
 from tortoise_auth.database.dialects import (
     Listener,
     count_changed,
@@ -58,6 +58,7 @@ __all__ = [
     "on_commit",
     "outage",
     "pending_effects",
+    "prepare",
     "reads_naive_times",
     "root_of",
     "run_statement",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tortoise.backends.base.client import BaseDBAsyncClient, TransactionalDBClient
+from tortoise.connection import get_connections
 from tortoise.context import get_current_context
 from tortoise.exceptions import ConfigurationError as TortoiseConfigurationError
 from tortoise.models import Model
@@ -41,6 +42,18 @@ def connection_for(model: type[Model]) -> BaseDBAsyncClient:
     root = root_of(connection)
     dialect_of(root).check(root, model)
     return connection
+
+
+def prepare(alias: str) -> None:
+    """Prepare a connection that will have our tables, before it opens.
+
+    Every transaction on it is watched from its beginning, also those that begin before the first
+    call of this package.
+    """
+    client = get_connections()._get_storage().get(alias)
+    if client is not None:  # there is none while migrations are made
+        dialect_of(client).prepare(client)
+        watch(client)
 
 
 def _how_to_register(model: type[Model]) -> str:
