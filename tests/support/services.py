@@ -12,10 +12,7 @@ import pytest
 POSTGRES_URL = os.environ.get(
     "TORTOISE_AUTH_TEST_POSTGRES", "postgres://postgres@127.0.0.1:5432/test"
 )
-<<<<<<< HEAD
 PSYCOPG_URL = POSTGRES_URL.replace("postgres://", "psycopg://", 1)
-=======
->>>>>>> register
 MARIADB_URL = os.environ.get("TORTOISE_AUTH_TEST_MARIADB", "mysql://root@127.0.0.1:3306/test")
 REDIS_URL = os.environ.get("TORTOISE_AUTH_TEST_REDIS", "redis://127.0.0.1:6379")
 NATS_URL = os.environ.get("TORTOISE_AUTH_TEST_NATS", "nats://127.0.0.1:4222")
