@@ -312,7 +312,7 @@ class TestObstacle:
     def test_unknown(self, hasher: PasswordHasher, value: str) -> None:
         """What has no format that is known here is not named, nor accepted by the column."""
         assert scheme_of(value) is None
-        assert hasher.obstacle(value) == "It is a hash of no format that is known here, or no hash"
+        assert hasher.obstacle(value) == "It is no hash, or of no format that is known here"
         assert not is_hash(value)
 
     @pytest.mark.parametrize("hashed", BCRYPT)

@@ -140,7 +140,8 @@ class TestCaps:
                     await auth.login(EMAIL, PASSWORD)
             (record,) = caplog.records
             assert record.levelname == "WARNING"
-            assert record.getMessage().startswith(f"{user!r} has a password hash that costs more")
+            assert record.getMessage().startswith(f"{user!r} has a password hash that no password")
+            assert str(user.password_hasher.obstacle(hashed)) in record.getMessage()
             assert hashed not in record.getMessage()
 
 
