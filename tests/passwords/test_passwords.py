@@ -35,6 +35,7 @@ from tortoise_auth.passwords import (
     is_usable_hash,
     unusable_hash,
 )
+from tortoise_auth.passwords.formats import parse
 from tortoise_auth.testing import cheap_hasher
 
 WRONG = Verification(valid=False)
@@ -364,7 +365,9 @@ class TestVerify:
         """A hash is known by its beginning, the same as to passlib, which is not loaded for it."""
         hashed = await hasher.hash(PASSWORD) if known == "argon2" else LEGACY[known](PASSWORD)
         assert hasher.knows(hashed)
-        assert hasher._crypt.identify(hashed) is not None
+        stored = parse(hashed)
+        assert stored is not None
+        assert hasher._crypt.identify(stored.notation) is not None
 
     @pytest.mark.parametrize("unknown", ["", "!", PASSWORD, "$argon2$", "$9$abc$def", "$2", "$1$"])
     def test_does_not_know(self, hasher: PasswordHasher, unknown: str) -> None:

@@ -1,15 +1,18 @@
 """Passwords: how they are hashed, and which ones are accepted."""
 
+from tortoise_auth.passwords.formats import (
+    CostCaps,
+    is_hash,
+    is_usable_hash,
+    scheme_of,
+    unusable_hash,
+)
 from tortoise_auth.passwords.hashing import (
     MAX_PASSWORD_LENGTH,
     OWASP_ARGON2_FLOOR,
-    CostCaps,
     PasswordHasher,
     Verification,
     input_failures,
-    is_hash,
-    is_usable_hash,
-    unusable_hash,
 )
 from tortoise_auth.passwords.policy import COMMON_PASSWORDS, PasswordPolicy
 
@@ -24,5 +27,6 @@ __all__ = [
     "input_failures",
     "is_hash",
     "is_usable_hash",
+    "scheme_of",
     "unusable_hash",
 ]

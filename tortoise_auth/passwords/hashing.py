@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import hashlib
 import importlib.util
 import os
-import re
 import secrets
 import sys
 import threading
@@ -19,7 +19,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain
 from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 from tortoise_auth.exceptions import (
@@ -31,6 +30,14 @@ from tortoise_auth.exceptions import (
 )
 from tortoise_auth.lazy import LazyModule
 from tortoise_auth.legible import logger_of
+from tortoise_auth.passwords.formats import (
+    LIBPASS_SCHEMES,
+    CostCaps,
+    StoredHash,
+    format_of,
+    is_usable_hash,
+    parse,
+)
 from tortoise_auth.passwords.installation import require_libpass
 from tortoise_auth.threads import Threads, usable_cpus
 
@@ -61,25 +68,11 @@ OWASP_ARGON2_FLOOR: Sequence[tuple[int, int]] = (
 """Least (memory in KiB, passes) of Argon2id by the OWASP Password Storage Cheat Sheet."""
 
 _NO_MEMORY, _NO_THREAD = -22, -33  # error codes of the reference implementation, argon2.h
-_SCHEMES: Mapping[str, tuple[str, ...]] = {
-    "argon2": ("$argon2id$", "$argon2i$", "$argon2d$"),
-    "pbkdf2_sha256": ("$pbkdf2-sha256$",),
-    "django_pbkdf2_sha256": ("pbkdf2_sha256$",),
-    "bcrypt": ("$2$", "$2a$", "$2b$", "$2x$", "$2y$"),
-}
-"""The schemes that can be checked, by passlib's names, and how their hashes begin."""
-_COSTS: Mapping[str, re.Pattern[str]] = {
-    "argon2": re.compile(
-        r"\$argon2(?:id|i|d)\$(?:v=\d+\$)?m=(\d{1,10}),t=(\d{1,10}),p=(\d{1,8})\$", re.ASCII
-    ),
-    "pbkdf2": re.compile(r"\$?pbkdf2[-_]sha256\$(\d{1,10})\$", re.ASCII),
-    "bcrypt": re.compile(r"\$2[abxy]?\$(\d\d)\$", re.ASCII),
-}
-"""How a hash states its cost."""
 _BCRYPT_BYTES = 72
-_LANES = 64  # of Argon2 in a stored hash: each is a thread
-_UNUSABLE_PREFIX = "!"
-_UNUSABLE = re.compile(r"!(?:[A-Za-z0-9_-]{32,})?", re.ASCII)
+_NOT_INSTALLED: Mapping[str, str] = {
+    "bcrypt": "bcrypt is not installed here: add the extra bcrypt",
+    "scrypt": "This Python is built without scrypt: its OpenSSL has none",
+}
 _this_thread = threading.local()
 
 
@@ -94,53 +87,6 @@ class Verification:
 
     valid: bool
     outdated: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class CostCaps:
-    """The most that a *stored* hash may cost to check, so that one row cannot stop every login.
-
-    A hash above a cap, from an import or a writer of the table, is checked by no one: each password
-    is wrong for it, at the usual cost. The cost of new hashes is capped by nothing but your settings.
-
-    Attributes:
-        argon2_memory: KiB (1 GiB).
-        argon2_work: KiB times passes (8 passes over 1 GiB, or 128 over 64 MiB).
-        bcrypt_rounds: Each round doubles the work (16, about five seconds).
-        pbkdf2_iterations: 10 million, about five seconds.
-
-    Raises:
-        ConfigurationError: A cap is not a whole number of at least 1.
-    """
-
-    argon2_memory: int = 1 << 20
-    argon2_work: int = 1 << 23
-    bcrypt_rounds: int = 16
-    pbkdf2_iterations: int = 10_000_000
-
-    def __post_init__(self) -> None:
-        if not all(type(cap) is int and cap >= 1 for cap in vars(self).values()):
-            raise ConfigurationError("CostCaps: each cap must be a whole number of at least 1")
-
-
-def unusable_hash() -> str:
-    """Return a stored value that no password matches, different each time."""
-    return _UNUSABLE_PREFIX + secrets.token_urlsafe(24)
-
-
-def is_usable_hash(hashed: str | None) -> bool:
-    """Return whether some password could match a stored value."""
-    return bool(hashed) and not str(hashed).startswith(_UNUSABLE_PREFIX)
-
-
-def is_hash(value: str) -> bool:
-    """Return whether a value is a hash of a scheme known here, or is made to match no password.
-
-    The second kind is that of `unusable_hash`, or Django's: a password may begin with "!", too.
-    """
-    return value.startswith(tuple(chain.from_iterable(_SCHEMES.values()))) or (
-        _UNUSABLE.fullmatch(value) is not None
-    )
 
 
 def input_failures(password: object) -> list[PolicyFailure]:
@@ -172,9 +118,10 @@ def nfc(password: str) -> str:
 class PasswordHasher:
     """Hashes and verifies passwords on a dedicated, bounded thread pool.
 
-    New hashes are Argon2id. Hashes of bcrypt (extra ``bcrypt``), PBKDF2-SHA256 and Django's
-    ``pbkdf2_sha256`` are only verified, and reported as outdated so that a login replaces them.
-    bcrypt reads 72 bytes: a longer password is wrong for a bcrypt hash, whatever its beginning.
+    New hashes are Argon2id. Hashes that other programs have written (`docs/service.md` has the
+    table; those of bcrypt need the extra ``bcrypt``) are only verified, and reported as outdated so
+    that a login replaces them. bcrypt reads 72 bytes: a longer password is wrong for a bcrypt hash,
+    whatever its beginning.
     Passwords are NFC-normalised first (NIST SP 800-63B-4, 3.1.1.2), never trimmed or case-folded.
 
     Memory is bounded by ``threads`` times ``memory_cost``, however many logins wait. The event loop
@@ -254,8 +201,13 @@ class PasswordHasher:
         return await self._on_a_thread(lambda: self._verify(password, hashed))
 
     def knows(self, hashed: str) -> bool:
-        """Return whether a stored value is a hash of a scheme that can be verified here."""
-        return hashed.startswith(tuple(chain.from_iterable(self._schemes.values())))
+        """Return whether a stored value is a hash of a format that can be verified here."""
+        its_format = format_of(hashed)
+        return (
+            its_format is not None
+            and its_format.refused is None
+            and its_format.algorithm not in self._missing
+        )
 
     def affords(self, hashed: str) -> bool:
         """Return whether a stored hash costs no more to check than `caps` allow.
@@ -263,19 +215,33 @@ class PasswordHasher:
         A hash that does not state its cost in a form that is known here is not checked: whatever
         reads it may understand more than this.
         """
-        scheme, costs = _stated_cost(hashed)
-        if scheme == "argon2":
-            memory, passes, lanes = costs
-            most = max(self.caps.argon2_memory, self.memory_cost)
-            work = max(self.caps.argon2_work, self.memory_cost * self.time_cost)
-            return (
-                memory <= most
-                and memory * passes <= work
-                and lanes <= max(_LANES, self.parallelism)
-            )
-        if scheme == "pbkdf2":
-            return costs[0] <= self.caps.pbkdf2_iterations
-        return scheme == "bcrypt" and costs[0] <= self.caps.bcrypt_rounds
+        stored = parse(hashed)
+        return stored is not None and self._cap_below(stored) is None
+
+    def obstacle(self, hashed: str) -> str | None:
+        """Return why every password is wrong for a stored value; ``None`` if one may be right.
+
+        Nothing is computed, so all rows of a table can be asked about. `scheme_of` names the format.
+
+        Returns:
+            A sentence without a full stop, which does not quote the value.
+        """
+        if not is_usable_hash(hashed):
+            return "It is made to match no password"
+        its_format = format_of(hashed)
+        if its_format is None:
+            return "It is no hash, or of no format that is known here"
+        if its_format.refused is not None:
+            return its_format.refused
+        if its_format.algorithm in self._missing:
+            return _NOT_INSTALLED[its_format.algorithm]
+        stored = parse(hashed)
+        if stored is None:
+            return "It does not follow its format: perhaps it was cut off"
+        cap = self._cap_below(stored)
+        if cap is not None:
+            return f"It costs more to check than CostCaps({cap}={self._most[cap]}) allows"
+        return None
 
     def close(self) -> None:
         """Stop the threads once they are idle. The next call starts new ones."""
@@ -288,15 +254,40 @@ class PasswordHasher:
         )
 
     @cached_property
-    def _schemes(self) -> Mapping[str, tuple[str, ...]]:
-        without = set() if importlib.util.find_spec("bcrypt") else {"bcrypt"}
-        return {name: _SCHEMES[name] for name in _SCHEMES if name not in without}
+    def _missing(self) -> frozenset[str]:
+        """The algorithms that cannot be computed here."""
+        has = {
+            "bcrypt": bool(importlib.util.find_spec("bcrypt")),
+            "scrypt": hasattr(hashlib, "scrypt"),
+        }
+        return frozenset(name for name in has if not has[name])
+
+    @property
+    def _most(self) -> Mapping[str, int]:
+        """The caps, or what a hash of today's settings costs where that is more."""
+        caps = vars(self.caps)
+        today = {
+            "argon2_memory": self.memory_cost,
+            "argon2_work": self.memory_cost * self.time_cost,
+            "argon2_lanes": self.parallelism,
+        }
+        return {name: max(caps[name], today.get(name, 0)) for name in caps}
+
+    def _cap_below(self, stored: StoredHash) -> str | None:
+        """Return the first cap that a stored hash is above."""
+        most = self._most
+        return next((name for name, cost in stored.costs.items() if cost > most[name]), None)
 
     @cached_property
     def _crypt(self) -> CryptContext:
         # Two threads may build a context each; the contexts are equal, and either is kept.
         return passlib_context.CryptContext(
-            schemes=list(self._schemes),
+            schemes=[
+                scheme
+                for algorithm, schemes in LIBPASS_SCHEMES.items()
+                if algorithm not in self._missing
+                for scheme in schemes
+            ],
             default="argon2",
             deprecated="auto",  # whatever is not Argon2id is replaced at a login
             argon2__type="ID",
@@ -347,46 +338,55 @@ class PasswordHasher:
         )
 
     def _verify(self, password: str, hashed: str | None) -> Verification:
-        if hashed is None or not is_usable_hash(hashed) or not self.affords(hashed):
+        stored = parse(hashed) if hashed and self.obstacle(hashed) is None else None
+        if stored is None:
             return self._waste_one_hash()
         try:
-            # `needs_update` parses the hash, so a corrupt one fails here, before it costs a hash.
-            outdated = self._crypt.needs_update(hashed)
-            valid = self._matches(nfc(password), hashed)
+            # This parses the hash, so a corrupt one fails here, before it costs a hash.
+            outdated = self._is_outdated(stored)
+            valid = self._matches(nfc(password), stored)
             composed = unicodedata.is_normalized("NFC", password)
             if not valid and outdated and not composed:
                 # Another program may have hashed what was typed as it came (NFD on macOS).
-                valid = self._matches(password, hashed)
-        # The hash is corrupt or unknown, or has an unsupported parameter.
+                valid = self._matches(password, stored)
+        # The hash is corrupt, or has an unsupported parameter.
         except (ValueError, TypeError, NotImplementedError) as error:
             if _is_exhaustion(error.__context__):
                 raise
             return self._waste_one_hash()
         if not valid and outdated:
             # The check cost what that other hash costs, often less than a hash of today's settings.
-            return self._waste_the_rest(hashed)
+            return self._waste_the_rest(stored)
         return Verification(valid=valid, outdated=valid and outdated)
 
-    def _matches(self, password: str, hashed: str) -> bool:
+    def _is_outdated(self, stored: StoredHash) -> bool:
+        if stored.format.algorithm == "scrypt":
+            return True
+        notation = stored.notation
+        return bool(self._crypt.needs_update(notation)) or notation != stored.match.string
+
+    def _matches(self, password: str, stored: StoredHash) -> bool:
+        if stored.format.algorithm == "scrypt":
+            return stored.matches_scrypt(password)
+        notation = stored.notation
         # bcrypt 4 cuts a longer password off without a word; the rest of it would be free to choose.
-        if hashed.startswith("$2") and len(password.encode()) > _BCRYPT_BYTES:
+        if notation.startswith("$2") and len(password.encode()) > _BCRYPT_BYTES:
             return False
-        return bool(self._crypt.verify(password, hashed))
+        return bool(self._crypt.verify(password, notation))
 
     def _waste_one_hash(self) -> Verification:
         self._crypt.verify("", self._dummy_hash)
         return Verification(valid=False)
 
-    def _waste_the_rest(self, hashed: str) -> Verification:
+    def _waste_the_rest(self, stored: StoredHash) -> Verification:
         """Compute what a failed hash of Argon2 cost less than one of today's; else a whole one.
 
-        The work of Argon2 is its memory times its passes. What other schemes cost in this measure
-        depends on the machine.
+        The work of Argon2 is its memory times its passes. What other algorithms cost in this
+        measure depends on the machine.
         """
-        scheme, costs = _stated_cost(hashed)
-        if scheme != "argon2":
+        if stored.format.algorithm != "argon2":
             return self._waste_one_hash()
-        missing = self.memory_cost * self.time_cost - costs[0] * costs[1]
+        missing = self.memory_cost * self.time_cost - stored.costs["argon2_work"]
         if missing > 0:
             memory = max(missing // self.time_cost, 8 * self.parallelism)
             argon2_low_level.hash_secret(
@@ -422,14 +422,6 @@ class PasswordHasher:
                 exc_info=(type(failure), failure, error.__traceback__),
             )
         raise failure
-
-
-def _stated_cost(hashed: str) -> tuple[str, tuple[int, ...]]:
-    """Return the scheme and the numbers of a stored hash; no numbers if it states none."""
-    for scheme, pattern in _COSTS.items():
-        if stated := pattern.match(hashed):
-            return scheme, tuple(map(int, stated.groups()))
-    return "", ()
 
 
 def _is_exhaustion(error: BaseException | None) -> bool:
