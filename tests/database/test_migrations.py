@@ -32,7 +32,9 @@ from tests.support.projects import (
     Registration,
     SqliteFile,
     needs_our_statements,
+    postgres_schema,
 )
+from tests.support.services import needs_postgres
 from tortoise_auth import migrations
 from tortoise_auth.migrations import OwnMigration
 
@@ -223,6 +225,28 @@ def test_rows_of_the_outbox(new_database: NewDatabase, tmp_path: Path) -> None:
             "7",
             "2 6",
         ]
+
+
+@needs_postgres
+def test_psycopg(tmp_path: Path) -> None:
+    """Migrated through asyncpg, a host finds nothing left to migrate through psycopg.
+
+    Tortoise 1.1.9 cannot migrate through psycopg: it makes the tables and fails to record that. When
+    this test fails, the page about migrations may drop its warning.
+    """
+    host = Host(tmp_path, APP_ENTRY)
+    with postgres_schema(tmp_path) as broken, postgres_schema(tmp_path) as database:
+        host.tortoise(by_psycopg(broken), "makemigrations")
+        said = host.refused(by_psycopg(broken), "tortoise", "migrate")
+        assert "the query has 0 placeholders but 3 parameters were passed" in said
+        host.tortoise(database.url, "migrate")
+        assert host.tortoise(by_psycopg(database), "makemigrations") == SILENT
+        assert "No migrations to apply" in host.tortoise(by_psycopg(database), "migrate")
+
+
+def by_psycopg(database: EmptyDatabase) -> str:
+    """Return the URL by which psycopg opens a database."""
+    return f"psycopg://{database.url.partition('://')[2]}"
 
 
 IMPORTING = """
