@@ -31,7 +31,6 @@ from tests.support.projects import (
     NewDatabase,
     Registration,
     SqliteFile,
-    needs_our_statements,
     postgres_schema,
 )
 from tests.support.services import needs_postgres
@@ -125,7 +124,6 @@ class TestHost:
 
     def test_login(self, story: Story) -> None:
         """A login works on the migrated tables."""
-        needs_our_statements(story.database)
         assert story.host.run(story.database.url, LOG_IN) == "ada@example.com\n"
 
     def test_same_schema(self, story: Story) -> None:
@@ -218,7 +216,6 @@ def test_rows_of_the_outbox(new_database: NewDatabase, tmp_path: Path) -> None:
             "WHERE dead_at IS NOT NULL AND due_at IS NULL ORDER BY id"
         ) == [(2,), (6,)]
         host.tortoise(database.url, "migrate", label)
-        needs_our_statements(database)
         assert host.run(database.url, SHOW_OUTBOX).splitlines() == [
             "[(1, 0), (3, 2), (4, 3), (5, 4)]",
             "[(2, 10), (6, 10)]",

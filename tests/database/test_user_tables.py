@@ -15,7 +15,6 @@ from tests.support.projects import (
     Host,
     NewDatabase,
     SqliteFile,
-    needs_our_statements,
 )
 
 pytestmark = pytest.mark.slow
@@ -115,7 +114,6 @@ def test_table_with_rows(new_database: NewDatabase, tmp_path: Path) -> None:
         migrated.pop("tortoise_migrations")
         assert migrated == generated.tables()
         assert database.execute("SELECT count(*) FROM purchase") == [(2,)]
-        needs_our_statements(database)
         assert host.run(database.url, SHOW).splitlines() == [
             "ada@example.com '' True 0 UTC UTC",
             "eve@example.com '' True 0 UTC UTC",

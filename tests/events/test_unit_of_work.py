@@ -33,12 +33,13 @@ from tests.support.database import (
     database,
     look,
     place,
+    transaction_class,
 )
 from tests.support.deliveries import Deliveries, Undo, everywhere, quiet
 from tests.support.ledger import Ledger
 from tests.support.rows import changed, columns, row, rows
 from tests.support.services import needs_postgres
-from tests.support.statements import statements, transaction_class
+from tests.support.statements import statements
 from tortoise_auth import AuthConfig, AuthenticationError, AuthResult, AuthService, EventEmitter
 from tortoise_auth.clock import utc_now
 from tortoise_auth.database import connection_for, is_transaction
@@ -1309,7 +1310,7 @@ class TestCancellation:
         """A call that is cancelled during the COMMIT emits its event, and then raises the cancellation."""
         deliveries = Deliveries(emitter, PasswordChanged)
         began, may_end = asyncio.Event(), asyncio.Event()
-        wrapper = transaction_class(db)
+        wrapper = transaction_class(connection_of(db))
         commit = wrapper.commit
 
         async def slow_commit(self: Any) -> None:

@@ -24,10 +24,9 @@ from tortoise.exceptions import OperationalError
 from tests.support.accounts import EMAIL, NEW_PASSWORD, PASSWORD, SECRET
 from tests.support.app import User
 from tests.support.concurrency import Cancelled, Steps, finished
-from tests.support.database import assert_no_connection_is_held, database, root
+from tests.support.database import assert_no_connection_is_held, database, root, transaction_class
 from tests.support.deliveries import quiet
 from tests.support.services import POSTGRES_URL, needs_postgres
-from tests.support.statements import transaction_class
 from tortoise_auth import (
     AuthConfig,
     AuthResult,
@@ -576,7 +575,7 @@ def failing(context: TortoiseContext, fails: Callable[[int], bool]) -> Iterator[
 
         patch.setattr(owner, method, watched)
 
-    wrapper = transaction_class(context)
+    wrapper = transaction_class(root(context))
     with pytest.MonkeyPatch.context() as patch:
         for owner in (type(root(context)), wrapper):
             for method in CALLS & vars(owner).keys():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 import sqlite3
 from collections.abc import AsyncIterator
@@ -43,6 +44,8 @@ SHARED_DATABASES = [_file, *SERVERS]
 One connection sees no difference between an SQLite file and one in memory.
 """
 
+_connect = asyncpg.connect  # which some tests replace
+
 ON_POSTGRES = {"postgres", "psycopg"}
 
 
@@ -72,7 +75,7 @@ async def place(kind: str, folder: Path, *, maxsize: int = 5) -> AsyncIterator[s
 
 
 async def _on_postgres(statement: str) -> None:
-    own = await asyncpg.connect(POSTGRES_URL)
+    own = await _connect(POSTGRES_URL)
     try:
         await own.execute(statement)
     finally:
@@ -140,6 +143,19 @@ def kind_of(context: TortoiseContext) -> str:
     return connection_of(context).connection_name
 
 
+async def until_idle(pool: Any) -> None:
+    """Wait until no connection of a pool is in use: one of psycopg replaces a lost one by itself."""
+    async with asyncio.timeout(10):
+        while pool is not None and not all_idle(pool):  # noqa: ASYNC110 - it sets no event
+            await asyncio.sleep(0.005)
+
+
+def transaction_class(client: BaseDBAsyncClient) -> Any:
+    """Return the class of the transactions of a database."""
+    block: Any = client._in_transaction()
+    return type(getattr(block, "client", None) or block.connection)
+
+
 def assert_no_connection_is_held(context: TortoiseContext) -> None:
     """Check that every connection of the pool is idle, and on SQLite that the lock is free."""
     for connection in context.connections.all():
@@ -147,17 +163,17 @@ def assert_no_connection_is_held(context: TortoiseContext) -> None:
         if client.capabilities.dialect == "sqlite":
             assert not client._lock.locked()
         elif client._pool is not None:
-            idle, size = _idle_and_size(client._pool)
-            assert idle == size
+            assert all_idle(client._pool)
 
 
-def _idle_and_size(pool: Any) -> tuple[int, int]:
+def all_idle(pool: Any) -> bool:
+    """Return whether no connection of the pool of a driver is in use."""
     if hasattr(pool, "get_idle_size"):
-        return pool.get_idle_size(), pool.get_size()
+        return bool(pool.get_idle_size() == pool.get_size())
     if hasattr(pool, "get_stats"):
         stats = pool.get_stats()
-        return stats["pool_available"], stats["pool_size"]
-    return pool.freesize, pool.size
+        return bool(stats["pool_available"] == stats["pool_size"])
+    return bool(pool.freesize == pool.size)
 
 
 async def look(context: TortoiseContext, sql: str) -> list[tuple[Any, ...]]:

@@ -339,9 +339,3 @@ NEW_DATABASES = [
     pytest.param(mariadb_database, id="mariadb", marks=needs_mariadb),
 ]
 """What opens an empty database of each kind."""
-
-
-def needs_our_statements(database: EmptyDatabase) -> None:
-    """Skip the rest of a test where our hand-written statements do not work yet."""
-    if database.kind == "mariadb":
-        pytest.skip("migrated; our own statements do not run on MariaDB yet")

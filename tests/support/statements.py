@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from tortoise.context import TortoiseContext
 
-from tests.support.database import connection_of, root
+from tests.support.database import connection_of, root, transaction_class
 
 
 @contextmanager
@@ -39,8 +39,7 @@ def statements(
         patch.setattr(owner, method, watched)
 
     client = type(connection_of(context))
-    block: Any = connection_of(context)._in_transaction()
-    transaction = type(getattr(block, "client", None) or block.connection)
+    transaction = transaction_class(connection_of(context))
     with pytest.MonkeyPatch.context() as patch:
         for method in ("execute_insert", "execute_many", "execute_query", "execute_query_dict"):
             watch(patch, client, method, None)
@@ -49,16 +48,10 @@ def statements(
         yield seen
 
 
-def transaction_class(context: TortoiseContext) -> Any:
-    """Return the class of the transactions of a test's database."""
-    block: Any = root(context)._in_transaction()
-    return type(getattr(block, "client", None) or block.connection)
-
-
 @contextmanager
 def every_statement(context: TortoiseContext) -> Iterator[list[str]]:
     """Record every statement, including those that write many rows at once in a transaction."""
-    wrapper = transaction_class(context)
+    wrapper = transaction_class(root(context))
     execute_many = wrapper.execute_many
 
     async def noted(self: object, query: str, values: list[Any]) -> None:

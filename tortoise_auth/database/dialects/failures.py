@@ -15,8 +15,11 @@ _OUTAGES = ("08", "28", "3D", "40", "53", "55", "57", "58")
 _OUTAGES_OF_MYSQL = frozenset({1040, 1044, 1045, 1049, 1129, 1130, 1203, 1205, 1213})
 """The same of MariaDB and MySQL, beside those of the client, which begin at 2000."""
 
-_NOT_CONNECTED = {"no active connection", "Connection closed"}
-"""What aiosqlite raises as a ValueError."""
+_NOT_CONNECTED = {
+    "no active connection",  # a ValueError of aiosqlite
+    "Connection closed",
+    "Cannot acquire connection after closing pool",  # a RuntimeError of asyncmy and aiomysql
+}
 
 
 def is_of_driver(error: BaseException) -> bool:
@@ -24,7 +27,7 @@ def is_of_driver(error: BaseException) -> bool:
     return (
         isinstance(error, sqlite3.Error)
         or type(error).__module__.partition(".")[0] in _DRIVERS
-        or (isinstance(error, ValueError) and str(error) in _NOT_CONNECTED)
+        or (isinstance(error, ValueError | RuntimeError) and str(error) in _NOT_CONNECTED)
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -40,13 +41,15 @@ class MySql(Dialect):
 
     def prepare(self, client: BaseDBAsyncClient) -> None:
         """Set the row counts and the isolation that this package requires, unless connected already."""
-        Requirements.of(client).prepare()
+        requirements = Requirements.of(client)
+        requirements.prepare()
+        if "acquire_connection" not in vars(client):
+            client.acquire_connection = lambda: _Checked(client, requirements)  # type: ignore[method-assign]
 
     def check(self, client: BaseDBAsyncClient, model: type[Model]) -> None:
         """Let the next statement on *client* check its settings, and the collations of *model*."""
-        requirements = Requirements.of(client)
-        if requirements.expect(model) and "acquire_connection" not in vars(client):
-            client.acquire_connection = lambda: _Checked(client, requirements)  # type: ignore[method-assign]
+        if Requirements.of(client).expect(model):
+            self.prepare(client)
 
     def guard(self, transaction: TransactionalDBClient) -> None:
         """Keep in Python what other databases keep in the transaction: its marks, and that it failed."""
@@ -90,18 +93,16 @@ class _State:
 
     Attributes:
         mark: The number that was set last and has not been rolled back.
-        failed: The server has rolled the whole transaction back. It is in none now: further
+        failed: What has rolled the whole transaction back on the server. It is in none now: further
             statements would be kept one by one.
     """
 
     mark: int | None = None
-    failed: bool = False
+    failed: str | None = None
 
     def refuse_if_failed(self) -> None:
         if self.failed:
-            raise TransactionManagementError(
-                "A deadlock has rolled back this transaction: nothing of it is kept"
-            )
+            raise TransactionManagementError(f"{self.failed} has rolled back this transaction")
 
 
 def _state_of(transaction: TransactionalDBClient) -> _State:
@@ -114,7 +115,8 @@ def _state_of(transaction: TransactionalDBClient) -> _State:
 
 def _watch(transaction: Any, state: _State) -> None:  # noqa: ANN401 - the wrapper of one driver
     """Replace methods of one transaction or savepoint, so that *state* follows it."""
-    begin_nested, commit = transaction._in_transaction, transaction.commit
+    begin_nested = transaction._in_transaction
+    commit, roll_back = transaction.commit, transaction.rollback
 
     def begin_watched() -> Any:  # noqa: ANN401
         block = begin_nested()
@@ -124,11 +126,18 @@ def _watch(transaction: Any, state: _State) -> None:  # noqa: ANN401 - the wrapp
     async def commit_unless_failed() -> None:
         if state.failed:
             # Of its own type Tortoise would leave the transaction open.
-            raise OperationalError("A deadlock has rolled back this transaction")
+            raise OperationalError(f"{state.failed} has rolled back this transaction")
         await commit()
 
+    async def roll_back_if_connected() -> None:
+        if _is_open(transaction._connection):
+            await roll_back()
+        else:  # it ended with the connection
+            transaction._finalized = True
+
     setattr(transaction, _STATE, state)
-    transaction._in_transaction, transaction.commit = begin_watched, commit_unless_failed
+    transaction._in_transaction = begin_watched
+    transaction.commit, transaction.rollback = commit_unless_failed, roll_back_if_connected
     transaction.acquire_connection = lambda: _Guarded(transaction, state)
 
 
@@ -183,11 +192,14 @@ class _Guarded(ConnectionWrapper[Any]):
 
     async def __aexit__(self, kind: Any, error: Any, traceback: Any) -> None:  # noqa: ANN401
         number = error.args[0] if error is not None and error.args else None
-        if number == _DEADLOCK or (
-            number == _LOCK_WAIT_TIMEOUT and self._requirements.timeout_ends_transaction
-        ):
-            self._state.failed = True
+        if number == _DEADLOCK:
+            self._state.failed = "A deadlock"
+        elif number == _LOCK_WAIT_TIMEOUT and self._requirements.timeout_ends_transaction:
+            self._state.failed = "A lock that was waited for in vain"
+        elif not _is_open(self.connection):
+            self._state.failed = "The end of its connection"
         await super().__aexit__(kind, error, traceback)
+        _raise_cancellation(error)
 
 
 class _Checked(PoolConnectionWrapper[Any]):
@@ -207,3 +219,21 @@ class _Checked(PoolConnectionWrapper[Any]):
             await super().__aexit__(None, None, None)
             raise
         return connection
+
+    async def __aexit__(self, kind: Any, error: Any, traceback: Any) -> None:  # noqa: ANN401
+        await super().__aexit__(kind, error, traceback)
+        _raise_cancellation(error)
+
+
+def _is_open(connection: Any) -> bool:  # noqa: ANN401 - of one of two drivers
+    return bool(connection.connected if hasattr(connection, "connected") else not connection.closed)
+
+
+def _raise_cancellation(error: BaseException | None) -> None:
+    """Raise the cancellation of a statement, for which both drivers raise an error of their own.
+
+    They end the connection, and then fail to close the cursor on it.
+    """
+    cancelled = error.__context__ if error is not None else None
+    if isinstance(cancelled, asyncio.CancelledError):
+        raise cancelled
