@@ -11,10 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tortoise.backends.asyncpg.client import AsyncpgDBClient
-from tortoise.backends.asyncpg.client import TransactionWrapper as AsyncpgTransaction
 from tortoise.backends.base.client import BaseDBAsyncClient
-from tortoise.backends.sqlite.client import SqliteClient, SqliteTransactionWrapper
+from tortoise.backends.sqlite.client import SqliteClient
 from tortoise.context import TortoiseContext
 from tortoise.exceptions import IntegrityError, OperationalError
 from tortoise.transactions import in_transaction
@@ -23,8 +21,10 @@ from tests.support.app import AuditRow
 from tests.support.concurrency import Cancelled, finished
 from tests.support.database import (
     DATABASES,
+    all_idle,
     assert_no_connection_is_held,
     database,
+    transaction_class,
 )
 from tests.support.deliveries import Undo
 from tests.support.services import needs_postgres
@@ -322,7 +322,7 @@ class TestDelivery:
     ) -> None:
         """If the commit fails, no effect runs, and the transaction may be rolled back."""
         noted: list[str] = []
-        kind = AsyncpgTransaction if isinstance(root, AsyncpgDBClient) else SqliteTransactionWrapper
+        kind = transaction_class(root)
 
         async def fail(self: object) -> None:
             raise OperationalError("no")
@@ -511,16 +511,15 @@ class TestPrivateNames:
         async with in_transaction(root.connection_name) as outer:
             wrapper: Any = outer
             assert not wrapper._lock.locked()
-            if isinstance(root, AsyncpgDBClient):
-                assert root._pool is not None
-                assert root._pool.get_idle_size() == 0
-                await root._pool.release(wrapper._connection)
-                await root._pool.release(wrapper._connection)  # which is ignored
-                wrapper._connection = await root._pool.acquire()
-                wrapper._finalized = True
-            else:
-                assert isinstance(root, SqliteClient)
+            client: Any = root
+            if isinstance(root, SqliteClient):
                 assert root._lock.locked()
+            else:
+                assert not all_idle(client._pool)
+                await wrapper.rollback()
+                await client._pool.release(wrapper._connection)
+                wrapper._connection = await client._pool.acquire()
+                wrapper._finalized = True
 
     async def test_ends_call_methods_of_the_instance(self, root: BaseDBAsyncClient) -> None:
         """A block ends by `commit` or `rollback` of its client, which can be replaced."""

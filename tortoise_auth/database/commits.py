@@ -10,6 +10,7 @@ back. So savepoints of the host count, too, which Tortoise does not show.
 from __future__ import annotations
 
 import asyncio
+import copy
 import itertools
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -412,15 +413,17 @@ async def _given_back(transaction: Any) -> AsyncIterator[None]:  # noqa: ANN401 
         if pool is None:
             await root._lock.acquire()
             return
-        # If there is none, the block returns the old one once more, which the pool ignores.
-        with suppress(Exception):
+        try:
             transaction._connection = await pool.acquire()
+        except Exception:  # noqa: BLE001 - it was committed, so the block must end without an error
+            transaction._parent = copy.copy(root)  # with nothing to give back
+            transaction._parent._pool = None
 
-    if pool is None:
-        root._lock.release()
-    else:
-        await wait_for(pool.release(transaction._connection))
     try:
+        if pool is None:
+            root._lock.release()
+        else:
+            await wait_for(pool.release(transaction._connection))
         yield
     finally:
         await wait_for(take_again())

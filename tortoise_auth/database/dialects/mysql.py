@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from tortoise.backends.base.client import (
@@ -56,17 +57,16 @@ class MySql(Dialect):
         _state_of(transaction)
 
     async def set_mark(self, transaction: TransactionalDBClient, mark: int) -> int | None:
-        """Set the number, which savepoints of Tortoise roll back; not one opened by SQL text."""
-        state = _state_of(transaction)
-        state.refuse_if_failed()
-        before, state.mark = state.mark, mark
+        """Set the number, which is kept in Python: no setting of the session is rolled back."""
+        before = await self.mark_of(transaction)
+        _state_of(transaction).mark = mark
         return before
 
     async def mark_of(self, transaction: TransactionalDBClient) -> int | None:
-        """Return the number."""
-        state = _state_of(transaction)
+        """Return the number; ``None`` if the transaction was ended by SQL text."""
+        state, connection = _state_of(transaction), outermost(transaction)._connection
         state.refuse_if_failed()
-        return state.mark
+        return state.mark if connection.get_transaction_status() else None
 
     async def refuse_if_failed(self, transaction: TransactionalDBClient) -> None:
         """Raise after a deadlock: the server has rolled back the whole transaction."""
@@ -84,6 +84,10 @@ class MySql(Dialect):
         return frozenset(row["name"] for row in rows)
 
 
+_SAVEPOINT = re.compile(
+    r"(?:^|;)\s*(?:SAVEPOINT|(ROLLBACK\s+(?:WORK\s+)?TO(?:\s+SAVEPOINT)?))\s+`?(\w+)", re.IGNORECASE
+)
+
 _STATE = "_tortoise_auth_state"
 
 
@@ -93,12 +97,22 @@ class _State:
 
     Attributes:
         mark: The number that was set last and has not been rolled back.
+        marks: That number, as it was when each savepoint began.
         failed: What has rolled the whole transaction back on the server. It is in none now: further
             statements would be kept one by one.
     """
 
     mark: int | None = None
+    marks: dict[str, int | None] = field(default_factory=dict)
     failed: str | None = None
+
+    def follow(self, statements: str) -> None:
+        """Note the savepoints that the host sets, and rolls back to, by statements of its own."""
+        for end, name in _SAVEPOINT.findall(statements):
+            if end:
+                self.mark = self.marks.get(name)
+            else:
+                self.marks[name] = self.mark
 
     def refuse_if_failed(self) -> None:
         if self.failed:
@@ -135,7 +149,19 @@ def _watch(transaction: Any, state: _State) -> None:  # noqa: ANN401 - the wrapp
         else:  # it ended with the connection
             transaction._finalized = True
 
+    execute_query, execute_script = transaction.execute_query, transaction.execute_script
+
+    async def query_watched(query: str, values: list[Any] | None = None) -> Any:  # noqa: ANN401
+        result = await execute_query(query, values)
+        state.follow(query)
+        return result
+
+    async def script_watched(query: str) -> None:
+        await execute_script(query)
+        state.follow(query)
+
     setattr(transaction, _STATE, state)
+    transaction.execute_query, transaction.execute_script = query_watched, script_watched
     transaction._in_transaction = begin_watched
     transaction.commit, transaction.rollback = commit_unless_failed, roll_back_if_connected
     transaction.acquire_connection = lambda: _Guarded(transaction, state)
@@ -148,19 +174,19 @@ def _watch_savepoint(savepoint: Any, state: _State) -> None:  # noqa: ANN401
         savepoint.savepoint_rollback,
         savepoint.release_savepoint,
     )
-    before: list[int | None] = []
 
     async def begin_watched() -> None:
         state.refuse_if_failed()
         await begin()
-        before.append(state.mark)
+        state.marks[savepoint._savepoint] = state.mark
 
     async def roll_back_watched() -> None:
         if state.failed:  # the server knows the savepoint no more
             savepoint._finalized = True
             return
+        name = savepoint._savepoint
         await roll_back()
-        state.mark = before.pop()
+        state.mark = state.marks[name]
 
     async def release_watched() -> None:
         state.refuse_if_failed()
