@@ -10,7 +10,7 @@ from tortoise.models import Model
 
 from tortoise_auth import AbstractUser
 from tortoise_auth.database import connection_for
-from tortoise_auth.fields import UtcDatetimeField
+from tortoise_auth.fields import ExactCharField, UtcDatetimeField
 
 
 class User(AbstractUser):
@@ -43,7 +43,7 @@ class NamedUser(AbstractUser):
     """Logs in by user name."""
 
     identifier_field = "username"
-    username = fields.CharField(max_length=30, unique=True)
+    username = ExactCharField(max_length=30, unique=True)
 
     class Meta(AbstractUser.Meta):
         table = "app_named_user"

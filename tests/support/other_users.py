@@ -44,3 +44,14 @@ class InternalUser(AbstractUser):
     class Meta(AbstractUser.Meta):
         table = "app_internal_user"
         abstract = False
+
+
+class PlainNamedUser(AbstractUser):
+    """The column of the user name is of a plain field class."""
+
+    identifier_field = "username"
+    username = fields.CharField(max_length=30, unique=True)
+
+    class Meta(AbstractUser.Meta):
+        table = "app_plain_named_user"
+        abstract = False

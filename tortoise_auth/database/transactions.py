@@ -81,6 +81,7 @@ class transaction:
 
     async def __aenter__(self) -> TransactionalDBClient:
         connection, self._level = self._connection, None
+        await dialect_of(connection).verify(connection)
         if isinstance(connection, TransactionalDBClient):
             self._level = await Level.enter(Ending.of(connection).level)
             if self._level is None:

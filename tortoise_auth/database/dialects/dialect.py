@@ -39,6 +39,7 @@ class Dialect:
         self, connection: BaseDBAsyncClient, statement: Statement, values: Values
     ) -> list[Row]:
         """Run a statement and return its rows."""
+        await self.verify(connection)
         text = statement if isinstance(statement, str) else statement[self.language]
         if isinstance(text, str):
             return await connection.execute_query_dict(*self.placed(text, values))
@@ -48,6 +49,7 @@ class Dialect:
         self, connection: BaseDBAsyncClient, statement: Statement, values: Values
     ) -> int:
         """Run an INSERT, UPDATE or DELETE; return how many rows it matched."""
+        await self.verify(connection)
         text = statement if isinstance(statement, str) else statement[self.language]
         if not isinstance(text, str):
             raise TypeError("a procedure returns rows and counts none")
@@ -128,7 +130,14 @@ class Dialect:
         """Set what this package requires of a connection, before the first one is opened."""
 
     def check(self, client: BaseDBAsyncClient, model: type[Model]) -> None:
-        """Let the first statement on *client* that comes after this refuse what is not as required."""
+        """Let the next `verify` check the columns of *model*, too."""
+
+    async def verify(self, connection: BaseDBAsyncClient) -> None:
+        """Check, once, that the database is as this package requires it.
+
+        Raises:
+            ConfigurationError: It is not.
+        """
 
     def guard(self, transaction: TransactionalDBClient) -> None:
         """Watch a transaction that has begun, for what the database does not show afterwards."""

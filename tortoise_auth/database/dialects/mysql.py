@@ -42,15 +42,18 @@ class MySql(Dialect):
 
     def prepare(self, client: BaseDBAsyncClient) -> None:
         """Set the row counts and the isolation that this package requires, unless connected already."""
-        requirements = Requirements.of(client)
-        requirements.prepare()
-        if "acquire_connection" not in vars(client):
-            client.acquire_connection = lambda: _Checked(client, requirements)  # type: ignore[method-assign]
+        Requirements.of(client).prepare()
+        pooled: Any = client
+        client.acquire_connection = lambda: _Pooled(client, pooled._pool_init_lock)  # type: ignore[method-assign]
 
     def check(self, client: BaseDBAsyncClient, model: type[Model]) -> None:
-        """Let the next statement on *client* check its settings, and the collations of *model*."""
+        """Let the next `verify` check the columns of *model*, too."""
         if Requirements.of(client).expect(model):
             self.prepare(client)
+
+    async def verify(self, connection: BaseDBAsyncClient) -> None:
+        """Check the settings and the collations, for statements of ours alone."""
+        await Requirements.of(root_of(connection)).verify(connection)
 
     def guard(self, transaction: TransactionalDBClient) -> None:
         """Keep in Python what other databases keep in the transaction: its marks, and that it failed."""
@@ -210,7 +213,6 @@ class _Guarded(ConnectionWrapper[Any]):
         connection = await super().__aenter__()
         try:
             self._state.refuse_if_failed()
-            await self._requirements.verify(connection)
         except BaseException:
             self._lock.release()
             raise
@@ -228,23 +230,10 @@ class _Guarded(ConnectionWrapper[Any]):
         _raise_cancellation(error)
 
 
-class _Checked(PoolConnectionWrapper[Any]):
+class _Pooled(PoolConnectionWrapper[Any]):
     """A connection of the pool, for one statement."""
 
-    __slots__ = ("_requirements",)
-
-    def __init__(self, client: Any, requirements: Requirements) -> None:  # noqa: ANN401
-        super().__init__(client, client._pool_init_lock)
-        self._requirements = requirements
-
-    async def __aenter__(self) -> Any:  # noqa: ANN401
-        connection = await super().__aenter__()
-        try:
-            await self._requirements.verify(connection)
-        except BaseException:
-            await super().__aexit__(None, None, None)
-            raise
-        return connection
+    __slots__ = ()
 
     async def __aexit__(self, kind: Any, error: Any, traceback: Any) -> None:  # noqa: ANN401
         await super().__aexit__(kind, error, traceback)

@@ -26,7 +26,8 @@ _VARIABLES = (
 )
 
 _COLUMNS = (
-    "SELECT column_name, collation_name, column_type, is_nullable, column_default "
+    "SELECT column_name AS name, collation_name AS collation, column_type AS kind, "
+    "is_nullable AS nullable, column_default AS standard "
     "FROM information_schema.columns WHERE table_schema = COALESCE(%s, DATABASE()) "
     "AND table_name = %s AND collation_name IS NOT NULL"
 )
@@ -35,6 +36,8 @@ EXACT = (
     "CHARACTER SET utf8mb4 /*M! COLLATE utf8mb4_nopad_bin *//*!80017 COLLATE utf8mb4_0900_bin */"
 )
 """Added to the type of a column that tells all texts apart. Each server reads the comment for it."""
+
+_NO_PAD = "utf8mb4_nopad_bin"
 
 _EXACT = ("nopad_bin", "0900_bin", "binary")
 """Collations with these endings tell all texts apart. Those in ``_bin`` alone ignore blanks at the end."""
@@ -77,17 +80,19 @@ class Requirements:
         self.prepare()
         return True
 
-    async def verify(self, connection: Any) -> None:  # noqa: ANN401 - of one of two drivers
-        """Check what is expected, on a connection of the driver.
+    async def verify(self, connection: BaseDBAsyncClient) -> None:
+        """Check what is expected, unless that is done.
 
         Raises:
             ConfigurationError: Something is not as it must be.
         """
         models = self._expected - self._verified
         if models:
-            await self._verify_settings(connection)
+            exact = await self._verify_settings(connection)
             wrong = [
-                statement for model in models for statement in await _mending(connection, model)
+                statement
+                for model in models
+                for statement in await _mending(connection, model, exact)
             ]
             if wrong:
                 raise ConfigurationError(
@@ -97,8 +102,10 @@ class Requirements:
                 )
             self._verified |= models
 
-    async def _verify_settings(self, connection: Any) -> None:  # noqa: ANN401
-        variables = {name: value for name, value in await _rows(connection, _VARIABLES, ())}
+    async def _verify_settings(self, connection: BaseDBAsyncClient) -> str:
+        """Check version, row counts and isolation; return the collation that tells all texts apart."""
+        rows = await connection.execute_query_dict(_VARIABLES)
+        variables = {row["Variable_name"]: row["Value"] for row in rows}
         _refuse_old(variables["version"])
         flags = int(self._client._template.get("client_flag", 0))
         level = variables.get("transaction_isolation") or variables.get("tx_isolation")
@@ -113,6 +120,7 @@ class Requirements:
                     + _SETTINGS
                 )
         self.timeout_ends_transaction = variables["innodb_rollback_on_timeout"] == "ON"
+        return _NO_PAD if "MariaDB" in variables["version"] else "utf8mb4_0900_bin"
 
 
 _REQUIREMENTS = "_tortoise_auth_requirements"
@@ -127,18 +135,25 @@ def _refuse_old(version: str) -> None:
         )
 
 
-async def _mending(connection: Any, model: type[Model]) -> list[str]:  # noqa: ANN401
+async def _mending(connection: BaseDBAsyncClient, model: type[Model], collation: str) -> list[str]:
     """Return the statements that give a model's columns a collation that tells all texts apart."""
     exact = set(_exact_columns(model))
     table = model._meta.db_table
-    rows = await _rows(connection, _COLUMNS, (model._meta.schema, table))
+    rows = await connection.execute_query_dict(_COLUMNS, [model._meta.schema or None, table])
     return [
-        f"ALTER TABLE `{table}` MODIFY `{name}` {kind} CHARACTER SET utf8mb4 COLLATE "
-        f"{_collation(connection)}{'' if nullable == 'YES' else ' NOT NULL'}"
-        f"{'' if default is None else f' DEFAULT {default}'};"
-        for name, collation, kind, nullable, default in rows
-        if name in exact and not collation.endswith(_EXACT)
+        f"ALTER TABLE `{table}` MODIFY `{row['name']}` {row['kind']} CHARACTER SET utf8mb4 "
+        f"COLLATE {collation}{'' if row['nullable'] == 'YES' else ' NOT NULL'}"
+        f"{_default(row['standard'], collation)};"
+        for row in rows
+        if row["name"] in exact and not row["collation"].endswith(_EXACT)
     ]
+
+
+def _default(text: str | None, collation: str) -> str:
+    if text is None:
+        return ""
+    # MariaDB gives it as it is written in SQL, MySQL as it is.
+    return f" DEFAULT {text}" if collation == _NO_PAD else f" DEFAULT '{text}'"
 
 
 def _exact_columns(model: type[Model]) -> Iterable[str]:
@@ -151,14 +166,3 @@ def _exact_columns(model: type[Model]) -> Iterable[str]:
         for name, column in meta.fields_db_projection.items()
         if name in identifiers or getattr(meta.fields_map[name], "exact", False)
     )
-
-
-def _collation(connection: Any) -> str:  # noqa: ANN401
-    maria = "MariaDB" in connection.get_server_info()
-    return "utf8mb4_nopad_bin" if maria else "utf8mb4_0900_bin"
-
-
-async def _rows(connection: Any, statement: str, values: tuple[object, ...]) -> list[Any]:  # noqa: ANN401
-    async with connection.cursor() as cursor:
-        await cursor.execute(statement, values or None)
-        return list(await cursor.fetchall())
