@@ -44,3 +44,25 @@ class InternalUser(AbstractUser):
     class Meta(AbstractUser.Meta):
         table = "app_internal_user"
         abstract = False
+
+
+class FormerUser(AbstractUser):
+    """The table has the hashes of another program in a column of their own."""
+
+    hashed_password = fields.CharField(max_length=1024, null=True)
+
+    class Meta(AbstractUser.Meta):
+        table = "app_former_user"
+        abstract = False
+
+
+class SharedEmailUser(AbstractUser):
+    """People log in by name, and may share an address or have none, as in Django."""
+
+    identifier_field = "username"
+    username = fields.CharField(max_length=150, unique=True)
+    email = fields.CharField(max_length=254, default="")
+
+    class Meta(AbstractUser.Meta):
+        table = "app_shared_email_user"
+        abstract = False
