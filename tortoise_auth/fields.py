@@ -6,10 +6,12 @@ import re
 import unicodedata
 from collections.abc import Collection, Sequence
 from datetime import UTC, datetime
+from enum import Enum
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from tortoise import fields
 from tortoise.exceptions import ValidationError
+from tortoise.fields.base import DatabaseDefault
 from tortoise.models import Model
 
 from tortoise_auth.clock import utc_now
@@ -58,6 +60,10 @@ class UtcDatetimeField(fields.DatetimeField[MomentT]):
             self.validate(value)
         return self._in_utc(value)
 
+    def get_db_default_value(self) -> DatabaseDefault | None:
+        """Return what an object without a value holds; a column that fills itself is not left out."""
+        return None if self.auto_now or self.auto_now_add else super().get_db_default_value()
+
     def _in_utc(self, value: object) -> datetime | None:
         if value is None:
             return None
@@ -71,6 +77,28 @@ class UtcDatetimeField(fields.DatetimeField[MomentT]):
         return self.auto_now or (
             self.auto_now_add and getattr(instance, self.model_field_name) is None
         )
+
+
+class DatabaseClock(Enum):
+    """The time that a database puts into a column which an INSERT or a migration leaves out.
+
+    An enumeration, because Tortoise writes its members into migrations by their names; of any other
+    expression it writes the text for one dialect. No ``SqlDefault``, because MySQL would get the
+    column without the default first, and fill the rows that are there with ``0000-00-00``.
+    """
+
+    NOW = "CURRENT_TIMESTAMP"
+
+    def get_sql(self, context: object = None, dialect: str | None = None) -> str:
+        """Return the expression for a dialect of Tortoise."""
+        return _CLOCKS.get(dialect, self.value)
+
+
+_CLOCKS: dict[str | None, str] = {
+    # SQLite adds no column with a default that changes to a table with rows.
+    "sqlite": "'1970-01-01 00:00:00+00:00'",
+    "mysql": "(UTC_TIMESTAMP(6))",
+}
 
 
 _LABEL = re.compile(r"(?!-)[a-z0-9-]{1,63}(?<!-)", re.ASCII)

@@ -13,6 +13,7 @@ from tortoise.indexes import Index
 from tortoise.models import Model
 
 from tortoise_auth.fields import UtcDatetimeField
+from tortoise_auth.registration import OwnModels
 
 
 class Session(Model):
@@ -204,6 +205,9 @@ class AttemptCount(Model):
     class Meta(Model.Meta):
         table = "tortoise_auth_attempts"
         table_description = "How often passwords were tried for one account, or from one source."
+
+
+__models__ = OwnModels(Session, OutboxEntry, DeadLetter, AttemptCount)
 
 
 def user_table(model: type[Model]) -> str:

@@ -1,67 +1,42 @@
-"""Migrations: a scratch host with Tortoise's own command line, on an SQLite file and PostgreSQL."""
+"""Migrations: a scratch host with Tortoise's own command line, on each database."""
 
 from __future__ import annotations
 
-import asyncio
 import importlib
-import os
 import pkgutil
-import secrets
-import shutil
-import sqlite3
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import ClassVar, TypeAlias
+from typing import ClassVar
 
-import asyncpg
 import pytest
 from tortoise.fields.relational import RelationalField
 from tortoise.migrations import Migration
 from tortoise.migrations import operations as ops
 
-import tortoise_auth
-from tests.support.services import POSTGRES_URL, needs_postgres
+from tests.support.projects import (
+    APP_ENTRY,
+    BOTH_WAYS,
+    BOTH_WAYS_TURNED,
+    GENERATE_SCHEMAS,
+    MODELS,
+    NEW_DATABASES,
+    ONE_STRING,
+    OTHER_LABEL,
+    OWN_ENTRY,
+    SILENT,
+    EmptyDatabase,
+    Host,
+    NewDatabase,
+    Registration,
+    SqliteFile,
+    needs_our_statements,
+)
 from tortoise_auth import migrations
 from tortoise_auth.migrations import OwnMigration
 
 pytestmark = pytest.mark.slow
-
-PACKAGE = Path(tortoise_auth.__file__).parent
-SILENT = "No changes detected\n"
-
-MODELS = """
-from tortoise import fields
-from tortoise_auth import AbstractUser
-
-class User(AbstractUser):
-    display_name = fields.CharField(max_length=100, default="")
-"""
-
-SETTINGS = """
-import os
-from tortoise_auth import app_config
-
-TORTOISE_ORM = {{
-    "connections": {{"default": os.environ["DATABASE_URL"]}},
-    "apps": {{{apps}}},
-}}
-"""
-
-GENERATE_SCHEMAS = """
-from settings import TORTOISE_ORM
-from tortoise import Tortoise, run_async
-
-async def main():
-    await Tortoise.init(config=TORTOISE_ORM)
-    await Tortoise.generate_schemas()
-
-run_async(main())
-"""
 
 LOG_IN = """
 import secrets
@@ -84,184 +59,11 @@ run_async(main())
 """
 
 
-@dataclass(frozen=True)
-class Registration:
-    """One way to register our tables.
-
-    Attributes:
-        apps: The source of ``TORTOISE_ORM["apps"]``.
-        label: The app that has our tables.
-    """
-
-    apps: str
-    label: str
-
-    @property
-    def is_shipped(self) -> bool:
-        """Whether our tables come from our migrations, and not from those of the host."""
-        return self.label != "models"
-
-
-APP_ENTRY = '"models": {"models": ["shop.models"], "migrations": "shop.migrations"}, '
 REGISTRATIONS = [
-    pytest.param(
-        Registration(APP_ENTRY + '"tortoise_auth": app_config()', "tortoise_auth"), id="app-entry"
-    ),
-    pytest.param(Registration(APP_ENTRY + '"accounts": app_config()', "accounts"), id="label"),
-    pytest.param(
-        Registration(APP_ENTRY.replace("]", ', "tortoise_auth.models"]'), "models"), id="one-string"
-    ),
+    pytest.param(APP_ENTRY, id="app-entry"),
+    pytest.param(OTHER_LABEL, id="label"),
+    pytest.param(ONE_STRING, id="one-string"),
 ]
-
-
-class Host:
-    """A scratch project, with a copy of the library instead of ``site-packages``."""
-
-    def __init__(self, folder: Path, registration: Registration) -> None:
-        self.folder = folder / "host"
-        self.package = folder / "site-packages" / "tortoise_auth"
-        self.migrations = self.folder / "shop" / "migrations"
-        self.registration = registration
-        shutil.copytree(PACKAGE, self.package, ignore=shutil.ignore_patterns("__pycache__"))
-        self._write("shop/__init__.py", "")
-        self._write("shop/models.py", MODELS)
-        self._write("settings.py", SETTINGS.format(apps=registration.apps))
-
-    def tortoise(self, url: str, *arguments: str) -> str:
-        """Run Tortoise's command line on the database at *url*; return what it printed."""
-        return self._run(url, "-m", "tortoise", "-c", "settings.TORTOISE_ORM", *arguments)
-
-    def run(self, url: str, script: str) -> str:
-        """Run a script of the project; return what it printed."""
-        self._write("script.py", script)
-        return self._run(url, "script.py")
-
-    def library_files(self) -> dict[str, bytes]:
-        """Return the content of every file of the library's package."""
-        return {
-            str(path.relative_to(self.package)): path.read_bytes()
-            for path in sorted(self.package.rglob("*"))
-            if path.is_file()
-        }
-
-    def _write(self, name: str, content: str) -> None:
-        path = self.folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(content)
-
-    def _run(self, url: str, *arguments: str) -> str:
-        finished = subprocess.run(
-            [sys.executable, *arguments],
-            cwd=self.folder,
-            env=os.environ
-            | {
-                "DATABASE_URL": url,
-                "PYTHONPATH": str(self.package.parent),
-                "PYTHONDONTWRITEBYTECODE": "1",
-            },
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert finished.returncode == 0, finished.stdout + finished.stderr
-        return finished.stdout
-
-
-class SqliteFile:
-    """An empty SQLite database."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self.url = f"sqlite://{path}"
-
-    def tables(self) -> dict[str, set[tuple[object, ...]]]:
-        """Return the columns and indexes of each table."""
-        connection = sqlite3.connect(self._path)
-        try:
-            names = connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")
-            return {
-                name: self._columns(connection, name) | self._indexes(connection, name)
-                for (name,) in names.fetchall()
-            }
-        finally:
-            connection.close()
-
-    @staticmethod
-    def _columns(connection: sqlite3.Connection, table: str) -> set[tuple[object, ...]]:
-        rows = connection.execute(f'PRAGMA table_info("{table}")')
-        return {("column", *row[1:]) for row in rows}
-
-    @staticmethod
-    def _indexes(connection: sqlite3.Connection, table: str) -> set[tuple[object, ...]]:
-        rows = connection.execute(f'PRAGMA index_list("{table}")').fetchall()
-        return {
-            ("index", name, unique, origin, partial, *_index_columns(connection, name))
-            for _, name, unique, origin, partial in rows
-        }
-
-
-def _index_columns(connection: sqlite3.Connection, index: str) -> list[str]:
-    return [row[2] for row in connection.execute(f'PRAGMA index_info("{index}")')]
-
-
-class PostgresSchema:
-    """An empty schema in the PostgreSQL of the tests."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-        self.url = f"{POSTGRES_URL}?schema={name}"
-
-    def tables(self) -> dict[str, set[tuple[object, ...]]]:
-        """Return the columns and indexes of each table."""
-        tables: dict[str, set[tuple[object, ...]]] = {}
-        for table, *facts in [*self._columns(), *self._indexes()]:
-            tables.setdefault(str(table), set()).add(tuple(facts))
-        return tables
-
-    def _columns(self) -> list[list[object]]:
-        return _fetch(
-            "SELECT table_name, 'column', column_name, data_type, character_maximum_length, "
-            "numeric_precision, datetime_precision, is_nullable, is_identity, "
-            "replace(column_default, table_schema || '.', '') "
-            "FROM information_schema.columns WHERE table_schema = $1",
-            self._name,
-        )
-
-    def _indexes(self) -> list[list[object]]:
-        return _fetch(
-            "SELECT tablename, 'index', indexname, replace(indexdef, schemaname || '.', '') "
-            "FROM pg_indexes WHERE schemaname = $1",
-            self._name,
-        )
-
-
-def _fetch(sql: str, *arguments: str) -> list[list[object]]:
-    async def fetch() -> list[list[object]]:
-        connection = await asyncpg.connect(POSTGRES_URL)
-        try:
-            return [list(row) for row in await connection.fetch(sql, *arguments)]
-        finally:
-            await connection.close()
-
-    return asyncio.run(fetch())
-
-
-@contextmanager
-def sqlite_file(folder: Path) -> Iterator[SqliteFile]:
-    yield SqliteFile(folder / f"{secrets.token_hex(4)}.sqlite3")
-
-
-@contextmanager
-def postgres_schema(folder: Path) -> Iterator[PostgresSchema]:
-    name = f"t_{secrets.token_hex(8)}"
-    _fetch(f'CREATE SCHEMA "{name}"')
-    try:
-        yield PostgresSchema(name)
-    finally:
-        _fetch(f'DROP SCHEMA "{name}" CASCADE')
-
-
-NewDatabase: TypeAlias = Callable[[Path], AbstractContextManager["SqliteFile | PostgresSchema"]]
 
 
 @dataclass(frozen=True)
@@ -277,19 +79,13 @@ class Story:
     """
 
     host: Host
-    database: SqliteFile | PostgresSchema
-    generated: SqliteFile | PostgresSchema
+    database: EmptyDatabase
+    generated: EmptyDatabase
     before: dict[str, bytes]
     first: str
 
 
-@pytest.fixture(
-    scope="module",
-    params=[
-        pytest.param(sqlite_file, id="sqlite"),
-        pytest.param(postgres_schema, id="postgres", marks=needs_postgres),
-    ],
-)
+@pytest.fixture(scope="module", params=NEW_DATABASES)
 def new_database(request: pytest.FixtureRequest) -> NewDatabase:
     """Opens an empty database of one kind."""
     open_empty: NewDatabase = request.param
@@ -327,6 +123,7 @@ class TestHost:
 
     def test_login(self, story: Story) -> None:
         """A login works on the migrated tables."""
+        needs_our_statements(story.database)
         assert story.host.run(story.database.url, LOG_IN) == "ada@example.com\n"
 
     def test_same_schema(self, story: Story) -> None:
@@ -355,30 +152,6 @@ class TestHost:
         assert story.database.tables() == whole
 
 
-FILL_OUTBOX = """
-from settings import TORTOISE_ORM
-from tortoise import Tortoise, connections, run_async
-
-COLUMNS = (
-    "event_id, event_name, subscription, user_table, subject_id, payload, created_at, due_at, "
-    "attempts, dead_at"
-)
-ROW = (
-    "('00000000-0000-4000-8000-000000000000', 'user_login', 's', 'user', '7', '{}', "
-    "'2026-01-01 00:00:00+00:00', %s, %d, %s)"
-)
-TIME = "'2026-01-02 00:00:00+00:00'"
-
-async def main():
-    await Tortoise.init(config=TORTOISE_ORM)
-    rows = [ROW % ("NULL", 10, TIME) if n in (1, 5) else ROW % (TIME, n, "NULL") for n in range(6)]
-    await connections.get("default").execute_script(
-        f"INSERT INTO tortoise_auth_outbox ({COLUMNS}) VALUES {', '.join(rows)}"
-    )
-
-run_async(main())
-"""
-
 SHOW_OUTBOX = """
 from settings import TORTOISE_ORM
 from tortoise import Tortoise, connections, run_async
@@ -402,39 +175,114 @@ async def main():
 run_async(main())
 """
 
-COUNT_DEAD = """
-from settings import TORTOISE_ORM
-from tortoise import Tortoise, connections, run_async
+COLUMNS = (
+    "event_id, event_name, subscription, user_table, subject_id, payload, created_at, due_at, "
+    "attempts, dead_at"
+)
+ROW = (
+    "('00000000-0000-4000-8000-000000000000', 'user_login', 's', 'user', '7', '{{}}', "
+    "'2026-01-01 00:00:00{zone}', {due_at}, {attempts}, {dead_at})"
+)
 
-async def main():
-    await Tortoise.init(config=TORTOISE_ORM)
-    rows = await connections.get("default").execute_query_dict(
-        "SELECT id FROM tortoise_auth_outbox WHERE dead_at IS NOT NULL AND due_at IS NULL ORDER BY id"
-    )
-    print([row["id"] for row in rows])
 
-run_async(main())
-"""
+def fill_outbox(database: EmptyDatabase) -> None:
+    """Write six rows into the outbox of before, two of which are dead."""
+    zone = "" if database.kind == "mariadb" else "+00:00"
+    time = f"'2026-01-02 00:00:00{zone}'"
+    rows = [
+        ROW.format(zone=zone, attempts=10, due_at="NULL", dead_at=time)
+        if n in (1, 5)
+        else ROW.format(zone=zone, attempts=n, due_at=time, dead_at="NULL")
+        for n in range(6)
+    ]
+    database.execute(f"INSERT INTO tortoise_auth_outbox ({COLUMNS}) VALUES {', '.join(rows)}")
 
 
 def test_rows_of_the_outbox(new_database: NewDatabase, tmp_path: Path) -> None:
     """Dead letters move to their table with their ids, which no new row gets, and back again."""
-    label = "tortoise_auth"
-    host = Host(tmp_path, Registration(APP_ENTRY + f'"{label}": app_config()', label))
+    host, label = Host(tmp_path, APP_ENTRY), APP_ENTRY.label
     with new_database(tmp_path) as database:
         host.tortoise(database.url, "makemigrations")
         host.tortoise(database.url, "migrate", label, "0006_session_network")
-        host.run(database.url, FILL_OUTBOX)
+        fill_outbox(database)
         host.tortoise(database.url, "migrate", label)
+        assert database.execute("SELECT id FROM tortoise_auth_dead_letter ORDER BY id") == [
+            (2,),
+            (6,),
+        ]
         host.tortoise(database.url, "downgrade", label, "0006_session_network")
-        assert host.run(database.url, COUNT_DEAD) == "[2, 6]\n"
+        assert database.execute(
+            "SELECT id FROM tortoise_auth_outbox "
+            "WHERE dead_at IS NOT NULL AND due_at IS NULL ORDER BY id"
+        ) == [(2,), (6,)]
         host.tortoise(database.url, "migrate", label)
+        needs_our_statements(database)
         assert host.run(database.url, SHOW_OUTBOX).splitlines() == [
             "[(1, 0), (3, 2), (4, 3), (5, 4)]",
             "[(2, 10), (6, 10)]",
             "7",
             "2 6",
         ]
+
+
+IMPORTING = """
+from tortoise_auth.models import Session
+
+async def sessions_of(user) -> int:
+    return await Session.filter(user_id=str(user.pk)).count()
+"""
+
+# The host's app has our module first, and names no migrations: Tortoise derives ours from that.
+NO_OWN_MIGRATIONS = Registration(
+    '"models": {"models": ["tortoise_auth.models", "shop.models"]}', ""
+)
+OUR_MIGRATIONS = ', "migrations": "tortoise_auth.migrations"'
+
+
+class TestMistakes:
+    @pytest.mark.parametrize("registration", [BOTH_WAYS, BOTH_WAYS_TURNED], ids=["last", "first"])
+    def test_both_ways(self, registration: Registration, tmp_path: Path) -> None:
+        """Every command that reads models refuses both ways at once, and writes nothing at all."""
+        host = Host(tmp_path, ONE_STRING)
+        database = SqliteFile(tmp_path / "test.sqlite3")
+        host.tortoise(database.url, "makemigrations")
+        host.tortoise(database.url, "migrate")
+        made, tables, library = host.own_migrations(), database.tables(), host.library_files()
+        host.register(registration)
+        for command in ("makemigrations", "migrate", "sqlmigrate models 0001_initial", "history"):
+            said = host.refused(database.url, *command.split())
+            assert "ConfigurationError: The tables of tortoise_auth are registered twice" in said
+        assert host.own_migrations() == made
+        assert database.tables() == tables
+        assert host.library_files() == library
+
+    def test_our_migrations_for_the_host(self, tmp_path: Path) -> None:
+        """No migration of the host is written into our package, if its settings lead there."""
+        host = Host(tmp_path, NO_OWN_MIGRATIONS)
+        database = SqliteFile(tmp_path / "test.sqlite3")
+        library = host.library_files()
+        said = host.refused(database.url, "makemigrations")
+        assert "ConfigurationError: The app 'models' has the migrations of tortoise_auth" in said
+        assert "shop.models.User" in said
+        assert host.library_files() == library
+        host.register(Registration(NO_OWN_MIGRATIONS.apps[:-1] + OUR_MIGRATIONS + "}", ""))
+        assert "shop.models.User" in host.refused(database.url, "migrate")
+        assert database.tables() == {}
+
+
+@pytest.mark.parametrize("registration", REGISTRATIONS)
+def test_import_in_the_models_of_the_host(registration: Registration, tmp_path: Path) -> None:
+    """A module of the host that imports a model of ours makes no migration for it."""
+    host = Host(tmp_path, registration)
+    database = SqliteFile(tmp_path / "test.sqlite3")
+    host.tortoise(database.url, "makemigrations")
+    host.tortoise(database.url, "migrate")
+    library = host.library_files()
+    host.write("shop/models.py", MODELS + IMPORTING)
+    assert host.tortoise(database.url, "makemigrations") == SILENT
+    assert host.tortoise(database.url, "makemigrations", "models") == SILENT
+    assert host.library_files() == library
+    assert host.run(database.url, LOG_IN) == "ada@example.com\n"
 
 
 class TestShipped:
@@ -454,7 +302,7 @@ class TestShipped:
 
     def test_up_to_date(self, tmp_path: Path) -> None:
         """Our models and our migrations agree; if not, the message is the missing migration."""
-        host = Host(tmp_path, Registration('"tortoise_auth": app_config()', "tortoise_auth"))
+        host = Host(tmp_path, Registration(OWN_ENTRY, "tortoise_auth"))
         before = host.library_files()
         said = host.tortoise("sqlite://:memory:", "makemigrations")
         after = host.library_files()

@@ -12,11 +12,13 @@ import pytest
 POSTGRES_URL = os.environ.get(
     "TORTOISE_AUTH_TEST_POSTGRES", "postgres://postgres@127.0.0.1:5432/test"
 )
+MARIADB_URL = os.environ.get("TORTOISE_AUTH_TEST_MARIADB", "mysql://root@127.0.0.1:3306/test")
 REDIS_URL = os.environ.get("TORTOISE_AUTH_TEST_REDIS", "redis://127.0.0.1:6379")
 NATS_URL = os.environ.get("TORTOISE_AUTH_TEST_NATS", "nats://127.0.0.1:4222")
 RABBIT_URL = os.environ.get("TORTOISE_AUTH_TEST_RABBIT", "amqp://guest:guest@127.0.0.1:5672/")
 
 needs_postgres = pytest.mark.service("PostgreSQL", POSTGRES_URL)
+needs_mariadb = pytest.mark.service("MariaDB", MARIADB_URL)
 needs_redis = pytest.mark.service("Redis", REDIS_URL)
 needs_nats = pytest.mark.service("NATS", NATS_URL)
 needs_rabbit = pytest.mark.service("RabbitMQ", RABBIT_URL)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from tortoise.context import TortoiseContext
 
 from tests.support.accounts import EMAIL, NEW_PASSWORD, PASSWORD, SECRET, log_in
 from tests.support.app import NamedUser, User, store
-from tests.support.database import DATABASES, MODULES, database
+from tests.support.database import DATABASES, MODULES, connection_of, database
 from tests.support.other_users import Admin, InternalUser, PlainEmailUser, PlainPasswordUser
 from tortoise_auth import AuthConfig, AuthenticationError, AuthService
 from tortoise_auth.events import EventEmitter
@@ -103,6 +104,47 @@ class TestPasswordColumn:
         assert not await stored.check_password("clear text")
         await stored.set_password(NEW_PASSWORD)
         assert await stored.check_password(NEW_PASSWORD)
+
+
+class TestDatabaseDefaults:
+    """What a migration or another program leaves out is filled by the database."""
+
+    async def test_plain_insert(self, db: TortoiseContext) -> None:
+        """A row that names the address alone is an active account without a password."""
+        before = datetime.now(UTC)
+        await connection_of(db).execute_script(
+            f"INSERT INTO app_user (email, display_name) VALUES ('{EMAIL}', '')"
+        )
+        ada = await User.get(email=EMAIL)
+        assert (ada.password, ada.is_active, ada.session_version) == ("", True, 0)
+        assert (ada.last_login, ada.password_locked_at) == (None, None)
+        for moment in (ada.created_at, ada.updated_at):
+            if connection_of(db).capabilities.dialect == "sqlite":
+                assert moment == datetime(1970, 1, 1, tzinfo=UTC)
+            else:
+                assert abs(moment - before) < timedelta(hours=1)
+
+    @pytest.mark.parametrize("write", ["create", "save", "bulk_create", "construct"])
+    async def test_the_model_fills_them_itself(self, db: TortoiseContext, write: str) -> None:
+        """Whichever way the model writes a row, the values of Python are stored."""
+        before = datetime.now(UTC)
+        if write == "create":
+            await User.create(email=EMAIL)
+        elif write == "save":
+            await User(email=EMAIL).save()
+        elif write == "bulk_create":
+            await User.bulk_create([User(email=EMAIL)])
+        else:
+            await User.construct(email=EMAIL).save()
+        ada = await User.get(email=EMAIL)
+        assert ada.session_version > 0
+        for moment in (ada.created_at, ada.updated_at):
+            assert before <= moment <= datetime.now(UTC)
+
+    def test_before_it_is_saved(self) -> None:
+        """An object that is not saved yet has no time of its creation."""
+        ada = vars(User(email=EMAIL))
+        assert (ada["created_at"], ada["updated_at"]) == (None, None)
 
 
 class TestCheckPassword:

@@ -34,6 +34,7 @@ from tortoise_auth.exceptions import (
     InvalidIdentifierError,
 )
 from tortoise_auth.fields import (
+    DatabaseClock,
     EmailField,
     PasswordField,
     UtcDatetimeField,
@@ -100,6 +101,8 @@ class AbstractUser(Model):
         is_active: If false, no login succeeds and no session works.
         session_version: Raising it ends every session of the account at once. It starts at a
             random number, so that tokens of a deleted account do not open one that reuses its key.
+            In rows that a migration or another program made it is 0; ``tortoise-auth adopt`` sets
+            a random one.
         password_locked_at: When too many failures in a row locked the password, or ``None``. No
             password is right then, until it is changed or ``AuthService.unlock`` is called.
     """
@@ -110,14 +113,19 @@ class AbstractUser(Model):
     password_hasher: ClassVar[PasswordHasher] = PasswordHasher()
     password_policy: ClassVar[PasswordPolicy] = PasswordPolicy()
 
+    # `db_default` is for the rows that are there when a migration adds the columns.
     email = EmailField(unique=True)
-    password = PasswordField(max_length=255, default="")
-    is_active = fields.BooleanField(default=True)
+    password = PasswordField(max_length=255, default="", db_default="")
+    is_active = fields.BooleanField(default=True, db_default=True)
     last_login: UtcDatetimeField[datetime | None] = UtcDatetimeField(null=True)
-    session_version = fields.IntField(default=_first_session_version)
+    session_version = fields.IntField(default=_first_session_version, db_default=0)
     password_locked_at: UtcDatetimeField[datetime | None] = UtcDatetimeField(null=True)
-    created_at: UtcDatetimeField[datetime] = UtcDatetimeField(auto_now_add=True)
-    updated_at: UtcDatetimeField[datetime] = UtcDatetimeField(auto_now=True)
+    created_at: UtcDatetimeField[datetime] = UtcDatetimeField(
+        auto_now_add=True, db_default=DatabaseClock.NOW
+    )
+    updated_at: UtcDatetimeField[datetime] = UtcDatetimeField(
+        auto_now=True, db_default=DatabaseClock.NOW
+    )
 
     class Meta(Model.Meta):
         abstract = True
