@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import tracemalloc
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
@@ -9,13 +10,16 @@ from typing import Any
 
 import pytest
 from tortoise.context import TortoiseContext
+from tortoise.transactions import in_transaction
 
 from tests.support.accounts import EMAIL, NEW_PASSWORD, PASSWORD, SECRET, assert_live
 from tests.support.app import NamedUser, StrUser, User, UuidUser
-from tests.support.database import DATABASES, MODULES, connection_of, database
+from tests.support.concurrency import finished
+from tests.support.database import DATABASES, MODULES, connection_of, database, look
 from tests.support.other_users import FormerUser, SharedEmailUser
 from tests.support.statements import statements
 from tortoise_auth import AbstractUser, AuthConfig, AuthService
+from tortoise_auth.database import context_outside_transactions
 from tortoise_auth.exceptions import ConfigurationError
 from tortoise_auth.models import Session
 from tortoise_auth.passwords import CostCaps, PasswordHasher, unusable_hash
@@ -275,6 +279,13 @@ async def delete(user: User) -> None:
     await user.delete()
 
 
+async def another_waits_for(context: TortoiseContext, pid: int) -> None:
+    """Wait until a connection waits for a lock of another one."""
+    waiting = f"SELECT count(*) FROM pg_stat_activity WHERE {pid} = ANY(pg_blocking_pids(pid))"
+    while await look(context, waiting) == [(0,)]:  # noqa: ASYNC110 - the server sets no event
+        await asyncio.sleep(0.005)
+
+
 class TestMeanwhile:
     """The application runs: a row that it changes between reading and writing is left alone."""
 
@@ -300,18 +311,44 @@ class TestMeanwhile:
         user = await User.create_user(email=EMAIL, password=PASSWORD)
         new = {"email": address, "session_version": 0}
         await replace_values(User, user.pk, User._meta.db, read={}, new=new)
+        other = await row(User, email="EVE@example.com")
         after: list[list[dict[str, Any]]] = []
+        write = Adoption._write
 
-        async def late(*args: Any, **values: Any) -> bool:
+        async def late(self: Adoption, *args: Any) -> None:
             await change(user)
             after.append(await held(User))
-            return await replace_values(*args, **values)
+            await write(self, *args)
 
-        monkeypatch.setattr(adoption, "replace_values", late)
+        monkeypatch.setattr(Adoption, "_write", late)
         report = await adopt(User, apply=True)
-        assert [await held(User)] == after
+        now = {each["id"]: each for each in await held(User)}
+        eve = now.pop(other.pk)
+        assert [now] == [
+            {each["id"]: each for each in rows if each["id"] != eve["id"]} for rows in after
+        ]
         assert report.changed_meanwhile == Accounts(1, [str(user.pk)])
-        assert (report.changes, report.is_settled) == (0, False)
+        assert not report.is_settled
+        assert eve["email"] == "eve@example.com"
+        assert (report.normalized, report.versions_set) == ({"email": 1}, 1)
+
+    async def test_login_under_way(self, postgres: TortoiseContext) -> None:
+        """A login that has not committed yet is waited for, and keeps its session."""
+        await User.create_user(email=EMAIL, password=PASSWORD)
+        await User.all().update(session_version=0)
+        auth = AuthService(User, AuthConfig(secret=SECRET))
+        context = context_outside_transactions()
+        async with in_transaction() as connection:
+            result = await auth.login(EMAIL, PASSWORD)
+            ((pid,),) = [
+                row.values()
+                for row in await connection.execute_query_dict("SELECT pg_backend_pid()")
+            ]
+            adopting = asyncio.create_task(adopt(User, apply=True), context=context)
+            await finished(another_waits_for(postgres, pid))
+        report = await finished(adopting)
+        assert report.changed_meanwhile.count == 1
+        await assert_live(auth, result)
 
     async def test_stopped(self, db: TortoiseContext, monkeypatch: pytest.MonkeyPatch) -> None:
         """Stopped in between it has done a part, and done again the rest; then nothing is left."""

@@ -16,7 +16,7 @@ from tortoise.backends.base.client import BaseDBAsyncClient
 from tortoise_auth.cli.database import AsJson, ConfigPath, ServicePath, with_database
 from tortoise_auth.cli.loading import FAILED, CommandError, load_service
 from tortoise_auth.cli.output import add_row, new_table, printable, show
-from tortoise_auth.users.adoption import Accounts, Adoption, AdoptionReport
+from tortoise_auth.users.adoption import Accounts, Adoption, AdoptionReport, StoredScheme
 
 _MAX_KEYS_SHOWN = 20
 
@@ -79,7 +79,7 @@ def _show(report: AdoptionReport) -> None:
     print(f"Accounts: {report.accounts}")
     print()
     table = new_table("Password", "Accounts", "Logs in here")
-    for scheme, accounts in sorted(report.hashes.items(), key=lambda each: -each[1].count):
+    for scheme, accounts in sorted(report.hashes.items(), key=_most_first):
         logs_in = "yes" if scheme.obstacle is None else "no"
         add_row(table, scheme.name or "unknown", accounts.count, logs_in)
     if report.without_password:
@@ -99,6 +99,11 @@ def _show(report: AdoptionReport) -> None:
     if report.changes and not report.applied:
         print()
         print("Nothing was changed. To do it, add --apply.")
+
+
+def _most_first(found: tuple[StoredScheme, Accounts]) -> tuple[int, bool, str]:
+    scheme, accounts = found
+    return -accounts.count, scheme.name is None, scheme.name or ""
 
 
 def _show_decisions(report: AdoptionReport) -> None:

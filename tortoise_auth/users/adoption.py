@@ -16,7 +16,7 @@ from tortoise.backends.base.client import BaseDBAsyncClient
 from tortoise.exceptions import IntegrityError
 from tortoise.queryset import QuerySet
 
-from tortoise_auth.database import BATCH_SIZE, batches, root_of
+from tortoise_auth.database import BATCH_SIZE, batches, root_of, transaction
 from tortoise_auth.exceptions import ConfigurationError, InvalidIdentifierError
 from tortoise_auth.fields import normalize_email
 from tortoise_auth.legible import listed, named
@@ -124,8 +124,9 @@ class Adoption:
     """Makes the accounts of a table that was filled by another program fit for logins here.
 
     The columns of `AbstractUser` must be there. Nothing is merged and no account is deleted. Each
-    account is changed by one UPDATE that matches only what was read, so that the application may
-    run meanwhile, and the work may be stopped at any moment and done again.
+    account is changed by one UPDATE that matches only what was read, and a hundred of them are one
+    short transaction: so the application may run meanwhile, and the work may be stopped at any
+    moment and done again.
 
     Memory: eight bytes for each row and column with identifiers, and a thousand rows.
 
@@ -193,8 +194,11 @@ class Adoption:
             self._ambiguous[column] = {digest: Accounts() for digest in seen.repeated()}
         async for rows in self._pages(connection, paced=self._apply):
             held = await self._accounts_with_sessions(connection, rows)
-            for row in rows:
-                await self._adopt(connection, row, held)
+            changes = [self._change_of(row, held) for row in rows]
+            if self._apply:
+                await self._write(connection, [each for each in changes if each.new])
+            for change in changes:
+                self._note(change)
             yield self.report
         self.report.colliding = {
             column: list(groups.values()) for column, groups in self._ambiguous.items() if groups
@@ -247,35 +251,50 @@ class Adoption:
         sessions = Session.filter(user_table=user_table(self._model), user_id__in=keys)
         return set(await sessions.using_db(connection).distinct().values_list("user_id", flat=True))
 
-    async def _adopt(self, connection: BaseDBAsyncClient, row: Row, held: set[object]) -> None:
-        report, key = self.report, self._key_of(row)
-        spellings = self._new_spellings(row, key)
-        copied = self._hash_to_copy(row)
-        new: dict[str, object] = {**spellings, **copied}
-        read = {column: row[column] for column in new}
-        if copied and self._hash_column is not None:
-            read[self._hash_column] = row[self._hash_column]
-        version_in_use = row[self._version] == _UNSET_VERSION and key in held
-        sets_version = row[self._version] == _UNSET_VERSION and not version_in_use
-        if sets_version:
-            new[self._version] = 1 + secrets.randbelow((1 << 30) - 1)
-            # A login that comes between must not lose its session: it writes `last_login`.
-            read |= {each: row[each] for each in (self._version, self._last_login)}
-        report.accounts += 1
-        report.versions_in_use += version_in_use
-        self._note_hash(row, key)
-        if new and self._apply and not await self._write(connection, row, read, new):
-            report.changed_meanwhile.add(key)
-            return
-        report.normalized.update(spellings.keys())
-        report.hashes_copied += bool(copied)
-        report.versions_set += sets_version
+    def _change_of(self, row: Row, held: set[object]) -> _Change:
+        key = self._key_of(row)
+        change = _Change(row, key, self._new_spellings(row, key), self._hash_to_copy(row))
+        columns = list(change.new)
+        if change.copied and self._hash_column is not None:
+            columns.append(self._hash_column)
+        if row[self._version] == _UNSET_VERSION:
+            change.version_in_use = key in held
+            if not change.version_in_use:
+                change.version = {self._version: 1 + secrets.randbelow((1 << 30) - 1)}
+                # A login that comes between must not lose its session: it writes `last_login`.
+                columns += [self._version, self._last_login]
+        change.read = {column: row[column] for column in columns}
+        return change
 
-    async def _write(self, connection: BaseDBAsyncClient, row: Row, read: Row, new: Row) -> bool:
+    async def _write(self, connection: BaseDBAsyncClient, changes: Sequence[_Change]) -> None:
+        """Write changes in one transaction, and note those whose row is another one by now."""
         try:
-            return await replace_values(self._model, row[self._key], connection, read=read, new=new)
+            async with transaction(connection) as together:
+                for change in changes:
+                    change.is_late = not await self._replace(together, change)
         except IntegrityError:
-            return False  # another account took the spelling a moment ago
+            # Another account took a spelling a moment ago, and the transaction is lost: one by one.
+            for change in changes:
+                try:
+                    change.is_late = not await self._replace(connection, change)
+                except IntegrityError:
+                    change.is_late = True
+
+    async def _replace(self, connection: BaseDBAsyncClient, change: _Change) -> bool:
+        key = change.row[self._key]
+        return await replace_values(self._model, key, connection, read=change.read, new=change.new)
+
+    def _note(self, change: _Change) -> None:
+        report = self.report
+        report.accounts += 1
+        report.versions_in_use += change.version_in_use
+        self._note_hash(change.row, change.key)
+        if change.is_late:
+            report.changed_meanwhile.add(change.key)
+            return
+        report.normalized.update(change.spellings.keys())
+        report.hashes_copied += bool(change.copied)
+        report.versions_set += bool(change.version)
 
     def _new_spellings(self, row: Row, key: str) -> dict[str, str]:
         """Return the identifiers to change, by column, and note those that cannot be."""
@@ -316,6 +335,34 @@ class Adoption:
     def _key_of(self, row: Row) -> str:
         """Return the primary key as sessions hold it."""
         return str(self._model._meta.pk.to_python_value(row[self._key]))
+
+
+@dataclass(slots=True)
+class _Change:
+    """What is to be done to one account.
+
+    Attributes:
+        row: What was read.
+        key: The primary key, as text.
+        spellings, copied, version: New values, by column.
+        version_in_use: It has sessions that rely on the version of the database.
+        read: What the row must still hold when it is written to.
+        is_late: It was not written to, because it held something else.
+    """
+
+    row: Row
+    key: str
+    spellings: Mapping[str, str]
+    copied: Mapping[str, str]
+    version: Mapping[str, int] = field(default_factory=dict)
+    version_in_use: bool = False
+    read: Row = field(default_factory=dict)
+    is_late: bool = False
+
+    @property
+    def new(self) -> Row:
+        """Every new value, by column."""
+        return {**self.spellings, **self.copied, **self.version}
 
 
 class _Spellings:
