@@ -165,7 +165,7 @@ def _accounts_of_django(kind: str) -> Iterator[Account]:
         yield Account(
             str(number + 1),
             username,
-            None if number in (600, 601) else password,
+            None if number == 601 else password,  # 600 has the name of both
             {
                 "id": number + 1,
                 "password": hashed,
@@ -217,7 +217,7 @@ def _accounts_by_address(
         yield Account(
             str(key(number)),
             address,
-            None if number in (500, 501, 502) else password,
+            None if number in (501, 502) else password,  # 500 has the address of 501, too
             {"id": key(number), "email": address, **values(hashed)},
         )
 
