@@ -13,7 +13,7 @@ from tortoise.context import TortoiseContext
 
 from tests.support.accounts import EMAIL, PASSWORD, SECRET
 from tests.support.app import User
-from tests.support.snippets import ROOT, run, snippets
+from tests.support.snippets import ROOT, run, snippets, table
 from tests.support.standards import LIBRARY, sample
 from tortoise_auth import (
     AbstractUser,
@@ -31,13 +31,6 @@ from tortoise_auth.testing import capture
 
 PAGE = ROOT / "docs" / "service.md"
 HOSTILE = "\U0001f600" * 100_000
-
-
-def rows(heading: str) -> list[list[str]]:
-    """Return the table below a heading of the page."""
-    section = PAGE.read_text().split(f"## {heading}\n")[1].split("\n## ")[0]
-    lines = [line for line in section.splitlines() if line.startswith("|")]
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
 
 
 async def test_snippets_run(sqlite: TortoiseContext, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,7 +58,9 @@ async def test_snippets_run(sqlite: TortoiseContext, monkeypatch: pytest.MonkeyP
 
 def test_every_error_has_a_status() -> None:
     """The table of errors has each class of the tree, with its code."""
-    stated = {re.findall(r"`(\w+)`", row[0])[0]: row[1].strip("`") for row in rows("Answer errors")}
+    stated = {
+        re.findall(r"`(\w+)`", row[0])[0]: row[1].strip("`") for row in table(PAGE, "Answer errors")
+    }
     assert stated == {
         name: kind.code
         for name, kind in vars(exceptions).items()
@@ -77,7 +72,7 @@ def test_sizes_hold() -> None:
     """No event of the library holds more than the table says, whatever it is made of."""
     limits = {
         name: [int(each.replace(" ", "")) for each in re.findall(r"\d[\d ]*", row[1])][-1]
-        for row in rows("The columns of an audit table")
+        for row in table(PAGE, "The columns of an audit table")
         for name in re.findall(r"`([\w.()]+)`", row[0])
     }
     context = RequestContext(

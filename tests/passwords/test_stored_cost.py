@@ -41,6 +41,22 @@ DEAR = {
     "pbkdf2 of 14 digits": "$pbkdf2-sha256$10000000000000" + TAIL,
     "pbkdf2": "$pbkdf2-sha256$1000000000" + TAIL,
     "pbkdf2 of Django": "pbkdf2_sha256$1000000000$abcdefgh$" + "A" * 43 + "=",
+    "pbkdf2 of Django, SHA-1": "pbkdf2_sha1$1000000000$abcdefgh$" + "A" * 27 + "=",
+    "pbkdf2 of Werkzeug": "pbkdf2:sha512:1000000000$abcdefgh$" + "0" * 128,
+    "pbkdf2 of passlib": "$pbkdf2-sha512$1000000000$c29tZXNhbHQ$" + "A" * 86,
+    "argon2 of Django": "argon2$argon2id$v=19$m=65536,t=4000000,p=1" + TAIL,
+    "bcrypt of Django": "bcrypt$$2b$31$" + "." * 53,
+    "bcrypt-SHA256 of Django": "bcrypt_sha256$$2b$31$" + "." * 53,
+    "bcrypt-SHA256 of passlib": f"$bcrypt-sha256$v=2,t=2b,r=31${'.' * 22}${'.' * 31}",
+    "bcrypt-SHA256 of old passlib": f"$bcrypt-sha256$2a,31${'.' * 22}${'.' * 31}",
+    "scrypt memory": "scrypt:16777216:8:1$abcdefgh$" + "0" * 128,
+    "scrypt memory by block": "scrypt:2:67108864:1$abcdefgh$" + "0" * 128,
+    "scrypt memory by lanes": "scrypt:2:1:16777216$abcdefgh$" + "0" * 128,
+    "scrypt work": "scrypt:16384:8:1000$abcdefgh$" + "0" * 128,
+    "scrypt of 11 digits": "scrypt:34359738368:8:1$abcdefgh$" + "0" * 128,
+    "scrypt of Django": "scrypt$16384$abcdefgh$8$100000$" + "A" * 86 + "==",
+    "scrypt of passlib": "$scrypt$ln=31,r=8,p=1$c29tZXNhbHQ$" + "A" * 43,
+    "scrypt of passlib, greatest": "$scrypt$ln=99,r=9999999999,p=9999999999$c2FsdA$" + "A" * 43,
 }
 LIMIT = 5
 """Seconds after which a check that should cost nothing is a failure."""
@@ -64,16 +80,27 @@ class TestCaps:
             ("$2b$05$" + "." * 53, CostCaps(bcrypt_rounds=4)),
             ("$argon2id$v=19$m=64,t=2,p=1" + TAIL, CostCaps(argon2_memory=63)),
             ("$argon2id$v=19$m=64,t=2,p=1" + TAIL, CostCaps(argon2_work=127)),
+            ("$argon2id$v=19$m=64,t=2,p=2" + TAIL, CostCaps(argon2_lanes=1)),
             ("$pbkdf2-sha256$1000" + TAIL, CostCaps(pbkdf2_iterations=999)),
+            ("scrypt:64:8:2$salt$" + "0" * 128, CostCaps(scrypt_memory=67)),
+            ("scrypt:64:8:2$salt$" + "0" * 128, CostCaps(scrypt_work=1023)),
         ],
-        ids=["bcrypt", "memory", "work", "pbkdf2"],
+        ids=["bcrypt", "memory", "work", "lanes", "pbkdf2", "scrypt memory", "scrypt work"],
     )
     def test_settable(self, hashed: str, caps: CostCaps) -> None:
         """Each cap can be lowered; at the cap a hash is checked."""
         hasher = type(cheap_hasher())(memory_cost=8, time_cost=1, parallelism=1, caps=caps)
         assert not hasher.affords(hashed)
         assert cheap_hasher().affords(hashed)
-        at = CostCaps(bcrypt_rounds=5, argon2_memory=64, argon2_work=128, pbkdf2_iterations=1000)
+        at = CostCaps(
+            bcrypt_rounds=5,
+            argon2_memory=64,
+            argon2_work=128,
+            argon2_lanes=2,
+            pbkdf2_iterations=1000,
+            scrypt_memory=68,
+            scrypt_work=1024,
+        )
         assert type(hasher)(memory_cost=8, time_cost=1, parallelism=1, caps=at).affords(hashed)
 
     def test_own_settings(self) -> None:
@@ -88,6 +115,12 @@ class TestCaps:
         """A cap that is no whole number of at least 1 is rejected when made."""
         with pytest.raises(ConfigurationError, match="CostCaps"):
             CostCaps(bcrypt_rounds=cap)
+
+    def test_most_memory_of_scrypt(self) -> None:
+        """A cap above what Python computes is rejected when made, not found out at a login."""
+        assert CostCaps(scrypt_memory=(1 << 21) - 1)
+        with pytest.raises(ConfigurationError, match="scrypt_memory"):
+            CostCaps(scrypt_memory=1 << 21)
 
     async def test_login(
         self,
@@ -107,7 +140,8 @@ class TestCaps:
                     await auth.login(EMAIL, PASSWORD)
             (record,) = caplog.records
             assert record.levelname == "WARNING"
-            assert record.getMessage().startswith(f"{user!r} has a password hash that costs more")
+            assert record.getMessage().startswith(f"{user!r} has a password hash that no password")
+            assert str(user.password_hasher.obstacle(hashed)) in record.getMessage()
             assert hashed not in record.getMessage()
 
 

@@ -325,4 +325,4 @@ def test_secrets_are_compared_in_constant_time() -> None:
     """R28, A103: no secret is compared with ``==``; hashes and checksums by `compare_digest`."""
     assert list(comparisons()) == []
     users = [path.name for path in PACKAGE.rglob("*.py") if "compare_digest" in path.read_text()]
-    assert sorted(users) == ["refresh_tokens.py", "store.py"]
+    assert sorted(users) == ["formats.py", "refresh_tokens.py", "store.py"]

@@ -22,3 +22,10 @@ async def run(source: str, namespace: dict[str, Any], name: str) -> None:
     result = eval(code, namespace)
     if inspect.iscoroutine(result):
         await result
+
+
+def table(page: Path, heading: str) -> list[list[str]]:
+    """Return the cells of the table below a heading of the second level."""
+    section = page.read_text().split(f"## {heading}\n")[1].split("\n## ")[0]
+    lines = [line for line in section.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]

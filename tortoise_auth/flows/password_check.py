@@ -330,23 +330,17 @@ class PasswordCheck(Generic[UserT]):
         return verification.valid, replacement
 
     def _warn_of_hash(self, user: UserT | None, stored: str) -> None:
+        obstacle = self._core.passwords.obstacle(stored)
+        if obstacle is None:
+            return
         # The `repr` of a user shows the key. Where that is what people type, it stays out of logs.
         by_name = self._user_model._meta.pk_attr == self._user_model.identifier_field
         owner = f"An account of {self._user_model.__name__}" if by_name else repr(user)
-        if not self._core.passwords.knows(stored):
-            logger.warning(
-                "%s has something for a password that is no hash, or none that can be checked "
-                "here: is it from `create` instead of `create_user`, or of bcrypt without the "
-                "extra bcrypt? `set_password` mends it",
-                owner,
-            )
-        elif not self._core.passwords.affords(stored):
-            logger.warning(
-                "%s has a password hash that costs more to check than PasswordHasher(caps=...) "
-                "allows, or does not state its cost, so every password is wrong for it. "
-                "`set_password` mends it",
-                owner,
-            )
+        logger.warning(
+            "%s has a password hash that no password can match. %s. `set_password` mends it",
+            owner,
+            obstacle,
+        )
 
     def _attempt(self, case: _Case[UserT]) -> Attempt:
         source = source_of(case.context.ip)

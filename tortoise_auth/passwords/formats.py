@@ -39,7 +39,7 @@ class CostCaps:
         bcrypt_rounds: Each round doubles the work (16, about five seconds).
         pbkdf2_iterations: 10 million, about five seconds.
         scrypt_memory: KiB (1 GiB), less than 2 GiB.
-        scrypt_work: N times r times p (2^24, about five seconds).
+        scrypt_work: N times r times p (2^23: one pass over 1 GiB, five to eight seconds).
 
     Raises:
         ConfigurationError: A cap is not a whole number of at least 1, or more than Python computes.
@@ -51,7 +51,7 @@ class CostCaps:
     bcrypt_rounds: int = 16
     pbkdf2_iterations: int = 10_000_000
     scrypt_memory: int = 1 << 20
-    scrypt_work: int = 1 << 24
+    scrypt_work: int = 1 << 23
 
     def __post_init__(self) -> None:
         if not all(type(cap) is int and cap >= 1 for cap in vars(self).values()):
@@ -259,11 +259,8 @@ class StoredHash:
 
         Raises:
             MemoryError: There was no memory for it.
-            ValueError: Its numbers are none of scrypt.
         """
         n, r, p = self._scrypt_numbers()
-        if n < 2 or n & (n - 1) or n.bit_length() > 16 * r or not 0 < r * p < 1 << 30:
-            raise ValueError("no numbers of scrypt (RFC 7914, 2)")
         salt, digest = _salt_and_digest(self.match)
         # What OpenSSL counts; by default it allows 32 MiB, which is less than Werkzeug's hashes take.
         memory = 128 * r * (n + p + 2)
@@ -272,9 +269,17 @@ class StoredHash:
                 password.encode(), salt=salt, n=n, r=r, p=p, maxmem=memory, dklen=len(digest)
             )
         except ValueError as error:
-            # The numbers are right, so this is how OpenSSL reports that it got no memory.
+            # The numbers are those of scrypt, so this is how OpenSSL reports that it got no memory.
             raise MemoryError("scrypt got no memory") from error
         return hmac.compare_digest(computed, digest)
+
+    @property
+    def is_computable(self) -> bool:
+        """Its numbers are such that scrypt is defined for them (RFC 7914, section 2)."""
+        if self.format.algorithm != "scrypt":
+            return True
+        n, r, p = self._scrypt_numbers()
+        return n > 1 and n & (n - 1) == 0 and n.bit_length() <= 16 * r and 0 < r * p < 1 << 30
 
     def _scrypt_numbers(self) -> tuple[int, int, int]:
         parts = self.match.groupdict()
@@ -291,7 +296,8 @@ def _salt_and_digest(match: re.Match[str]) -> tuple[bytes, bytes]:
 
 
 def _of_base64(text: str) -> bytes:
-    return base64.b64decode(text.rstrip("=") + "=" * (-len(text.rstrip("=")) % 4))
+    """Decode with or without padding, which libpass leaves out."""
+    return base64.b64decode(text + "=" * (-len(text) % 4))
 
 
 def format_of(stored: str) -> Format | None:
@@ -302,8 +308,11 @@ def format_of(stored: str) -> Format | None:
 def parse(stored: str) -> StoredHash | None:
     """Return a stored hash in its parts; `None` if it does not follow a format known here."""
     its_format = format_of(stored)
-    match = its_format and its_format.grammar.fullmatch(stored)
-    return StoredHash(its_format, match) if its_format and match else None
+    match = its_format.grammar.fullmatch(stored) if its_format else None
+    if its_format is None or match is None:
+        return None
+    parsed = StoredHash(its_format, match)
+    return parsed if parsed.is_computable else None
 
 
 def scheme_of(stored: str) -> str | None:

@@ -219,18 +219,18 @@ class PasswordHasher:
         return stored is not None and self._cap_below(stored) is None
 
     def obstacle(self, hashed: str) -> str | None:
-        """Return why each password is wrong for a stored value; ``None`` if one may be right.
+        """Return why every password is wrong for a stored value; ``None`` if one may be right.
 
-        Nothing is computed. A host that adopts a table asks this for each of its rows.
+        Nothing is computed, so all rows of a table can be asked about. `scheme_of` names the format.
 
         Returns:
-            A sentence without a full stop, which does not quote the hash.
+            A sentence without a full stop, which does not quote the value.
         """
         if not is_usable_hash(hashed):
             return "It is made to match no password"
         its_format = format_of(hashed)
         if its_format is None:
-            return "It is a hash of no format that is known here, or no hash"
+            return "It is no hash, or of no format that is known here"
         if its_format.refused is not None:
             return its_format.refused
         if its_format.algorithm in self._missing:
@@ -338,7 +338,7 @@ class PasswordHasher:
         )
 
     def _verify(self, password: str, hashed: str | None) -> Verification:
-        stored = parse(hashed) if hashed and self.knows(hashed) and self.affords(hashed) else None
+        stored = parse(hashed) if hashed and self.obstacle(hashed) is None else None
         if stored is None:
             return self._waste_one_hash()
         try:
