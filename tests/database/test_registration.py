@@ -31,17 +31,20 @@ def settings(**apps: object) -> dict[str, Any]:
     return {"connections": {"default": URL}, "apps": apps}
 
 
-BOTH_WAYS = [
-    pytest.param(settings(models=ONE_STRING, tortoise_auth=app_config()), id="string-first"),
-    pytest.param(settings(models=OUR_FIRST, tortoise_auth=app_config()), id="ours-first-in-list"),
-    pytest.param(settings(tortoise_auth=app_config(), models=ONE_STRING), id="app-first"),
-]
+BOTH_WAYS = {
+    "string-first": settings(models=ONE_STRING, tortoise_auth=app_config()),
+    "ours-first-in-list": settings(models=OUR_FIRST, tortoise_auth=app_config()),
+    "app-first": settings(tortoise_auth=app_config(), models=ONE_STRING),
+}
+STRING = settings(models=ONE_STRING)
+APP = settings(models=HOST, tortoise_auth=app_config())
 ONE_WAY = [
-    pytest.param(settings(models=ONE_STRING), "models", id="string"),
-    pytest.param(settings(models=OUR_FIRST), "models", id="ours-first-in-list"),
-    pytest.param(settings(models=HOST, tortoise_auth=app_config()), "tortoise_auth", id="app"),
-    pytest.param(settings(accounts=app_config(), models=HOST), "accounts", id="app-first"),
+    (STRING, "models"),
+    (settings(models=OUR_FIRST), "models"),
+    (APP, "tortoise_auth"),
+    (settings(accounts=app_config(), models=HOST), "accounts"),
 ]
+ONE_WAY_IDS = ["string", "ours-first-in-list", "app", "app-first"]
 
 
 async def by_context(config: dict[str, Any]) -> None:
@@ -80,7 +83,7 @@ def app_of(context: TortoiseContext, model: type[Model]) -> list[str]:
 
 
 class TestBothWays:
-    @pytest.mark.parametrize("config", BOTH_WAYS)
+    @pytest.mark.parametrize("config", BOTH_WAYS.values(), ids=BOTH_WAYS)
     @pytest.mark.parametrize("start", STARTS)
     async def test_refused(self, start: Start, config: dict[str, Any]) -> None:
         """Both ways at once are refused when Tortoise starts, however it starts, and in either order."""
@@ -106,19 +109,19 @@ class TestBothWays:
             with pytest.raises(ConfigurationError, match="'models' and 'tortoise_auth'"):
                 Tortoise.init_models(["tortoise_auth.models"], "tortoise_auth")
 
-    @pytest.mark.parametrize(("config", "label"), ONE_WAY)
+    @pytest.mark.parametrize(("config", "label"), ONE_WAY, ids=ONE_WAY_IDS)
     async def test_mended(self, config: dict[str, Any], label: str) -> None:
         """After the error the same context starts with settings that register one way."""
         async with TortoiseContext() as context:
-            for both in BOTH_WAYS:
+            for both in BOTH_WAYS.values():
                 with pytest.raises(ConfigurationError):
-                    await context.init(config=both.values[0])  # type: ignore[arg-type]
+                    await context.init(config=both)
             await context.init(config=config)
             assert app_of(context, Session) == [label]
 
 
 class TestOneWay:
-    @pytest.mark.parametrize(("config", "label"), ONE_WAY)
+    @pytest.mark.parametrize(("config", "label"), ONE_WAY, ids=ONE_WAY_IDS)
     async def test_models(self, config: dict[str, Any], label: str) -> None:
         """Every model is in the app that names our module; a module that imports one does not get it."""
         async with TortoiseContext() as context:
@@ -140,9 +143,9 @@ class TestOneWay:
 
     async def test_import_after_another_start(self) -> None:
         """An earlier start with the one string does not let the import capture our models later."""
-        await by_context(settings(models=ONE_STRING))
+        await by_context(STRING)
         async with TortoiseContext() as context:
-            await context.init(config=settings(models=HOST, tortoise_auth=app_config()))
+            await context.init(config=APP)
             assert app_of(context, Session) == ["tortoise_auth"]
 
     def test_all_models(self) -> None:
@@ -158,16 +161,15 @@ class TestOneWay:
 class TestAgain:
     async def test_labels_in_turn(self) -> None:
         """Contexts of one process may use different labels, one after the other."""
-        for case in (*ONE_WAY, *ONE_WAY):
-            config, label = case.values
+        for config, label in (*ONE_WAY, *ONE_WAY):
             async with TortoiseContext() as context:
-                await context.init(config=config)  # type: ignore[arg-type]
+                await context.init(config=config)
                 assert app_of(context, Session) == [label]
 
     async def test_context_in_a_context(self) -> None:
         """A context inside another one may use another label."""
         async with TortoiseContext() as outer:
-            await outer.init(config=settings(models=ONE_STRING))
+            await outer.init(config=STRING)
             async with tortoise_test_context(["tortoise_auth.models"], app_label="inner") as inner:
                 assert app_of(inner, Session) == ["inner"]
                 assert Session._meta.app == "inner"
@@ -178,8 +180,8 @@ class TestAgain:
 
         async def twice() -> list[str | None]:
             labels = []
-            for case in (ONE_WAY[0], ONE_WAY[0], ONE_WAY[2], ONE_WAY[0]):
-                await Tortoise.init(config=case.values[0])  # type: ignore[arg-type]
+            for config in (STRING, STRING, APP, STRING):
+                await Tortoise.init(config=config)
                 labels.append(Session._meta.app)
             await Tortoise.close_connections()
             return labels
@@ -193,7 +195,7 @@ class TestAgain:
             broken = settings(models=ONE_STRING, other={"models": ["tests.support.nowhere"]})
             with pytest.raises(TortoiseConfigurationError, match="nowhere"):
                 await context.init(config=broken)
-            await context.init(config=settings(models=ONE_STRING))
+            await context.init(config=STRING)
             assert app_of(context, Session) == ["models"]
 
     async def test_init_models(self) -> None:
@@ -201,7 +203,7 @@ class TestAgain:
         async with TortoiseContext() as context:
             Tortoise.init_models(ONE_STRING["models"], "models")
             assert Session._meta.app == "models"
-            await context.init(config=settings(models=ONE_STRING))
+            await context.init(config=STRING)
             assert app_of(context, Session) == ["models"]
 
     def test_without_a_context(self) -> None:

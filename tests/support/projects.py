@@ -100,11 +100,16 @@ class Host:
 
     def tortoise(self, url: str, *arguments: str) -> str:
         """Run Tortoise's command line on the database at *url*; return what it printed."""
-        return self._succeed(url, *self._command(*arguments))
+        return self._succeed(url, "-m", "tortoise", "-c", "settings.TORTOISE_ORM", *arguments)
 
-    def refused(self, url: str, *arguments: str) -> str:
-        """Run a command of Tortoise that fails; return what it printed as its error."""
-        finished = self._run(url, *self._command(*arguments))
+    def aerich(self, url: str, *arguments: str) -> str:
+        """Run aerich's command line on the database at *url*; return what it printed."""
+        return self._succeed(url, "-m", "aerich", *arguments)
+
+    def refused(self, url: str, module: str, *arguments: str) -> str:
+        """Run a command line that fails, ``tortoise`` or ``aerich``; return its error."""
+        options = ["-c", "settings.TORTOISE_ORM"] if module == "tortoise" else []
+        finished = self._run(url, "-m", module, *options, *arguments)
         assert finished.returncode != 0, finished.stdout
         return finished.stderr
 
@@ -135,10 +140,6 @@ class Host:
     def own_migrations(self) -> list[str]:
         """Return the names of the host's migrations."""
         return sorted(path.stem for path in self.migrations.glob("0*.py"))
-
-    @staticmethod
-    def _command(*arguments: str) -> list[str]:
-        return ["-m", "tortoise", "-c", "settings.TORTOISE_ORM", *arguments]
 
     def _succeed(self, url: str, *arguments: str) -> str:
         finished = self._run(url, *arguments)
