@@ -685,7 +685,7 @@ class TestAdopt:
         assert finished.returncode == 1
         assert "  email: these would become one: 1, 2\n" in finished.stdout
         assert "  email: cannot be one: 3\n" in finished.stdout
-        assert "no format that is known here, or no hash: 1, 2, 3\n" in finished.stdout
+        assert "no format that is known here: 1, 2, 3\n" in finished.stdout
         assert finished.stderr == (
             "tortoise-auth: Some accounts need a decision of yours: they are listed above\n"
         )
@@ -714,7 +714,7 @@ class TestAdopt:
                 {"scheme": "Django PBKDF2-SHA256", "obstacle": None, "count": 1, "keys": []},
                 {
                     "scheme": None,
-                    "obstacle": "It is a hash of no format that is known here, or no hash",
+                    "obstacle": "It is no hash, or of no format that is known here",
                     "count": 1,
                     "keys": ["2"],
                 },

@@ -133,8 +133,9 @@ def _commands(text: str) -> Iterator[tuple[str, str]]:
 
 
 def _pattern(output: str) -> str:
-    """Return a pattern for an output of the page, in which ``…`` stands for anything."""
-    return ".*".join(map(re.escape, output.split("…")))
+    """Return a pattern for an output: ``…`` stands for anything, a line of it for lines or none."""
+    escaped = re.escape(output.replace("\n  …", "\0"))
+    return escaped.replace("\0", r"(?:\n.*)?").replace("…", ".*")
 
 
 def _changed(source: str, difference: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import tracemalloc
 from collections.abc import AsyncIterator, Awaitable, Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,13 @@ from tests.support.other_users import FormerUser, SharedEmailUser
 from tests.support.statements import statements
 from tortoise_auth import AbstractUser, AuthConfig, AuthService
 from tortoise_auth.database import context_outside_transactions
+from tortoise_auth.events.unit_of_work import UnitOfWork
 from tortoise_auth.exceptions import ConfigurationError
 from tortoise_auth.models import Session
 from tortoise_auth.passwords import CostCaps, PasswordHasher, unusable_hash
 from tortoise_auth.users import adoption
 from tortoise_auth.users.adoption import Accounts, Adoption, AdoptionReport, StoredScheme
-from tortoise_auth.users.changes import replace_values
+from tortoise_auth.users.changes import lock_password, replace_values
 
 DJANGO = "pbkdf2_sha256$1$salt$" + "A" * 43 + "="
 MD5 = "5f4dcc3b5aa765d61d8327deb882cf99"
@@ -284,6 +286,23 @@ async def another_waits_for(context: TortoiseContext, pid: int) -> None:
     waiting = f"SELECT count(*) FROM pg_stat_activity WHERE {pid} = ANY(pg_blocking_pids(pid))"
     while await look(context, waiting) == [(0,)]:  # noqa: ASYNC110 - the server sets no event
         await asyncio.sleep(0.005)
+
+
+class TestLastLogin:
+    async def test_without_an_offset(self, db: TortoiseContext) -> None:
+        """A time as Django stores it is the same moment afterwards, and the password can be locked."""
+        user = await User.create_user(email=EMAIL, password=PASSWORD)
+        moment = datetime(2024, 5, 6, 7, 8, 9, 123456, UTC)
+        is_text = connection_of(db).capabilities.dialect == "sqlite"
+        stored = "2024-05-06 07:08:09.123456" if is_text else moment
+        await replace_values(User, user.pk, User._meta.db, read={}, new={"last_login": stored})
+        report = await adopt(User, apply=True)
+        assert report.normalized == ({"last_login": 1} if is_text else {})
+        await user.refresh_from_db()
+        assert user.last_login == moment
+        async with UnitOfWork(connection_of(db), User.emitter) as unit:
+            assert await lock_password(User, EMAIL, user, unit, at=moment)
+        assert (await adopt(User)).changes == 0
 
 
 class TestMeanwhile:

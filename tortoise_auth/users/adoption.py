@@ -79,7 +79,8 @@ class AdoptionReport:
         rows_read: Progress: rows read so far. Each row is read twice.
         rows_total: How many rows will have been read in the end.
         accounts: Accounts that were looked at.
-        normalized: By column, how many identifiers get the spelling under which they are looked up.
+        normalized: By column, how many values get the spelling under which they are looked up:
+            identifiers, and on SQLite times.
         unreadable: By column, accounts whose identifier cannot be one. They are left alone.
         colliding: By column that has to be unique, groups of accounts that would get one and the
             same spelling. They are left alone.
@@ -253,7 +254,8 @@ class Adoption:
 
     def _change_of(self, row: Row, held: set[object]) -> _Change:
         key = self._key_of(row)
-        change = _Change(row, key, self._new_spellings(row, key), self._hash_to_copy(row))
+        spellings = {**self._new_spellings(row, key), **self._new_moment(row)}
+        change = _Change(row, key, spellings, self._hash_to_copy(row))
         columns = list(change.new)
         if change.copied and self._hash_column is not None:
             columns.append(self._hash_column)
@@ -311,6 +313,18 @@ class Adoption:
             elif spelling != held:
                 new[column] = spelling
         return new
+
+    def _new_moment(self, row: Row) -> dict[str, str]:
+        """Return ``last_login`` as SQLite has to hold it, which compares times as texts.
+
+        Django leaves the offset out there. A password whose account is found by another spelling
+        of the time would never be locked.
+        """
+        held = row[self._last_login]
+        if not isinstance(held, str):
+            return {}
+        spelling = str(self._model._meta.fields_map["last_login"].to_python_value(held))
+        return {} if spelling == held else {self._last_login: spelling}
 
     def _hash_to_copy(self, row: Row) -> dict[str, str]:
         """Return the hash of the other column for ``password``; what is no hash is not copied."""
