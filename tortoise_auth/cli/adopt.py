@@ -87,13 +87,13 @@ def _show(report: AdoptionReport) -> None:
     if table.row_count:
         show(table)
         print()
-    done = new_table("Changed" if report.applied else "To be changed", "Accounts")
+    done = new_table("Accounts", "Changed" if report.applied else "To be changed")
     for column, number in sorted(report.normalized.items()):
-        add_row(done, f"{column}: the spelling under which it is looked up", number)
+        add_row(done, number, f"{column}: the spelling under which it is looked up")
     if report.hashes_copied:
-        add_row(done, "password: copied from the other column", report.hashes_copied)
+        add_row(done, report.hashes_copied, "password: copied from the other column")
     if report.versions_set:
-        add_row(done, "session_version: a random number", report.versions_set)
+        add_row(done, report.versions_set, "session_version: a random number")
     show(done, if_empty="Nothing is to be changed.")
     _show_decisions(report)
     if report.changes and not report.applied:
