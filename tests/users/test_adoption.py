@@ -17,12 +17,18 @@ from tests.support.accounts import EMAIL, NEW_PASSWORD, PASSWORD, SECRET, assert
 from tests.support.app import NamedUser, StrUser, User, UuidUser
 from tests.support.concurrency import finished
 from tests.support.database import DATABASES, MODULES, connection_of, database, look
-from tests.support.other_users import FormerUser, SharedEmailUser
+from tests.support.other_users import FormerUser, MappedUser, SharedEmailUser
 from tests.support.statements import statements
 from tortoise_auth import AbstractUser, AuthConfig, AuthService
+from tortoise_auth.clock import utc_now
 from tortoise_auth.database import context_outside_transactions
 from tortoise_auth.events.unit_of_work import UnitOfWork
-from tortoise_auth.exceptions import ConfigurationError
+from tortoise_auth.exceptions import (
+    AuthenticationError,
+    ConfigurationError,
+    IdentifierTakenError,
+    TokenRevokedError,
+)
 from tortoise_auth.models import Session
 from tortoise_auth.passwords import CostCaps, PasswordHasher, unusable_hash
 from tortoise_auth.users import adoption
@@ -44,7 +50,7 @@ async def others(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterato
 async def row(model: type[AbstractUser], **values: object) -> Any:
     """Insert an account as another program would: no field refuses or normalises a value."""
     number = await model.all().count()
-    spare: dict[str, Any] = {"email": f"spare{number}@example.com"}
+    spare: dict[str, Any] = {"email": f"spare{number}@example.com", "password": ""}
     if model.identifier_field != "email":
         spare[model.identifier_field] = f"spare{number}"
     user = await model.create(**spare, session_version=0)
@@ -228,6 +234,44 @@ class TestHashes:
         """The column of `password` itself is refused."""
         with pytest.raises(ConfigurationError, match="is the column password already"):
             await adopt(FormerUser, hash_column="password")
+
+
+class TestMappedColumns:
+    """Columns with the names of another program, which the model maps by ``source_field``."""
+
+    async def test_adopted(self, others: TortoiseContext) -> None:
+        """The columns are found by their names in the database, and are reported by them."""
+        user = await row(MappedUser, mail="Ada@Example.com", hashed_password=DJANGO)
+        report = await adopt(MappedUser, apply=True)
+        assert report.normalized == {"mail": 1}
+        assert report.versions_set == 1
+        assert report.hashes[StoredScheme("Django PBKDF2-SHA256", None)].count == 1
+        user = await MappedUser.get(pk=user.pk)
+        assert (user.email, user.password) == (EMAIL, DJANGO)
+
+    async def test_service(self, others: TortoiseContext) -> None:
+        """Every method of the service works on them."""
+        auth = AuthService(MappedUser, AuthConfig(secret=SECRET))
+        user = await MappedUser.create_user(email=EMAIL, password=PASSWORD)
+        with pytest.raises(IdentifierTakenError):
+            await MappedUser.create_user(email="ADA@example.com", password=PASSWORD)
+        result = await auth.login(EMAIL, PASSWORD)
+        assert (await auth.authenticate(result.access_token)).pk == user.pk
+        result = await auth.refresh(result.refresh_token)
+        user = await auth.authenticate(result.access_token)
+        await auth.change_password(user, PASSWORD, NEW_PASSWORD, keep=result.session)
+        assert len(await auth.sessions(user)) == 1
+        assert await (await MappedUser.get(pk=user.pk)).check_password(NEW_PASSWORD)
+        async with UnitOfWork(connection_of(others), MappedUser.emitter) as unit:
+            assert await lock_password(MappedUser, EMAIL, user, unit, at=utc_now())
+        with pytest.raises(AuthenticationError):
+            await auth.login(EMAIL, NEW_PASSWORD)
+        await auth.unlock(user)
+        await auth.deactivate(user)
+        with pytest.raises(TokenRevokedError):
+            await auth.authenticate(result.access_token)
+        await auth.activate(user)
+        assert (await auth.login(EMAIL, NEW_PASSWORD)).user.pk == user.pk
 
 
 class TestSessionVersion:
