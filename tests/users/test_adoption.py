@@ -163,6 +163,14 @@ class TestIdentifiers:
         assert user.email == address
         assert user.session_version
 
+    async def test_unreadable_address_of_a_name(self, others: TortoiseContext) -> None:
+        """An account that logs in by name is listed, too, if its address is none."""
+        user = await row(SharedEmailUser, email="none", username=" ada")
+        report = await adopt(SharedEmailUser, apply=True)
+        assert report.unreadable == {"email": Accounts(1, [str(user.pk)])}
+        await user.refresh_from_db()
+        assert (user.username, user.email) == ("ada", "none")
+
     async def test_no_address_is_shown(self, db: TortoiseContext) -> None:
         """The report holds no address and no hash."""
         for address in ("Zoe@x.org", "zoe@x.org", "nonsense"):

@@ -31,7 +31,7 @@ Row: TypeAlias = Mapping[str, object]
 MAX_KEYS = 1000
 """Primary keys that are kept for one finding; what is beyond is counted."""
 
-_ROWS_READ_AT_ONCE = 1000
+_ROWS_READ_AT_ONCE = 500  # SQLite before 3.32 takes 999 values in a statement
 _UNSET_VERSION = 0
 """What the database writes into ``session_version`` of the rows that were there before the column."""
 
@@ -129,7 +129,7 @@ class Adoption:
     short transaction: so the application may run meanwhile, and the work may be stopped at any
     moment and done again.
 
-    Memory: eight bytes for each row and column with identifiers, and a thousand rows.
+    Memory: eight bytes for each row and unique column of identifiers, and 500 rows.
 
     Args:
         user_model: The host's user model.
