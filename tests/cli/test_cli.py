@@ -28,6 +28,7 @@ from tests.support.database import SHARED_DATABASES, address, connection_of, dat
 from tortoise_auth import AuthConfig, AuthService, EventEmitter
 from tortoise_auth.clock import utc_now
 from tortoise_auth.models import DeadLetter, OutboxEntry
+from tortoise_auth.users.changes import replace_values
 
 pytestmark = pytest.mark.slow
 
@@ -645,6 +646,142 @@ class TestPurge:
         assert await DeadLetter.all().count() == left
 
 
+class TestAdopt:
+    """``tortoise-auth adopt``: the accounts of a table that another program filled."""
+
+    async def test_text(self, project: Project) -> None:
+        """It says what it would change, changes it with ``--apply``, and has nothing to do then."""
+        await former_user("Ada@Example.com", DJANGO)
+        planned = project.run("adopt", "shop:auth")
+        assert (planned.returncode, planned.stderr) == (0, "")
+        assert planned.stdout.splitlines() == [
+            "Accounts: 1",
+            "",
+            "Password              Accounts  Logs in here",
+            "Django PBKDF2-SHA256  1         yes",
+            "",
+            "Accounts  To be changed",
+            "1         email: the spelling under which it is looked up",
+            "1         session_version: a random number",
+            "",
+            "Nothing was changed. To do it, add --apply.",
+        ]
+        assert await User.exists(session_version=0)
+        done = project.run("adopt", "shop:auth", "--apply")
+        assert (done.returncode, done.stderr) == (0, "")
+        text = planned.stdout.replace("To be changed", "Changed")
+        assert done.stdout.splitlines() == text.splitlines()[:-2]
+        assert await User.exists(email="ada@example.com", session_version__not=0)
+        again = project.run("adopt", "shop:auth", "--apply")
+        assert again.stdout.endswith("\n\nNothing is to be changed.\n")
+
+    async def test_decisions(self, shop: Project) -> None:
+        """What it leaves alone is named by key, with exit code 1, and no address is printed."""
+        for typed in ("Ada@example.com", "ada@example.com", "\x1b[2J nonsense"):
+            await former_user(typed, "5f4dcc3b5aa765d61d8327deb882cf99")
+        finished = shop.run("adopt", "shop:auth", "--apply")
+        assert finished.returncode == 1
+        assert "  email: these would become one: 1, 2\n" in finished.stdout
+        assert "  email: cannot be one: 3\n" in finished.stdout
+        assert "no format that is known here: 1, 2, 3\n" in finished.stdout
+        assert finished.stderr == (
+            "tortoise-auth: Some accounts need a decision of yours: they are listed above\n"
+        )
+        for secret in ("ada@", "nonsense", "5f4dcc"):
+            assert secret not in finished.stdout.lower() + finished.stderr
+
+    async def test_many(self, shop: Project) -> None:
+        """The text names twenty of many, and says how many more there are."""
+        for number in range(23):
+            await former_user(f"nonsense {number}", "")
+        finished = shop.run("adopt", "shop:auth")
+        assert "email: cannot be one: 1, 2, 3, " in finished.stdout
+        assert ", 19, 20, and 3 more\n" in finished.stdout
+        assert "none      23        no\n" in finished.stdout
+
+    async def test_json(self, project: Project) -> None:
+        """The JSON has every number, and the keys of the accounts that are left alone."""
+        await former_user("Ada@example.com", DJANGO)
+        await former_user("nonsense", "clear text")
+        finished = project.run("adopt", "shop:auth", "--json")
+        assert finished.returncode == 1
+        assert json.loads(finished.stdout) == {
+            "applied": False,
+            "accounts": 2,
+            "passwords": [
+                {"scheme": "Django PBKDF2-SHA256", "obstacle": None, "count": 1, "keys": []},
+                {
+                    "scheme": None,
+                    "obstacle": "It is no hash, or of no format that is known here",
+                    "count": 1,
+                    "keys": ["2"],
+                },
+            ],
+            "without_password": 0,
+            "normalized": {"email": 1},
+            "hashes_copied": 0,
+            "session_versions_set": 2,
+            "session_versions_in_use": 0,
+            "unreadable": {"email": {"count": 1, "keys": ["2"]}},
+            "colliding": {},
+            "changed_meanwhile": {"count": 0, "keys": []},
+        }
+
+    async def test_wrong_column(self, shop: Project) -> None:
+        """A column that is not there is a mistake of what was typed, in one line."""
+        await former_user(EMAIL, DJANGO)
+        finished = shop.run("adopt", "shop:auth", "--hash-column", "hashed_password")
+        assert (finished.returncode, finished.stdout) == (2, "")
+        assert finished.stderr.startswith(
+            "tortoise-auth: The table app_user has no column hashed_password. It has: id, email, "
+        )
+        assert finished.stderr.count("\n") == 1
+
+    @pytest.mark.parametrize(("terminal", "shown"), [("xterm", True), ("dumb", False)])
+    async def test_progress(self, shop: Project, terminal: str, shown: bool) -> None:
+        """A bar is shown at a terminal that can draw one, and nowhere else."""
+        await former_user(EMAIL, DJANGO)
+        printed = at_a_terminal(shop, terminal, "adopt", "shop:auth")
+        assert "Accounts: 1" in printed
+        assert ("Rows" in printed) is shown
+        finished = shop.run("adopt", "shop:auth")
+        assert "Rows" not in finished.stdout + finished.stderr
+
+
+DJANGO = "pbkdf2_sha256$1$salt$" + "A" * 43 + "="
+
+
+async def former_user(email: str, password: str) -> None:
+    """Insert an account as another program does."""
+    user = await User.create(email=f"{uuid4().hex}@example.com", session_version=0)
+    new = {"email": email, "password": password}
+    await replace_values(User, user.pk, User._meta.db, read={}, new=new)
+
+
+def at_a_terminal(project: Project, kind: str, *arguments: str) -> str:
+    """Run a command at a terminal, and return what appears there."""
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [COMMAND, *arguments],
+        cwd=project.folder,
+        env=environment(project.environment | {"TERM": kind}),
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+    )
+    os.close(theirs)
+    shown = b""
+    try:
+        while part := os.read(ours, 65_536):
+            shown += part
+    except OSError:
+        pass  # on Linux the end of the other side is an error
+    finally:
+        os.close(ours)
+        process.wait(DEADLINE)
+    return shown.decode()
+
+
 class TestEvents:
     """``tortoise-auth events``: the subscriptions of each event."""
 
@@ -693,6 +830,10 @@ MISTAKES = {
     "settings path": (["outbox", "list", "-c", "shop"], "'shop' does not name Tortoise settings"),
     "empty lease": (["relay", "shop:auth", "--lease", "0"], "lease must be a positive timedelta"),
     "no rows": (["outbox", "retry"], "either their ids or --all-dead"),
+    "no user model": (
+        ["adopt", "shop:User"],
+        "'shop:User' is of type ModelMeta; wanted is an Auth",
+    ),
     "two kinds": (["outbox", "retry", "1", "--all-dead"], "either their ids or --all-dead"),
 }
 

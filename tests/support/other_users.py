@@ -6,6 +6,7 @@ from tortoise import fields
 
 from tests.support.app import User
 from tortoise_auth import AbstractUser
+from tortoise_auth.fields import EmailField, PasswordField, UtcDatetimeField
 
 
 class Admin(User):
@@ -54,4 +55,41 @@ class PlainNamedUser(AbstractUser):
 
     class Meta(AbstractUser.Meta):
         table = "app_plain_named_user"
+        abstract = False
+
+
+class FormerUser(AbstractUser):
+    """The table has the hashes of another program in a column of their own."""
+
+    hashed_password = fields.CharField(max_length=1024, null=True)
+
+    class Meta(AbstractUser.Meta):
+        table = "app_former_user"
+        abstract = False
+
+
+class MappedUser(AbstractUser):
+    """Our columns have the names of another program."""
+
+    id = fields.IntField(primary_key=True, source_field="user_no")
+    email = EmailField(unique=True, source_field="mail")
+    password = PasswordField(max_length=1024, source_field="hashed_password")
+    is_active = fields.BooleanField(default=True, source_field="enabled")
+    last_login = UtcDatetimeField(null=True, source_field="seen_at")
+    session_version = fields.IntField(default=1, source_field="version")
+
+    class Meta(AbstractUser.Meta):
+        table = "app_mapped_user"
+        abstract = False
+
+
+class SharedEmailUser(AbstractUser):
+    """People log in by name, and may share an address or have none, as in Django."""
+
+    identifier_field = "username"
+    username = fields.CharField(max_length=150, unique=True)
+    email = fields.CharField(max_length=254, default="")
+
+    class Meta(AbstractUser.Meta):
+        table = "app_shared_email_user"
         abstract = False

@@ -1,11 +1,12 @@
-"""The command ``tortoise-auth``: run a relay, look after the outbox, list the subscriptions.
+"""The command ``tortoise-auth``: run a relay, look after the outbox, adopt a table of users.
 
 It finds the host's `AuthService` as uvicorn finds an app (``myapp.main:auth``, also in the current
 folder), and the database where Tortoise's own command does: ``--config``, ``$TORTOISE_ORM``, then
 ``[tool.tortoise]`` in ``pyproject.toml``.
 
 Exit codes: 0, done (also a relay that was stopped by a signal); 1, it could not be done: the database
-failed, a row is not there; 2, what was typed is wrong, or something that it names.
+failed, a row is not there, an account needs a decision; 2, what was typed is wrong, or something that
+it names.
 """
 
 try:

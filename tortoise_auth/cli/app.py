@@ -9,13 +9,13 @@ from pathlib import Path
 
 import typer
 
+from tortoise_auth.cli import adopt, relay
 from tortoise_auth.cli import outbox as outbox_commands
-from tortoise_auth.cli import relay
 from tortoise_auth.cli.loading import CommandError
 from tortoise_auth.cli.output import printable
 
 app = typer.Typer(
-    help="Look after the events of tortoise_auth.",
+    help="Look after the events and accounts of tortoise_auth.",
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -25,6 +25,7 @@ app = typer.Typer(
 
 app.command()(relay.relay)
 app.command()(relay.events)
+app.command()(adopt.adopt)
 app.add_typer(outbox_commands.commands, name="outbox", help="Look into the outbox, and mend it.")
 
 

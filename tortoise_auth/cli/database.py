@@ -49,9 +49,16 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs."
 
 
 def with_database(
-    config: str | None, work: Callable[[BaseDBAsyncClient], Awaitable[ResultT]]
+    config: str | None,
+    work: Callable[[BaseDBAsyncClient], Awaitable[ResultT]],
+    *models: type[AbstractUser],
 ) -> ResultT:
     """Open the database that the settings name, and return what *work* does with it.
+
+    Args:
+        config: Where the settings are, as it was typed.
+        work: Called with the connection of our own tables.
+        *models: Models of the host that must be registered, too.
 
     Raises:
         CommandError: The settings are wrong, or the database failed.
@@ -59,13 +66,15 @@ def with_database(
     settings = load_settings(config)
 
     async def run() -> ResultT:
-        async with open_database(settings, OutboxEntry):
+        async with open_database(settings, OutboxEntry, *models):
             return await work(root_of(connection_for(OutboxEntry)))
 
     try:
         return asyncio.run(run())
     except CommandError:
         raise
+    except ConfigurationError as error:
+        raise CommandError(str(error)) from None
     except Exception as error:  # noqa: BLE001 - whatever the driver raises: the operator reads it
         raise CommandError(
             f"The database failed: {type(error).__name__}: {describe(error)}", FAILED

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import datetime
 
+from pypika_tortoise.terms import Field
 from tortoise.backends.base.client import BaseDBAsyncClient
 from tortoise.expressions import F
 from tortoise.models import Model
@@ -185,3 +187,37 @@ async def unlock_password(user: Model, unit: UnitOfWork) -> bool:
         return False
     unit.set_on_commit(user, password_locked_at=None)
     return True
+
+
+async def replace_values(
+    user_model: type[Model],
+    key: object,
+    connection: BaseDBAsyncClient,
+    *,
+    read: Mapping[str, object],
+    new: Mapping[str, object],
+) -> bool:
+    """Write columns of a row, if it still holds what was read.
+
+    Past the fields, in the values of the driver: `EmailField` normalises what it compares with, and
+    so matches no row that holds another spelling.
+
+    Args:
+        user_model: The model of the account.
+        key: The primary key.
+        connection: Where to write.
+        read: What columns must still hold.
+        new: What columns shall hold.
+
+    Returns:
+        False if the row was changed or deleted meanwhile; then nothing was written.
+    """
+    meta = user_model._meta
+    query = connection.query_class.update(meta.basetable).where(Field(meta.db_pk_column) == key)
+    for column, value in read.items():
+        held = Field(column)
+        query = query.where(held.isnull() if value is None else held == value)
+    for column, value in new.items():
+        query = query.set(column, value)
+    changed, _ = await connection.execute_query(*query.get_parameterized_sql())
+    return bool(changed)
