@@ -1,7 +1,11 @@
-"""Twenty lines that run unchanged on every database: only ``DATABASE_URL`` differs."""
+"""Twenty lines that run unchanged on every database: only ``DATABASE_URL`` differs.
+
+Without it they run on SQLite in memory.
+"""
 
 import asyncio
 import os
+import secrets
 
 from tortoise import Tortoise
 
@@ -12,7 +16,9 @@ class User(AbstractUser):
     """The host's own model."""
 
 
-auth = AuthService(User, AuthConfig(secret=os.environ["AUTH_SECRET"]))
+auth = AuthService(
+    User, AuthConfig(secret=os.environ.get("AUTH_SECRET", secrets.token_urlsafe(48)))
+)
 
 
 @on("user_login", delivery="durable", name="welcome")
@@ -22,7 +28,7 @@ async def welcome(user: User) -> None:
 
 async def main() -> None:
     await Tortoise.init(
-        db_url=os.environ["DATABASE_URL"],
+        db_url=os.environ.get("DATABASE_URL", "sqlite://:memory:"),
         modules={"models": ["__main__", "tortoise_auth.models"]},
     )
     await Tortoise.generate_schemas()

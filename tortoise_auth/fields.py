@@ -181,6 +181,9 @@ class ExactCharField(fields.CharField[str]):
 
     MariaDB and MySQL take ``A`` for ``a`` and a blank at the end for none, unless the column says
     otherwise. Use it for the column that people log in with.
+
+    Attributes:
+        exact: Whether a column with another collation is refused.
     """
 
     exact = True
@@ -200,6 +203,8 @@ class PasswordField(ExactCharField):
     Raises:
         ValueError: The value is no hash, for example a password.
     """
+
+    exact = False  # in a table that exists it need not be: no two hashes differ by case alone
 
     def to_db_value(self, value: Any, instance: type[Model] | Model) -> Any:  # noqa: ANN401
         """Check what an UPDATE of many rows writes; an object is checked when it is assigned to."""

@@ -6,7 +6,7 @@ from tortoise import fields
 
 from tests.support.app import User
 from tortoise_auth import AbstractUser
-from tortoise_auth.fields import EmailField, PasswordField, UtcDatetimeField
+from tortoise_auth.fields import EmailField, ExactCharField, PasswordField, UtcDatetimeField
 
 
 class Admin(User):
@@ -87,8 +87,8 @@ class SharedEmailUser(AbstractUser):
     """People log in by name, and may share an address or have none, as in Django."""
 
     identifier_field = "username"
-    username = fields.CharField(max_length=150, unique=True)
-    email = fields.CharField(max_length=254, default="")
+    username = ExactCharField(max_length=150, unique=True)
+    email = ExactCharField(max_length=254, default="")
 
     class Meta(AbstractUser.Meta):
         table = "app_shared_email_user"

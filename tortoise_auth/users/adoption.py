@@ -16,7 +16,7 @@ from tortoise.backends.base.client import BaseDBAsyncClient
 from tortoise.exceptions import IntegrityError
 from tortoise.queryset import QuerySet
 
-from tortoise_auth.database import BATCH_SIZE, batches, root_of, transaction
+from tortoise_auth.database import BATCH_SIZE, batches, dialect_of, root_of, transaction
 from tortoise_auth.exceptions import ConfigurationError, InvalidIdentifierError
 from tortoise_auth.fields import normalize_email
 from tortoise_auth.legible import listed, named
@@ -181,9 +181,10 @@ class Adoption:
         """Do the work, and yield the `report` after each part of it, for a progress bar.
 
         Raises:
-            ConfigurationError: A column is missing.
+            ConfigurationError: A column is missing, or the database is not as it must be.
         """
         connection = root_of(shared_connection(self._model))
+        await dialect_of(connection).verify(connection)
         await self._require_columns(connection)
         self.report.rows_total = 2 * await QuerySet(self._model).using_db(connection).count()
         spellings = {column: _Spellings() for column in self._ambiguous}
