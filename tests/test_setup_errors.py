@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 from tortoise import fields
+from tortoise.backends.sqlite.client import SqliteClient
+from tortoise.connection import get_connections
 from tortoise.context import TortoiseContext
 from tortoise.models import Model
 
@@ -28,6 +30,8 @@ from tortoise_auth import (
     PasswordPolicy,
 )
 from tortoise_auth.clock import utc_now
+from tortoise_auth.database import connection_for, dialect_of
+from tortoise_auth.database.dialects import choice
 from tortoise_auth.throttling import Attempt, DatabaseThrottle, Reservation
 
 CONFIG = AuthConfig(secret=SECRET)
@@ -437,3 +441,24 @@ class TestRegistration:
 def test_service_of_a_user_name_model() -> None:
     """A unique column of the host's own is accepted."""
     assert AuthService(NamedUser, CONFIG).user_model is NamedUser
+
+
+class ForeignClient(SqliteClient):
+    """A client of the host, derived from one of Tortoise's."""
+
+
+class TestDatabases:
+    async def test_unknown(self, sqlite: TortoiseContext, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A database that no statement is written for is refused, and those that work are named."""
+        unknown = type("MSSQLClient", (), {"__module__": "tortoise.backends.mssql.client"})
+        monkeypatch.setattr(get_connections().get("memory"), "_tortoise_auth_dialect", None)
+        monkeypatch.setattr(choice, "_DIALECTS", {})
+        for refused in (lambda: dialect_of(unknown()), lambda: connection_for(User)):
+            with pytest.raises(ConfigurationError) as error:
+                refused()
+            for name in ("sqlite://", "asyncpg://", "psycopg://", "MariaDB 10.6", "MySQL 8"):
+                assert name in str(error.value)
+
+    def test_of_the_host(self) -> None:
+        """A client derived from one of Tortoise's has the dialect of that."""
+        assert dialect_of(ForeignClient("x", connection_name="x")).language == "sqlite"
