@@ -309,7 +309,7 @@ class TestDelivery:
             await AuditRow.all().delete()
             if not attempt.reached:
                 break
-        assert committed > 1
+        assert committed >= 1  # aiomysql waits once in a COMMIT
 
     async def test_no_transaction(self, root: BaseDBAsyncClient) -> None:
         """Without a transaction the effect runs at once."""

@@ -229,7 +229,8 @@ class TestSettings:
         for command, fits in (("SET NAMES utf8mb4", False), (READ_COMMITTED, True)):
             async with TortoiseContext() as context:
                 await start(context, {**credentials, "init_command": command})
-                await context.generate_schemas()
+                if not fits:  # the first of the two
+                    await context.generate_schemas()
                 with pytest.raises(
                     AuthenticationError if fits else ConfigurationError,
                     match="Invalid credentials" if fits else "must be READ COMMITTED",
