@@ -1,6 +1,6 @@
 """A plugin for pytest: Tortoise uses aiomysql, although asyncmy is installed.
 
-``pytest -p tests.support.without_asyncmy -k mariadb``
+``pytest -p tests.without_asyncmy -k mariadb``
 """
 
 import sys
