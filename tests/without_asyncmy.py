@@ -7,8 +7,8 @@ import sys
 
 sys.modules["asyncmy"] = None  # type: ignore[assignment]
 
-from tortoise.backends.mysql import client  # noqa: E402
+import tortoise.backends.mysql.client
 
 del sys.modules["asyncmy"]
-if client.mysql.__name__ != "aiomysql":
-    raise RuntimeError("Tortoise has loaded asyncmy before this plugin")
+if "aiomysql" not in sys.modules:
+    raise RuntimeError(f"{tortoise.__name__} has loaded asyncmy before this plugin")
