@@ -7,7 +7,7 @@ import sys
 
 sys.modules["asyncmy"] = None  # type: ignore[assignment]
 
-import tortoise.backends.mysql.client
+import tortoise.backends.mysql.client  # noqa: E402
 
 del sys.modules["asyncmy"]
 if "aiomysql" not in sys.modules:
