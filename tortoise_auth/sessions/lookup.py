@@ -5,15 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
-from typing import Any, Generic, NamedTuple
+from typing import Any, Generic
 from uuid import UUID
 
 from tortoise.backends.base.client import BaseDBAsyncClient
 from tortoise.manager import Manager
-from tortoise.models import Model
 
 from tortoise_auth.database import dialect_of, run_statement
 from tortoise_auth.database.dialects import Dialect
+from tortoise_auth.database.dialects.session_join import SessionJoin, session_join
 from tortoise_auth.exceptions import TokenExpiredError, TokenRevokedError
 from tortoise_auth.legible import logger_of
 from tortoise_auth.models import Session, user_table
@@ -54,12 +54,6 @@ class SessionWithUser(Generic[UserT]):
         return self.session.refresh_expires_at > now  # or it has lain idle for too long
 
 
-class _Columns(NamedTuple):
-    sql: str
-    session: dict[str, str]
-    user: dict[str, str]
-
-
 class SessionReader(Generic[UserT]):
     """Reads a session and its user in one statement, three times as fast as two ORM reads.
 
@@ -72,7 +66,7 @@ class SessionReader(Generic[UserT]):
     def __init__(self, user_model: type[UserT]) -> None:
         self._user_model = user_model
         self._may_join = True
-        self._columns: dict[Dialect, _Columns] = {}
+        self._joins: dict[Dialect, SessionJoin] = {}
 
     async def read(
         self, connection: BaseDBAsyncClient, session_id: UUID, user_id: str, pk: object
@@ -94,21 +88,21 @@ class SessionReader(Generic[UserT]):
         self, connection: BaseDBAsyncClient, session_id: UUID, user_id: str, pk: object
     ) -> SessionWithUser[UserT] | None:
         dialect = dialect_of(connection)
-        columns = self._columns.get(dialect) or self._columns.setdefault(
-            dialect, self._build(dialect)
-        )
+        join = self._joins.get(dialect)
+        if join is None:
+            join = self._joins[dialect] = session_join(dialect, Session, self._user_model)
         values = {
             "pk": self._user_model._meta.pk.to_db_value(pk, self._user_model),
             "id": str(session_id),
             "user_id": user_id,
             "user_table": user_table(self._user_model),
         }
-        rows = await run_statement(connection, columns.sql, values)
+        rows = await run_statement(connection, join.statement, values)
         if not rows:
             return None
         return SessionWithUser(
-            _hydrated(Session, rows[0], columns.session),
-            _hydrated(self._user_model, rows[0], columns.user),
+            _hydrated(Session, rows[0], join.session),
+            _hydrated(self._user_model, rows[0], join.user),
         )
 
     async def _read_separately(
@@ -127,32 +121,6 @@ class SessionReader(Generic[UserT]):
     @cached_property
     def _has_plain_managers(self) -> bool:
         return all(type(model._meta.manager) is Manager for model in (Session, self._user_model))
-
-    def _build(self, dialect: Dialect) -> _Columns:
-        quoted = dialect.quoted
-        session = {column: f"s_{column}" for column in Session._meta.fields_db_projection.values()}
-        user = {
-            column: f"u_{column}" for column in self._user_model._meta.fields_db_projection.values()
-        }
-        selected = [
-            f"{table}.{quoted(column)} AS {quoted(alias)}"
-            for table, columns in (("s", session), ("u", user))
-            for column, alias in columns.items()
-        ]
-        # The user by its parsed key, and no cast of `s.user_id`: so PostgreSQL uses the index, and
-        # casts no row of another model, whose key may be no number.
-        sql = (
-            f"SELECT {', '.join(selected)} "  # noqa: S608 - names of columns and tables, no values
-            f"FROM {_table(Session, dialect)} s JOIN {_table(self._user_model, dialect)} u "
-            f"ON u.{quoted(self._user_model._meta.db_pk_column)} = {{pk}} "
-            "WHERE s.id = {id} AND s.user_id = {user_id} AND s.user_table = {user_table}"
-        )
-        return _Columns(sql, session, user)
-
-
-def _table(model: type[Model], dialect: Dialect) -> str:
-    schema, table = model._meta.schema, dialect.quoted(model._meta.db_table)
-    return f"{dialect.quoted(schema)}.{table}" if schema else table
 
 
 def _hydrated(model: type[Any], row: dict[str, Any], aliases: dict[str, str]) -> Any:  # noqa: ANN401
