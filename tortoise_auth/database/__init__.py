@@ -21,6 +21,7 @@ from tortoise_auth.database.dialects import (
 from tortoise_auth.database.errors import (
     is_database_failure,
     is_missing_table,
+    is_refused_row,
     is_unique_violation,
     outage,
     translated,
@@ -51,6 +52,7 @@ __all__ = [
     "in_caller_transaction",
     "is_database_failure",
     "is_missing_table",
+    "is_refused_row",
     "is_transaction",
     "is_unique_violation",
     "leave_transactions",

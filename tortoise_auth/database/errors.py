@@ -7,13 +7,14 @@ from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from tortoise.backends.base.client import BaseDBAsyncClient
-from tortoise.exceptions import BaseORMException, IntegrityError
+from tortoise.exceptions import BaseORMException, IntegrityError, ValidationError
 from tortoise.exceptions import ConfigurationError as TortoiseConfigurationError
 from tortoise.models import Model
 
 from tortoise_auth.database.dialects import dialect_of
 from tortoise_auth.database.dialects.failures import (
     columns_in,
+    is_of_check,
     is_of_driver,
     is_of_missing_table,
     is_of_unique_key,
@@ -97,13 +98,18 @@ def is_missing_table(error: Exception) -> bool:
     return is_of_missing_table(_of_driver(error))
 
 
-def is_unique_violation(error: IntegrityError) -> bool:
+def is_refused_row(error: BaseORMException) -> bool:
+    """Return whether a row was rejected for its values, by the model or the database."""
+    return isinstance(error, IntegrityError | ValidationError) or is_of_check(_of_driver(error))
+
+
+def is_unique_violation(error: BaseORMException) -> bool:
     """Return whether a row was rejected because of another one with the same values."""
     return is_of_unique_key(_of_driver(error))
 
 
 async def violated_columns(
-    error: IntegrityError, model: type[Model], connection: BaseDBAsyncClient
+    error: BaseORMException, model: type[Model], connection: BaseDBAsyncClient
 ) -> frozenset[str]:
     """Return the columns whose values another row of *model* has; empty if that is not known.
 

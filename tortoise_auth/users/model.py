@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Generic, Self, TypeVar
 
 from tortoise import fields
 from tortoise.backends.base.client import BaseDBAsyncClient
-from tortoise.exceptions import BaseORMException, IntegrityError, ValidationError
+from tortoise.exceptions import BaseORMException, ValidationError
 from tortoise.fields import Field, JSONField
 from tortoise.fields.relational import RelationalField
 from tortoise.models import Model
@@ -20,6 +20,7 @@ from tortoise_auth.clock import utc_now
 from tortoise_auth.context import current_context, sanitize_text
 from tortoise_auth.database import (
     connection_for,
+    is_refused_row,
     is_unique_violation,
     translates_database_errors,
     violated_columns,
@@ -210,7 +211,9 @@ class AbstractUser(Model):
                 unit.record(
                     UserRegistered(user=user, subject_id=str(user.pk), context=current_context())
                 )
-        except (IntegrityError, ValidationError) as error:
+        except BaseORMException as error:
+            if not is_refused_row(error):
+                raise
             refusal = await cls._refusal(error)
         else:
             return user
@@ -403,7 +406,7 @@ class AbstractUser(Model):
             raise ValueError(f"{cls.__name__}: {', '.join(misfits)} cannot hold such a value")
 
     @classmethod
-    async def _refusal(cls, error: IntegrityError | ValidationError) -> Exception:
+    async def _refusal(cls, error: BaseORMException) -> Exception:
         """Return what to raise for a row that was not written; it names columns and no value."""
         if isinstance(error, ValidationError):
             name = str(error).partition(":")[0]  # Tortoise puts it before all else

@@ -49,6 +49,11 @@ def is_of_unique_key(error: BaseException | None) -> bool:
     return _state(error) == "23505" or _number(error) == 1062 or "UNIQUE constraint" in str(error)
 
 
+def is_of_check(error: BaseException | None) -> bool:
+    """Return whether MariaDB or MySQL rejected a row by a check, which Tortoise takes for a failure."""
+    return _number(error) in {4025, 3819}
+
+
 def columns_in(error: BaseException | None) -> frozenset[str]:
     """Return the columns of the unique key that *error* names; empty if it does not.
 
