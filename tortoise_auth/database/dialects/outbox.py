@@ -23,8 +23,11 @@ def _everywhere(text: str) -> dict[str, str]:
     """Return a statement of one text, with what each database writes for the marks in it."""
     sqlite = re.sub(r"\[ids in \w+\]", "id IN (SELECT value FROM json_each({ids}))", text)
     sqlite = re.sub(r"\[by (\w+)\]", r"INDEXED BY \1", sqlite.replace(" [by key]", ""))
+    sqlite = sqlite.replace("[payload]", "payload")
     postgres = re.sub(r"\[ids in (\w+)\]", _BY_KEY_ON_POSTGRES, text)
     postgres = re.sub(r" \[by \w+\]", "", postgres)
+    # As text: psycopg reads JSON by itself, and one row that it cannot read would fail all of them.
+    postgres = postgres.replace("[payload]", "payload::text AS payload")
     plain = {"sqlite": sqlite.replace("[for share]", "")}
     plain["postgres"] = postgres.replace("[for share]", "FOR SHARE SKIP LOCKED")
     return {
@@ -80,7 +83,7 @@ CLAIM: Statement = {
 UPDATE tortoise_auth_outbox
 SET due_at = {lease_ends}, claimed_by = {holder}, attempts = attempts + 1
 WHERE [ids in tortoise_auth_outbox]
-RETURNING id, event_id, event_name, subscription, user_table, subject_id, payload, attempts
+RETURNING id, event_id, event_name, subscription, user_table, subject_id, [payload], attempts
 """),
     "mysql": mysql.claim,
 }
@@ -228,11 +231,15 @@ COUNT_DEAD = _everywhere("""
 SELECT COUNT(*) AS dead FROM (SELECT 1 FROM tortoise_auth_dead_letter LIMIT {limit}) AS counted
 """)
 
-WAITING = _everywhere("SELECT * FROM tortoise_auth_outbox [by key] ORDER BY id LIMIT {limit}")
+_SHOWN = f"{_KEPT.replace('payload', '[payload]')}, attempts"
 
-DEAD = _everywhere("""
-SELECT * FROM tortoise_auth_dead_letter [by tortoise_auth_dead_letter_at]
-ORDER BY dead_at, id LIMIT {limit}
+WAITING = _everywhere(f"""
+SELECT {_SHOWN}, due_at, claimed_by FROM tortoise_auth_outbox [by key] ORDER BY id LIMIT {{limit}}
+""")
+
+DEAD = _everywhere(f"""
+SELECT {_SHOWN}, dead_at FROM tortoise_auth_dead_letter [by tortoise_auth_dead_letter_at]
+ORDER BY dead_at, id LIMIT {{limit}}
 """)
 
 _DUE_ON_SQLITE = """

@@ -2,13 +2,15 @@
 
 They have no RETURNING for an UPDATE, no LATERAL both of them, and no subquery on the table that is
 written. Values are written out, with a UNION of a SELECT for each, because only then is an index
-read from where it is to begin.
+read from where it is to begin. And each SELECT by an index takes a column (``attempts``) that the
+index does not have: of what stands in the index alone MariaDB may compare only the first columns,
+and then reads a whole line, or every row that is behind another one.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 
 from tortoise.backends.base.client import BaseDBAsyncClient
 
@@ -26,6 +28,7 @@ def written(text: str) -> str:
     text = re.sub(r"\[ids in \w+\]", "id IN ({ids})", text.replace("[by key]", _BY_KEY))
     # DELETE of one table takes no index; the form for several does.
     text = re.sub(r"\[delete from (\w+)\]", rf"DELETE \1 FROM \1 {_BY_KEY}", text)
+    text = text.replace("[payload]", "payload")
     text = re.sub(r"\[by (\w+)\]", r"FORCE INDEX (\1)", text)
     # MySQL has FOR SHARE and MariaDB LOCK IN SHARE MODE. A row that two hold at once is skipped by
     # the second one, and looked at again.
@@ -85,7 +88,7 @@ UPDATE {_TABLE} {_BY_KEY} SET due_at = created_at WHERE id IN ({{ids}}) AND due_
 async def counts(dialect: Dialect, connection: BaseDBAsyncClient, values: Values) -> list[Row]:
     """Count what waits and what is due for each pair of subscription and user table."""
     counted = []
-    for pair in await dialect.rows(connection, _PAIRS, {}):
+    async for pair in _pairs(dialect, connection):
         (waiting,) = await dialect.rows(connection, _WAITING, {**values, **pair})
         (due,) = await dialect.rows(connection, _WAITING_DUE, {**values, **pair})
         counted.append({**pair, "waiting": waiting["counted"], "due": due["counted"]})
@@ -94,23 +97,35 @@ async def counts(dialect: Dialect, connection: BaseDBAsyncClient, values: Values
 
 async def overdue(dialect: Dialect, connection: BaseDBAsyncClient, values: Values) -> list[Row]:
     """Find the row of each pair that has been due for longest."""
-    pairs = await dialect.rows(connection, _PAIRS, {})
     return [
         row
-        for pair in pairs
+        async for pair in _pairs(dialect, connection)
         for row in await dialect.rows(connection, _OVERDUE, {**values, **pair})
     ]
 
 
-# The index is read once for each pair, however many rows there are.
-_PAIRS = (
-    f"SELECT subscription, user_table FROM {_TABLE} {_BY_DUE} GROUP BY subscription, user_table"
-)
-_ONE_BY_ONE = f"SELECT COUNT(*) AS counted FROM (SELECT 1 FROM {_TABLE} {_BY_DUE} WHERE {_OF_PAIR}"
+async def _pairs(dialect: Dialect, connection: BaseDBAsyncClient) -> AsyncIterator[Row]:
+    """Find the pairs that have rows, each by a look into the index."""
+    found = await dialect.rows(connection, _FIRST_PAIR, {})
+    while found:
+        pair = {name: found[0][name] for name in ("subscription", "user_table")}
+        yield pair
+        found = await dialect.rows(connection, _NEXT_PAIR, pair)
+
+
+_PAIR = f"SELECT subscription, user_table, attempts FROM {_TABLE} {_BY_DUE}"
+_FIRST_PAIR = f"{_PAIR} ORDER BY subscription, user_table, due_at, id LIMIT 1"
+_NEXT_PAIR = f"""
+({_PAIR} WHERE subscription = {{subscription}} AND user_table > {{user_table}}
+    ORDER BY user_table, due_at, id LIMIT 1)
+UNION ALL
+({_PAIR} WHERE subscription > {{subscription}} ORDER BY subscription, user_table, due_at, id LIMIT 1)
+"""
+_ONE_BY_ONE = f"SELECT COUNT(attempts) AS counted FROM (SELECT attempts FROM {_TABLE} {_BY_DUE} WHERE {_OF_PAIR}"
 _WAITING = f"{_ONE_BY_ONE} LIMIT {{limit}}) AS entry"
 _WAITING_DUE = f"{_ONE_BY_ONE} AND due_at <= {{now}} LIMIT {{limit}}) AS entry"
 _OVERDUE = f"""
-SELECT id, subscription, due_at FROM {_TABLE} {_BY_DUE}
+SELECT id, subscription, due_at, attempts FROM {_TABLE} {_BY_DUE}
 WHERE {_OF_PAIR} AND due_at <= {{now}} ORDER BY due_at, id LIMIT 1
 """
 
@@ -120,7 +135,7 @@ async def _beside(connection: BaseDBAsyncClient, rows: Sequence[Row], condition:
     if not rows:
         return []
     one = (
-        f"(SELECT %s AS beside, id FROM {_TABLE} {_BY_LINE} WHERE "
+        f"(SELECT %s AS beside, id, attempts FROM {_TABLE} {_BY_LINE} WHERE "
         f"subscription = %s AND user_table = %s AND subject_id = %s AND {condition})"
     )
     names = ("id", "subscription", "user_table", "subject_id", "id")
