@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 from tortoise.backends.base.client import (
     BaseDBAsyncClient,
+    PoolConnectionWrapper,
     TransactionalDBClient,
     resolve_password,
 )
@@ -83,6 +84,11 @@ class Psycopg(Postgres):
 
     placeholder: ClassVar[str] = "%s"
 
+    def prepare(self, client: BaseDBAsyncClient) -> None:
+        """Let every connection reach the pool again."""
+        pooled: Any = client
+        client.acquire_connection = lambda: _Pooled(client, pooled._pool_init_lock)  # type: ignore[method-assign]
+
     @asynccontextmanager
     async def listening(
         self, client: BaseDBAsyncClient, channel: str, wake: Callable[[], object]
@@ -115,3 +121,21 @@ class Psycopg(Postgres):
         finally:
             with suppress(Exception):
                 await connection.close()
+
+
+_returning: set[asyncio.Future[None]] = set()
+
+
+class _Pooled(PoolConnectionWrapper[Any]):
+    """A connection of the pool, for one statement.
+
+    If giving it back is cancelled, psycopg's pool loses it, and with it whoever waits for it.
+    """
+
+    __slots__ = ()
+
+    async def __aexit__(self, kind: Any, error: Any, traceback: Any) -> None:  # noqa: ANN401
+        returning = asyncio.ensure_future(super().__aexit__(kind, error, traceback))
+        _returning.add(returning)  # the loop itself keeps only weak references
+        returning.add_done_callback(_returning.discard)
+        await asyncio.shield(returning)
