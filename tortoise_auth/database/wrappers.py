@@ -87,5 +87,8 @@ def leave_transactions() -> None:
     """
     for connection in open_transactions():
         ended: Any = copy.copy(connection)
+        # Methods that were replaced on the transaction would still lead to it.
+        for name in {each for each in vars(ended) if callable(getattr(type(ended), each, None))}:
+            delattr(ended, name)
         ended._connection, ended._finalized = _Ended(), True
         get_connections().set(connection.connection_name, ended)

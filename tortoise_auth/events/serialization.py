@@ -38,7 +38,7 @@ _ARRAYS: Mapping[Any, type] = {
     MutableSet: set,
 }
 _MAX_BITS = 14_000  # Python reads 4300 digits (CVE-2020-10735), which are 14 284 bits
-_MAX_DEPTH = 100
+_MAX_DEPTH = 29  # MariaDB reads 32 levels, and two of them are the event's own
 _OBJECTS = frozenset({dict, Mapping, MutableMapping})
 
 
