@@ -18,6 +18,9 @@ REDIS_URL = os.environ.get("TORTOISE_AUTH_TEST_REDIS", "redis://127.0.0.1:6379")
 NATS_URL = os.environ.get("TORTOISE_AUTH_TEST_NATS", "nats://127.0.0.1:4222")
 RABBIT_URL = os.environ.get("TORTOISE_AUTH_TEST_RABBIT", "amqp://guest:guest@127.0.0.1:5672/")
 
+LEFT_OUT = "TORTOISE_AUTH_TEST_DB"
+"""Set to ``sqlite`` it leaves every server out, even those that listen: ``make check DB=sqlite``."""
+
 needs_postgres = pytest.mark.service("PostgreSQL", POSTGRES_URL)
 needs_mariadb = pytest.mark.service("MariaDB", MARIADB_URL)
 needs_redis = pytest.mark.service("Redis", REDIS_URL)
@@ -28,6 +31,10 @@ needs_rabbit = pytest.mark.service("RabbitMQ", RABBIT_URL)
 @functools.cache
 def missing(name: str, url: str) -> str | None:
     """Return why a test that needs a service is skipped, or ``None`` where a server listens."""
+    if only := os.environ.get(LEFT_OUT):
+        if only != "sqlite":
+            raise pytest.UsageError(f"{LEFT_OUT} is 'sqlite' or empty, not {only!r}")
+        return f"{name} is left out, because {LEFT_OUT} is sqlite"
     parts = urlsplit(url)
     address = (parts.hostname or "127.0.0.1", parts.port or 0)
     try:
