@@ -1,4 +1,4 @@
-"""Two calls at the same time, on PostgreSQL, each order of their commits forced.
+"""Two calls at the same time, on each server, each order of their commits forced.
 
 SQLite runs one transaction after the other and would hide every race.
 """
@@ -11,11 +11,10 @@ from contextvars import ContextVar
 from datetime import timedelta
 from typing import Any, TypeAlias
 
-import asyncpg
 import pytest
 from passlib.hash import pbkdf2_sha256
-from tortoise.backends.asyncpg.client import TransactionWrapper
-from tortoise.context import TortoiseContext
+from tortoise.backends.base.client import TransactionalDBClient
+from tortoise.context import TortoiseContext, require_context
 
 from tests.support.accounts import (
     EMAIL,
@@ -28,8 +27,8 @@ from tests.support.accounts import (
     log_in,
 )
 from tests.support.app import User
-from tests.support.database import connection_of
-from tests.support.services import POSTGRES_URL, needs_postgres
+from tests.support.database import ONE_BY_EACH_DIALECT, root, transaction_class
+from tests.support.servers import Second, second
 from tortoise_auth import (
     AuthConfig,
     AuthenticationError,
@@ -64,8 +63,6 @@ from tortoise_auth.sessions import Sessions
 from tortoise_auth.testing import Captured, FakeClock, capture
 from tortoise_auth.throttling import DatabaseThrottle
 
-pytestmark = needs_postgres
-
 OTHER_PASSWORD = "another donkey charger"
 CALLERS = 20
 LIMIT = 20
@@ -83,7 +80,7 @@ def events(emitter: EventEmitter) -> Iterator[Captured]:
 
 
 @pytest.fixture
-async def ada(postgres: TortoiseContext) -> User:
+async def ada(server: TortoiseContext) -> User:
     return await counting_from_zero(await User.create_user(email=EMAIL, password=PASSWORD))
 
 
@@ -92,57 +89,26 @@ async def session(auth: AuthService[User], ada: User) -> AuthResult[User]:
     return await log_in(auth)
 
 
-class Database:
-    """A separate connection to the database of the test, which reads only what is committed."""
-
-    def __init__(self, connection: asyncpg.Connection) -> None:
-        self._connection = connection
-
-    async def value(self, sql: str, *arguments: object) -> Any:
-        """Return the single value of a query."""
-        return await self._connection.fetchval(sql, *arguments)
-
-    async def until_a_connection_waits_for(self, process: int) -> None:
-        """Return when another connection waits for a lock that *process* holds."""
-        waits = "SELECT count(*) FROM pg_stat_activity WHERE $1 = ANY(pg_blocking_pids(pid))"
-        async with asyncio.timeout(LIMIT):
-            while not await self.value(waits, process):
-                pass
-
-    async def assert_events_equal_changes(self, events: Captured) -> None:
-        """Check that the events match the changes in the tables."""
-        ended = len(events.of(SessionRevoked)) + len(events.of(RefreshTokenReused))
-        ended += sum(event.sessions_ended for event in events.of(UserLogout))
-        ended += sum(event.sessions_ended for event in events.of(PasswordChanged))
-        ended += sum(event.sessions_ended for event in events.of(UserDeactivated))
-        raised = len(events.of(PasswordChanged)) + len(events.of(UserDeactivated))
-        table = "FROM tortoise_auth_session"
-        assert await self.value(f"SELECT count(*) {table}") == len(events.of(UserLogin))
-        assert await self.value(f"SELECT count(revoked_at) {table}") == ended
-        assert await self.value(f"SELECT coalesce(sum(generation), 0) {table}") == len(
-            events.of(SessionRefreshed)
-        )
-        assert await self.value("SELECT max(session_version) FROM app_user") == raised
-
-    async def live_sessions(self) -> int:
-        """Return how many sessions are live."""
-        sql = """
-            SELECT count(*) FROM tortoise_auth_session s JOIN app_user u ON u.id::text = s.user_id
-            WHERE s.revoked_at IS NULL AND u.is_active AND u.session_version = s.session_version
-        """
-        return int(await self.value(sql))
-
-
 @pytest.fixture
-async def fresh(postgres: TortoiseContext) -> AsyncIterator[Database]:
-    rows = await connection_of(postgres).execute_query_dict("SELECT current_schema() AS name")
-    connection = await asyncpg.connect(
-        POSTGRES_URL, server_settings={"search_path": rows[0]["name"]}
+async def fresh(server: TortoiseContext) -> AsyncIterator[Second]:
+    async with second(server) as connection:
+        yield connection
+
+
+async def assert_events_equal_changes(fresh: Second, events: Captured) -> None:
+    """Check that the events match the changes in the tables."""
+    ended = len(events.of(SessionRevoked)) + len(events.of(RefreshTokenReused))
+    ended += sum(event.sessions_ended for event in events.of(UserLogout))
+    ended += sum(event.sessions_ended for event in events.of(PasswordChanged))
+    ended += sum(event.sessions_ended for event in events.of(UserDeactivated))
+    raised = len(events.of(PasswordChanged)) + len(events.of(UserDeactivated))
+    table = "FROM tortoise_auth_session"
+    assert await fresh.value(f"SELECT count(*) {table}") == len(events.of(UserLogin))
+    assert await fresh.value(f"SELECT count(revoked_at) {table}") == ended
+    assert await fresh.value(f"SELECT coalesce(sum(generation), 0) {table}") == len(
+        events.of(SessionRefreshed)
     )
-    try:
-        yield Database(connection)
-    finally:
-        await connection.close()
+    assert await fresh.value("SELECT max(session_version) FROM app_user") == raised
 
 
 async def outcome(call: Call) -> object:
@@ -154,21 +120,21 @@ async def outcome(call: Call) -> object:
 
 
 async def overlap(
-    monkeypatch: pytest.MonkeyPatch, fresh: Database, first: Call, second: Call
+    monkeypatch: pytest.MonkeyPatch, fresh: Second, first: Call, last: Call
 ) -> tuple[Any, Any]:
-    """Let *second* read before *first* writes, and commit after it.
+    """Let *last* read before *first* writes, and commit after it.
 
-    *first* writes and stops in front of its COMMIT. *second* starts, reads the old state, and comes
+    *first* writes and stops in front of its COMMIT. *last* starts, reads the old state, and comes
     to wait for a row that *first* has locked. Then *first* commits.
     """
     loop = asyncio.get_running_loop()
-    holder: asyncio.Future[int] = loop.create_future()
-    go = asyncio.Event()
-    commit = TransactionWrapper.commit
+    written, go = asyncio.Event(), asyncio.Event()
+    wrapper = transaction_class(root(require_context()))
+    commit = wrapper.commit
 
-    async def commit_when_released(self: TransactionWrapper) -> None:
-        if holds_its_commit.get() and not holder.done():
-            holder.set_result(self._connection.get_server_pid())
+    async def commit_when_released(self: TransactionalDBClient) -> None:
+        if holds_its_commit.get() and not written.is_set():
+            written.set()
             await go.wait()
         await commit(self)
 
@@ -176,13 +142,13 @@ async def overlap(
         holds_its_commit.set(True)
         return await outcome(first)
 
-    monkeypatch.setattr(TransactionWrapper, "commit", commit_when_released)
+    monkeypatch.setattr(wrapper, "commit", commit_when_released)
     try:
         async with asyncio.timeout(LIMIT):
             one = loop.create_task(run_first())
-            process = await holder
-            two = loop.create_task(outcome(second))
-            await fresh.until_a_connection_waits_for(process)
+            await written.wait()
+            two = loop.create_task(outcome(last))
+            await fresh.until_waiting()
             go.set()
             return await one, await two
     finally:
@@ -210,7 +176,7 @@ class TestRefreshAndEnd:
     async def test_refresh_commits_first(
         self,
         monkeypatch: pytest.MonkeyPatch,
-        fresh: Database,
+        fresh: Second,
         auth: AuthService[User],
         ada: User,
         session: AuthResult[User],
@@ -227,14 +193,14 @@ class TestRefreshAndEnd:
         assert isinstance(refreshed, AuthResult)
         assert not isinstance(ended, Exception)
         assert await fresh.live_sessions() == 0
-        await fresh.assert_events_equal_changes(events)
+        await assert_events_equal_changes(fresh, events)
         await assert_over(auth, refreshed)
 
     @pytest.mark.parametrize("ender", ENDERS)
     async def test_end_commits_first(
         self,
         monkeypatch: pytest.MonkeyPatch,
-        fresh: Database,
+        fresh: Second,
         auth: AuthService[User],
         ada: User,
         session: AuthResult[User],
@@ -252,13 +218,13 @@ class TestRefreshAndEnd:
         assert type(refused) is TokenRevokedError
         assert await fresh.live_sessions() == 0
         assert "refresh_token_reused" not in events.names
-        await fresh.assert_events_equal_changes(events)
+        await assert_events_equal_changes(fresh, events)
 
     @pytest.mark.parametrize("order", ["refresh", "set_password"])
     async def test_kept_session_goes_on(
         self,
         monkeypatch: pytest.MonkeyPatch,
-        fresh: Database,
+        fresh: Second,
         auth: AuthService[User],
         ada: User,
         session: AuthResult[User],
@@ -275,14 +241,14 @@ class TestRefreshAndEnd:
         (refreshed,) = [result for result in outcomes if result is not None]
         await assert_live(auth, refreshed)
         assert await fresh.live_sessions() == 1
-        await fresh.assert_events_equal_changes(events)
+        await assert_events_equal_changes(fresh, events)
 
 
 class TestManyRefreshes:
     async def test_one_wins(
         self,
         monkeypatch: pytest.MonkeyPatch,
-        fresh: Database,
+        fresh: Second,
         auth: AuthService[User],
         session: AuthResult[User],
         events: Captured,
@@ -300,7 +266,7 @@ class TestManyRefreshes:
         assert len(refused) == CALLERS - 1
         assert events.names.count("refresh_token_reused") == 1
         assert events.names.count("session_refreshed") == 1
-        await fresh.assert_events_equal_changes(events)
+        await assert_events_equal_changes(fresh, events)
         assert await fresh.live_sessions() == 1
         await assert_over(auth, won)
         await assert_live(auth, other)
@@ -308,7 +274,7 @@ class TestManyRefreshes:
     async def test_all_of_two_within_the_grace(
         self,
         monkeypatch: pytest.MonkeyPatch,
-        fresh: Database,
+        fresh: Second,
         ada: User,
         clock: FakeClock,
         events: Captured,
@@ -329,12 +295,12 @@ class TestManyRefreshes:
         await assert_live(auth, second)
         assert events.names.count("session_refreshed") == 1
         assert "refresh_token_reused" not in events.names
-        await fresh.assert_events_equal_changes(events)
+        await assert_events_equal_changes(fresh, events)
 
     async def test_replays_emit_one_event(
         self,
         monkeypatch: pytest.MonkeyPatch,
-        fresh: Database,
+        fresh: Second,
         auth: AuthService[User],
         session: AuthResult[User],
         events: Captured,
@@ -348,38 +314,39 @@ class TestManyRefreshes:
             )
         assert {type(error) for error in outcomes} == {TokenReusedError}
         assert events.names.count("refresh_token_reused") == 1
-        await fresh.assert_events_equal_changes(events)
+        await assert_events_equal_changes(fresh, events)
         await assert_over(auth, newest)
 
 
 class TestOneEnd:
-    @pytest.mark.parametrize("second", ENDERS)
+    @pytest.mark.parametrize("server", ONE_BY_EACH_DIALECT, indirect=True)
+    @pytest.mark.parametrize("last", ENDERS)
     @pytest.mark.parametrize("first", [*ENDERS, "reuse"])
     async def test_emits_one_event(
         self,
         monkeypatch: pytest.MonkeyPatch,
-        fresh: Database,
+        fresh: Second,
         auth: AuthService[User],
         ada: User,
         session: AuthResult[User],
         events: Captured,
         first: str,
-        second: str,
+        last: str,
     ) -> None:
         """Of two calls that read a live session one ends it and emits the event, and the other does not."""
         newest = await auth.refresh(session.refresh_token)
         calls: dict[str, Call] = {
-            name: ender_of(auth, ada, newest, name) for name in {first, second} - {"reuse"}
+            name: ender_of(auth, ada, newest, name) for name in {first, last} - {"reuse"}
         }
         calls["reuse"] = lambda: auth.refresh(session.refresh_token)
-        one, two = await overlap(monkeypatch, fresh, calls[first], calls[second])
+        one, two = await overlap(monkeypatch, fresh, calls[first], calls[last])
         if isinstance(one, Revocation):
             assert one.sessions == 1
         else:
             assert one is None or type(one) is TokenReusedError
         if isinstance(two, Revocation):
             assert two.sessions == 0
-        await fresh.assert_events_equal_changes(events)
+        await assert_events_equal_changes(fresh, events)
         await assert_over(auth, newest)
 
 
@@ -388,7 +355,7 @@ class TestLoginAndEnd:
     async def test_login_commits_first(
         self,
         monkeypatch: pytest.MonkeyPatch,
-        fresh: Database,
+        fresh: Second,
         auth: AuthService[User],
         ada: User,
         session: AuthResult[User],
@@ -403,14 +370,14 @@ class TestLoginAndEnd:
         assert isinstance(result, AuthResult)
         assert not isinstance(ended, Exception)
         assert await fresh.live_sessions() == 0
-        await fresh.assert_events_equal_changes(events)
+        await assert_events_equal_changes(fresh, events)
         await assert_over(auth, result)
 
     @pytest.mark.parametrize("ender", ["set_password", "deactivate"])
     async def test_end_commits_first(
         self,
         monkeypatch: pytest.MonkeyPatch,
-        fresh: Database,
+        fresh: Second,
         auth: AuthService[User],
         ada: User,
         session: AuthResult[User],
@@ -424,14 +391,14 @@ class TestLoginAndEnd:
         assert not isinstance(ended, Exception)
         assert type(refused) is AuthenticationError
         assert await fresh.live_sessions() == 0
-        await fresh.assert_events_equal_changes(events)
+        await assert_events_equal_changes(fresh, events)
 
 
 class TestOneAddress:
     """People behind one address share a counter, and nothing else."""
 
     async def test_login_under_way_locks_no_shared_row(
-        self, fresh: Database, auth: AuthService[User], ada: User, emitter: EventEmitter
+        self, fresh: Second, auth: AuthService[User], ada: User, emitter: EventEmitter
     ) -> None:
         """While one login is about to commit, another from its address is neither held up nor refused."""
         await User.create_user(email="bob@example.com", password=PASSWORD)
@@ -453,7 +420,7 @@ class TestOneAddress:
             assert {(await first).user.pk, second.user.pk} == {1, 2}
 
     async def test_count_of_the_address(
-        self, fresh: Database, auth: AuthService[User], ada: User
+        self, fresh: Second, auth: AuthService[User], ada: User
     ) -> None:
         """After a login, and after one that a handler refused, nothing of it is counted."""
         here = RequestContext(ip="203.0.113.7")
@@ -494,7 +461,7 @@ class TestLock:
         self,
         monkeypatch: pytest.MonkeyPatch,
         hasher: PasswordHasher,
-        fresh: Database,
+        fresh: Second,
         calls: tuple[Call, Call],
         *,
         first_to_commit: int,
@@ -530,7 +497,7 @@ class TestLock:
         self,
         monkeypatch: pytest.MonkeyPatch,
         hasher: PasswordHasher,
-        fresh: Database,
+        fresh: Second,
         auth: AuthService[User],
         ada: User,
         last: Call,
@@ -550,7 +517,7 @@ class TestLock:
         self,
         monkeypatch: pytest.MonkeyPatch,
         hasher: PasswordHasher,
-        fresh: Database,
+        fresh: Second,
         auth: AuthService[User],
         ada: User,
         last: Call,
@@ -569,7 +536,7 @@ class TestLock:
     async def test_two_locks(
         self,
         monkeypatch: pytest.MonkeyPatch,
-        fresh: Database,
+        fresh: Second,
         auth: AuthService[User],
         ada: User,
         last: Call,
@@ -585,7 +552,7 @@ class TestLock:
     async def test_new_password_after_the_lock(
         self,
         monkeypatch: pytest.MonkeyPatch,
-        fresh: Database,
+        fresh: Second,
         auth: AuthService[User],
         ada: User,
         last: Call,
@@ -604,7 +571,7 @@ class TestLock:
     async def test_new_password_before_the_lock(
         self,
         monkeypatch: pytest.MonkeyPatch,
-        fresh: Database,
+        fresh: Second,
         auth: AuthService[User],
         ada: User,
         last: Call,
@@ -619,7 +586,7 @@ class TestLock:
     async def test_two_unlocks(
         self,
         monkeypatch: pytest.MonkeyPatch,
-        fresh: Database,
+        fresh: Second,
         auth: AuthService[User],
         ada: User,
         last: Call,
@@ -646,7 +613,7 @@ class TestRehash:
     async def test_never_replaces_a_new_password(
         self,
         monkeypatch: pytest.MonkeyPatch,
-        fresh: Database,
+        fresh: Second,
         auth: AuthService[User],
         ada: User,
         events: Captured,
@@ -672,12 +639,12 @@ class TestRehash:
         assert ada.password == stored.password
         assert ("password_rehashed" in events.names) == (order == "rehash")
         assert await fresh.live_sessions() == 0
-        await fresh.assert_events_equal_changes(events)
+        await assert_events_equal_changes(fresh, events)
 
     async def test_happens_once(
         self,
         monkeypatch: pytest.MonkeyPatch,
-        fresh: Database,
+        fresh: Second,
         auth: AuthService[User],
         ada: User,
         events: Captured,
@@ -688,14 +655,14 @@ class TestRehash:
             await assert_live(auth, result)
         assert events.names.count("password_rehashed") == 1
         assert await (await User.get(pk=ada.pk)).check_password(PASSWORD)
-        await fresh.assert_events_equal_changes(events)
+        await assert_events_equal_changes(fresh, events)
 
 
 class TestPasswords:
     async def test_change_and_change(
         self,
         monkeypatch: pytest.MonkeyPatch,
-        fresh: Database,
+        fresh: Second,
         auth: AuthService[User],
         ada: User,
         session: AuthResult[User],
@@ -715,12 +682,12 @@ class TestPasswords:
         assert other.password == before
         assert await (await User.get(pk=ada.pk)).check_password(NEW_PASSWORD)
         assert events.names.count("password_changed") == 1
-        await fresh.assert_events_equal_changes(events)
+        await assert_events_equal_changes(fresh, events)
 
     async def test_set_and_change(
         self,
         monkeypatch: pytest.MonkeyPatch,
-        fresh: Database,
+        fresh: Second,
         auth: AuthService[User],
         ada: User,
         events: Captured,
@@ -736,12 +703,12 @@ class TestPasswords:
         assert one is None
         assert type(two) is AuthenticationError
         assert await (await User.get(pk=ada.pk)).check_password(NEW_PASSWORD)
-        await fresh.assert_events_equal_changes(events)
+        await assert_events_equal_changes(fresh, events)
 
     async def test_set_and_set(
         self,
         monkeypatch: pytest.MonkeyPatch,
-        fresh: Database,
+        fresh: Second,
         auth: AuthService[User],
         ada: User,
         events: Captured,
@@ -758,12 +725,12 @@ class TestPasswords:
         assert await stored.check_password(OTHER_PASSWORD)
         assert (ada.session_version, other.session_version, stored.session_version) == (1, 2, 2)
         assert events.names.count("password_changed") == 2
-        await fresh.assert_events_equal_changes(events)
+        await assert_events_equal_changes(fresh, events)
 
 
 class TestAccounts:
     async def test_one_of_two_is_created(
-        self, monkeypatch: pytest.MonkeyPatch, fresh: Database, events: Captured
+        self, monkeypatch: pytest.MonkeyPatch, fresh: Second, events: Captured
     ) -> None:
         """Two sign-ups with one address make one account."""
         one, two = await overlap(
@@ -781,7 +748,7 @@ class TestAccounts:
     async def test_is_closed_and_opened_once(
         self,
         monkeypatch: pytest.MonkeyPatch,
-        fresh: Database,
+        fresh: Second,
         auth: AuthService[User],
         ada: User,
         events: Captured,

@@ -6,6 +6,7 @@ import asyncio
 import random
 import sqlite3
 from collections import Counter
+from collections.abc import AsyncIterator
 from contextlib import closing
 from dataclasses import dataclass
 from datetime import timedelta
@@ -13,12 +14,14 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import pytest
 from tortoise.backends.base.client import BaseDBAsyncClient
 from tortoise.context import TortoiseContext
 
 from tests.support.concurrency import finished
-from tests.support.database import database, look, root
+from tests.support.database import BOTH_BY_POSTGRES, database, kind_of, root
+from tests.support.servers import Second, second
 from tests.support.statements import every_statement
 from tortoise_auth.database import transaction
 from tortoise_auth.database.dialects import outbox as sql
@@ -89,42 +92,48 @@ def ids_of(rows: list[Claimed]) -> list[int]:
 
 
 class TestTwoConnections:
-    """On PostgreSQL a row is set aside while the row before it goes, in either order of the commits."""
+    """A row is set aside while the row before it goes, in either order of the commits."""
 
     @pytest.fixture
-    def lines(self, postgres: TortoiseContext, clock: FakeClock) -> Lines:
+    def lines(self, server: TortoiseContext, clock: FakeClock) -> Lines:
         """The lines on a database with many connections."""
-        return Lines(root(postgres), clock)
+        return Lines(root(server), clock)
 
-    async def test_set_aside_first(self, postgres: TortoiseContext, lines: Lines) -> None:
+    @pytest.fixture
+    async def onlooker(self, server: TortoiseContext) -> AsyncIterator[Second]:
+        """A further connection."""
+        async with second(server) as connection:
+            yield connection
+
+    async def test_set_aside_first(self, lines: Lines, onlooker: Second) -> None:
         """The delivery waits until the row behind is set aside, and then makes it due again."""
         await lines.put("a")
         first = await lines.claim("r1")
-        (second,) = await lines.put("a")
+        (later,) = await lines.put("a")
         async with transaction(lines.connection) as claiming:
             assert await lines.claim("r2", on=claiming) == []
             deleting = asyncio.ensure_future(outbox.delete_delivered(lines.connection, first, "r1"))
-            await finished(_waits_for_a_lock(postgres))
+            await onlooker.until_waiting()
         await finished(deleting)
-        assert ids_of(await lines.claim("r2")) == [second]
+        assert ids_of(await lines.claim("r2")) == [later]
 
     async def test_gone_first(self, lines: Lines) -> None:
         """A row whose predecessor is just being deleted is not set aside."""
         await lines.put("a")
         first = await lines.claim("r1")
-        (second,) = await lines.put("a")
+        (later,) = await lines.put("a")
         async with transaction(lines.connection) as deleting:
             await outbox.delete_delivered(deleting, first, "r1")
             assert await finished(lines.claim("r2")) == []
             assert await OutboxEntry.filter(due_at__isnull=True).count() == 0
-        assert ids_of(await lines.claim("r2")) == [second]
+        assert ids_of(await lines.claim("r2")) == [later]
 
     @pytest.mark.parametrize("dies", [False, True])
     @pytest.mark.parametrize("order", ["12", "21", "both", "overlapping", "overlapping back"])
     async def test_ids_that_commit_out_of_order(
         self,
-        postgres: TortoiseContext,
         lines: Lines,
+        onlooker: Second,
         clock: FakeClock,
         order: str,
         dies: bool,
@@ -133,9 +142,9 @@ class TestTwoConnections:
         async with transaction(lines.connection) as writing:
             ids = await lines.put("a", on=writing)
             ids += await lines.put("a")
-            second = await lines.claim("r2")
+            last = await lines.claim("r2")
         first = await lines.claim("r1")
-        assert ids_of(first + second) == ids
+        assert ids_of(first + last) == ids
         ids += await lines.put("a", "a")
         assert await lines.claim("r3") == []
         assert await OutboxEntry.filter(due_at__isnull=True).count() == 2
@@ -149,36 +158,38 @@ class TestTwoConnections:
                     await outbox.delete_delivered(connection, [row], holder)
 
         if order.startswith("overlapping"):
-            one, other = (first, second) if order == "overlapping" else (second, first)
+            one, other = (first, last) if order == "overlapping" else (last, first)
             async with transaction(lines.connection) as ending:
                 await end(one, ending)
                 ends_too = asyncio.ensure_future(end(other))
-                await finished(_waits_for_a_lock(postgres))
+                await onlooker.until_waiting()
             await finished(ends_too)
         elif order == "both":
             async with transaction(lines.connection) as ending:
-                await end(first + second, ending)
+                await end(first + last, ending)
         else:
-            await end(first + second if order == "12" else second + first)
+            await end(first + last if order == "12" else last + first)
         assert ids_of(await lines.claim("r3")) == ids[2:]
 
+    @pytest.mark.parametrize("server", BOTH_BY_POSTGRES, indirect=True)
     async def test_whatever_isolation_is_the_default(
-        self, postgres: TortoiseContext, lines: Lines
+        self, server: TortoiseContext, lines: Lines, onlooker: Second
     ) -> None:
-        """A later statement sees what was committed meanwhile, also where snapshots are the default."""
-        client: Any = lines.connection
-        await client.close()
-        client.server_settings["default_transaction_isolation"] = "repeatable read"
+        """A later statement sees what was committed meanwhile, also where snapshots are the default.
+
+        On MariaDB a connection with that default is refused: see `tests.database.test_mysql`.
+        """
+        await repeatable_read(server)
         await lines.put("a")
         first = await lines.claim("r1")
-        (second,) = await lines.put("a")
+        (later,) = await lines.put("a")
         async with transaction(lines.connection) as claiming:
             await claiming.execute_script("SET TRANSACTION ISOLATION LEVEL READ COMMITTED")
             assert await lines.claim("r2", on=claiming) == []
             deleting = asyncio.ensure_future(outbox.delete_delivered(lines.connection, first, "r1"))
-            await finished(_waits_for_a_lock(postgres))
+            await onlooker.until_waiting()
         await finished(deleting)
-        assert ids_of(await lines.claim("r2")) == [second]
+        assert ids_of(await lines.claim("r2")) == [later]
 
 
 async def test_claim_and_deletion_write_first(tmp_path: Path, clock: FakeClock) -> None:
@@ -198,13 +209,18 @@ async def test_claim_and_deletion_write_first(tmp_path: Path, clock: FakeClock) 
         assert begun == [sql.BEGIN["sqlite"]] * 2
 
 
-async def _waits_for_a_lock(context: TortoiseContext) -> None:
-    waiting = (
-        "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' "
-        "AND datname = current_database() AND query LIKE '%tortoise_auth_outbox%'"
-    )
-    while await look(context, waiting) == [(0,)]:  # noqa: ASYNC110 - the server sets no event
-        await asyncio.sleep(0.005)
+async def repeatable_read(context: TortoiseContext) -> None:
+    """Let every new connection begin its transactions at that level."""
+    client: Any = root(context)
+    await client.close()
+    if kind_of(context) == "postgres":
+        client.server_settings["default_transaction_isolation"] = "repeatable read"
+    else:
+        client.extra["configure"] = _read_repeatably
+
+
+async def _read_repeatably(connection: psycopg.AsyncConnection) -> None:
+    await connection.set_isolation_level(psycopg.IsolationLevel.REPEATABLE_READ)
 
 
 class Relay:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import asyncpg
+import psycopg
 import pytest
 from tortoise.context import TortoiseContext
 from tortoise.exceptions import OperationalError
@@ -24,8 +25,16 @@ from tortoise.transactions import in_transaction
 from tests.support.accounts import EMAIL, NEW_PASSWORD, PASSWORD, SECRET, log_in
 from tests.support.app import NamedUser, User
 from tests.support.concurrency import finished
-from tests.support.database import assert_no_connection_is_held, connection_of, database, root
-from tests.support.services import POSTGRES_URL, needs_postgres
+from tests.support.database import (
+    BOTH_BY_POSTGRES,
+    SERVERS,
+    assert_no_connection_is_held,
+    connection_of,
+    database,
+    kind_of,
+    root,
+)
+from tests.support.servers import process_of, processes_of, second
 from tortoise_auth import AuthConfig, AuthService, EventEmitter, RequestContext
 from tortoise_auth.database import Listener, connection_for, in_caller_transaction
 from tortoise_auth.events import Event, UserEvent, UserLogin, UserLogout, outbox
@@ -40,6 +49,7 @@ from tortoise_auth.testing import FakeClock
 
 SECOND = timedelta(seconds=1)
 NEVER = timedelta(days=1)
+EVERYWHERE = ["sqlite", "postgres", "mysql"]
 """A poll interval that no test waits for."""
 
 
@@ -383,18 +393,18 @@ class TestUnreadableRows:
         assert handler.delivered == [1]
 
     @pytest.mark.parametrize(
-        ("column", "value", "on_postgres"),
+        ("column", "value", "dialects"),
         [
-            ("payload", "'{oops'", False),
-            ("payload", "''", False),
-            ("payload", "X'ff'", False),
-            ("payload", "'[]'", True),
-            ("payload", "'7'", True),
-            ("payload", "'{\"n\": %s}'" % ("1" * 5000), True),
-            ("payload", "'%s%s'" % ("[" * 3000, "]" * 3000), True),  # noqa: UP031 - as above
-            ("payload", "'{\"n\": %s%s}'" % ("[" * 12000, "]" * 12000), True),  # noqa: UP031
-            ("event_id", "'oops'", False),
-            ("event_id", "7", False),
+            ("payload", "'{oops'", ["sqlite"]),
+            ("payload", "''", ["sqlite"]),
+            ("payload", "X'ff'", ["sqlite"]),
+            ("payload", "'[]'", EVERYWHERE),
+            ("payload", "'7'", EVERYWHERE),
+            ("payload", "'{\"n\": %s}'" % ("1" * 5000), EVERYWHERE),
+            ("payload", "'%s%s'" % ("[" * 3000, "]" * 3000), ["sqlite", "postgres"]),  # noqa: UP031 - as above
+            ("payload", "'{\"n\": %s%s}'" % ("[" * 12000, "]" * 12000), ["sqlite", "postgres"]),  # noqa: UP031
+            ("event_id", "'oops'", ["sqlite", "mysql"]),
+            ("event_id", "7", ["sqlite", "mysql"]),
         ],
         ids=["json", "empty", "bytes", "list", "number", "digits", "deep", "inside", "id", "int"],
     )
@@ -407,11 +417,11 @@ class TestUnreadableRows:
         handler: Handler,
         column: str,
         value: str,
-        on_postgres: bool,
+        dialects: list[str],
     ) -> None:
         """A row that no program can read is a dead letter at once and holds up no other row."""
         connection = root(db)
-        if connection.capabilities.dialect == "postgres" and not on_postgres:
+        if connection.capabilities.dialect not in dialects:
             pytest.skip("the column takes no such value")
         await publish.letters(ada, 1, 2, 3)
         (broken, *_) = await outbox.entries(connection)
@@ -991,10 +1001,10 @@ class TestRunning:
                 await asyncio.sleep(0)
             assert (await finished(logins.get())).session_id == str(result.session.id)
 
-    @needs_postgres
+    @pytest.mark.parametrize("server", BOTH_BY_POSTGRES, indirect=True)
     async def test_woken_by_other_processes(
         self,
-        postgres: TortoiseContext,
+        server: TortoiseContext,
         auth: AuthService[User],
         other: AuthService[User],
         logins: asyncio.Queue[UserLogin[User]],
@@ -1005,17 +1015,17 @@ class TestRunning:
         async with auth.relay(poll_interval=NEVER):
             await idle()
             with suppress(RuntimeError):
-                async with in_transaction("postgres"):
+                async with in_transaction(kind_of(server)):
                     await log_in(other)
                     raise RuntimeError
             result = await log_in(other)
             assert (await finished(logins.get())).session_id == str(result.session.id)
         assert logins.empty()
 
-    @needs_postgres
+    @pytest.mark.parametrize("server", BOTH_BY_POSTGRES, indirect=True)
     async def test_listens_again(
         self,
-        postgres: TortoiseContext,
+        server: TortoiseContext,
         auth: AuthService[User],
         other: AuthService[User],
         logins: asyncio.Queue[UserLogin[User]],
@@ -1024,19 +1034,22 @@ class TestRunning:
     ) -> None:
         """A relay whose listening connection is ended by the server is woken by others again."""
         opened: list[Any] = []
-        connect = asyncpg.connect
+        driver: Any = asyncpg if kind_of(server) == "postgres" else psycopg.AsyncConnection
+        connect = driver.connect
 
-        async def noted(**options: Any) -> Any:
-            connection = await connect(**options)
-            opened.append(connection)
+        async def noted(*of_the_pool: Any, **options: Any) -> Any:
+            connection = await connect(*of_the_pool, **options)
+            if not of_the_pool:
+                opened.append(connection)
             return connection
 
-        monkeypatch.setattr(asyncpg, "connect", noted)
+        monkeypatch.setattr(driver, "connect", noted)
         await User.create_user(email=EMAIL, password=PASSWORD)
         async with auth.relay(poll_interval=NEVER):
             await idle()
-            pid = opened[0].get_server_pid()
-            await root(postgres).execute_query_dict("SELECT pg_terminate_backend($1)", [pid])
+            process = process_of(opened[0])
+            async with second(server) as connection:
+                await connection.kill(process)
             while len(opened) < 2:  # it looks once more when it listens again
                 await idle()
             result = await log_in(other)
@@ -1094,16 +1107,17 @@ class TestRunning:
         assert len(delivered) > 3
         assert f"Relay {relay.name} could not work" in caplog.text
 
-    @needs_postgres
+    @pytest.mark.parametrize("kind", SERVERS)
     async def test_survives_a_restart_of_the_server(
         self,
+        kind: str,
         auth: AuthService[User],
         logins: asyncio.Queue[UserLogin[User]],
         idle: Callable[[], Any],
         tmp_path: Path,
     ) -> None:
         """When all its connections are cut, it opens new ones and goes on."""
-        async with database("postgres", tmp_path, maxsize=2) as context:
+        async with database(kind, tmp_path, maxsize=2) as context:
             await User.create_user(email=EMAIL, password=PASSWORD)
             async with auth.relay(poll_interval=timedelta(milliseconds=20)):
                 await idle()
@@ -1457,17 +1471,11 @@ async def _no_listening() -> AsyncIterator[Callable[[], Awaitable[object]]]:
 
 async def _cut_connections(context: TortoiseContext) -> None:
     """Have the server end every connection of the pool."""
-    client: Any = connection_of(context)
-    pids = {
-        holder._con.get_server_pid()
-        for holder in client._pool._holders
-        if holder._con is not None and not holder._con.is_closed()
-    }
-    assert pids
-    own = await asyncpg.connect(POSTGRES_URL)
-    for pid in pids:
-        await own.execute("SELECT pg_terminate_backend($1)", pid)
-    await own.close()
+    processes = processes_of(context)
+    assert processes
+    async with second(context) as connection:
+        for process in processes:
+            await connection.kill(process)
 
 
 def _tasks_of(relay: Relay[Any]) -> list[asyncio.Task[Any]]:

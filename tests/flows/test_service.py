@@ -28,7 +28,7 @@ from tests.support.accounts import (
 )
 from tests.support.app import NamedUser, StrUser, User, UuidUser, store
 from tests.support.concurrency import meanwhile
-from tests.support.database import connection_of
+from tests.support.database import connection_of, kind_of
 from tests.support.hashing import argon2_costs, full_cost
 from tests.support.rows import changed, columns, row, rows
 from tests.support.statements import statements
@@ -439,7 +439,11 @@ class TestRefusedLogin:
         """Unknown, inactive and mistyped accounts cost the same statements, with and without a throttle."""
         await User.filter(pk=bob.pk).update(is_active=False)
         uncounted = AuthService(User, AuthConfig(secret=SECRET), throttle=None)
-        for service, expected in ((uncounted, 1), (auth, 3), (auth, 3)):
+        with pytest.raises(AuthenticationError):  # MariaDB's settings are checked once
+            await auth.login("first@example.com", "wrong")
+        # MariaDB has no statement that updates or inserts on a condition: a new counter takes two.
+        new = 4 if kind_of(db) == "mariadb" else 3
+        for service, expected in ((uncounted, 1), (auth, new), (auth, 3)):
             for identifier in ("nobody@example.com", EMAIL, "bob@example.com"):
                 with statements(db) as seen, pytest.raises(AuthenticationError):
                     await service.login(identifier, "wrong")

@@ -10,14 +10,15 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from tortoise.backends.asyncpg.client import TransactionWrapper
 from tortoise.context import TortoiseContext
 
 from tests.support.app import User
+from tests.support.database import root, transaction_class
 from tests.support.hashing import Cost, argon2_costs
 from tortoise_auth import (
     AbstractUser,
@@ -72,11 +73,11 @@ class Racer:
     hashes: list[Cost]
     stops: set[str] = field(default_factory=set)
 
-    async def stop_at(self, place: str, process: int) -> None:
+    async def stop_at(self, place: str) -> None:
         """Wait for the order to go on, the first time that a call reaches *place*."""
         if place in self.stops:
             self.stops.remove(place)
-            self.wire.say(at=place, process=process, hashes=len(self.hashes))
+            self.wire.say(at=place, hashes=len(self.hashes))
             await self.wire.receive()
 
     async def carry_out(self, order: Order) -> None:
@@ -129,29 +130,34 @@ async def race_on(wire: Wire, order: Order, hashes: list[Cost]) -> Order:
     )
     auth = AuthService(User, AuthConfig(secret=order["secret"]), throttle=throttle, clock=clock)
     racer = Racer(wire, auth, hashes)
-    begin, commit = TransactionWrapper.begin, TransactionWrapper.commit
-
-    async def begin_when_ordered(self: TransactionWrapper) -> None:
-        await racer.stop_at("begin", self._connection.get_server_pid())
-        await begin(self)
-
-    async def commit_when_ordered(self: TransactionWrapper) -> None:
-        await racer.stop_at("commit", self._connection.get_server_pid())
-        await commit(self)
-
-    TransactionWrapper.begin = begin_when_ordered  # type: ignore[method-assign]
-    TransactionWrapper.commit = commit_when_ordered  # type: ignore[method-assign]
-    try:
-        async with TortoiseContext() as context:
-            await context.init(config=order["database"])
-            await User.all().count()  # connected
+    async with TortoiseContext() as context:
+        await context.init(config=order["database"])
+        await User.all().count()  # connected
+        with stopping(racer, transaction_class(root(context))):
             wire.say(ready=True)
             while "call" in (order := await wire.receive()):
                 await racer.carry_out(order)
-    finally:
-        TransactionWrapper.begin = begin  # type: ignore[method-assign]
-        TransactionWrapper.commit = commit  # type: ignore[method-assign]
     return order
+
+
+@contextmanager
+def stopping(racer: Racer, wrapper: Any) -> Iterator[None]:
+    """Let transactions stop where the racer is ordered to."""
+    begin, commit = wrapper.begin, wrapper.commit
+
+    async def begin_when_ordered(self: object) -> None:
+        await racer.stop_at("begin")
+        await begin(self)
+
+    async def commit_when_ordered(self: object) -> None:
+        await racer.stop_at("commit")
+        await commit(self)
+
+    wrapper.begin, wrapper.commit = begin_when_ordered, commit_when_ordered
+    try:
+        yield
+    finally:
+        wrapper.begin, wrapper.commit = begin, commit
 
 
 async def main() -> None:

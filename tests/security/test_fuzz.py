@@ -21,9 +21,8 @@ from tortoise.context import TortoiseContext
 
 from tests.support.accounts import EMAIL, NEW_PASSWORD, PASSWORD, SECRET, assert_live, log_in
 from tests.support.app import NamedUser, User
-from tests.support.database import database
+from tests.support.database import DATABASES, database
 from tests.support.hashing import Cost, argon2_costs, full_cost
-from tests.support.services import needs_postgres
 from tests.support.statements import statements
 from tortoise_auth import (
     AuthConfig,
@@ -87,8 +86,9 @@ in_the_same_database = settings(
 )
 
 
-@pytest.fixture(params=["memory", pytest.param("postgres", marks=needs_postgres)])
+@pytest.fixture(params=DATABASES)
 async def db(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[TortoiseContext]:
+    """Each driver: it has rules of its own for what it takes as text."""
     async with database(request.param, tmp_path) as context:
         yield context
 

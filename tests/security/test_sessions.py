@@ -33,6 +33,7 @@ from tests.support.accounts import (
 )
 from tests.support.app import StrUser, User, UuidUser
 from tests.support.database import SHARED_DATABASES, address, connection_of, database
+from tests.support.services import needs_mariadb
 from tests.support.statements import statements
 from tortoise_auth import AbstractUser, AuthConfig, AuthResult, AuthService, EventEmitter
 from tortoise_auth.clock import utc_now
@@ -42,7 +43,7 @@ from tortoise_auth.exceptions import (
     TokenReusedError,
     TokenRevokedError,
 )
-from tortoise_auth.models import Session
+from tortoise_auth.models import AttemptCount, Session
 from tortoise_auth.sessions.refresh_tokens import RefreshToken
 from tortoise_auth.testing import FakeClock, capture
 
@@ -458,6 +459,32 @@ class TestRows:
                 plans[statement] = " ".join(step["QUERY PLAN"] for step in steps)
         assert len(plans) >= 5
         assert {each for each, plan in plans.items() if "Seq Scan" in plan} == set()
+
+    @needs_mariadb
+    async def test_long_lists_use_an_index_on_mariadb(
+        self, auth: AuthService[User], tmp_path: Path
+    ) -> None:
+        """A104: MariaDB reads as many rows for a list, a logout and a purge as it finds, of thousands."""
+        async with database("mariadb", tmp_path, maxsize=1) as context:
+            ada = await User.create_user(email=EMAIL, password=PASSWORD)
+            first = (await log_in(auth)).session
+            copies = [first.clone(pk=uuid.uuid4()) for _ in range(2000)]
+            for number, each in enumerate(copies):
+                each.user_id, each.family_hash = str(number + 100), f"f{number}"
+            await Session.bulk_create(copies)
+            at = round(auth._core.clock().timestamp() * 1_000_000)
+            times = {"counted_at": at, "previous_at": at, "reserved_at": at}
+            await AttemptCount.bulk_create(AttemptCount(key=str(n), **times) for n in range(2000))
+            connection = connection_of(context)
+            await connection.execute_script(
+                "ANALYZE TABLE tortoise_auth_session, tortoise_auth_attempts"
+            )
+            await connection.execute_script("FLUSH STATUS")
+            await auth.sessions(ada, before=first)
+            await auth.logout_all(ada)
+            await auth.purge_expired()
+            counts = await connection.execute_query_dict("SHOW SESSION STATUS LIKE 'Handler_read%'")
+            assert sum(int(each["Value"]) for each in counts) < 50
 
 
 class TestPersonalData:

@@ -7,7 +7,7 @@ import inspect
 import sqlite3
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import count
@@ -15,7 +15,6 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, TypeAlias
 
-import asyncpg
 import pytest
 from passlib.hash import pbkdf2_sha256
 from tortoise.context import TortoiseContext
@@ -24,9 +23,16 @@ from tortoise.exceptions import OperationalError
 from tests.support.accounts import EMAIL, NEW_PASSWORD, PASSWORD, SECRET
 from tests.support.app import User
 from tests.support.concurrency import Cancelled, Steps, finished
-from tests.support.database import assert_no_connection_is_held, database, root, transaction_class
+from tests.support.database import (
+    SHARED_DATABASES,
+    assert_no_connection_is_held,
+    database,
+    kind_of,
+    root,
+    transaction_class,
+)
 from tests.support.deliveries import quiet
-from tests.support.services import POSTGRES_URL, needs_postgres
+from tests.support.servers import Second, second
 from tortoise_auth import (
     AuthConfig,
     AuthResult,
@@ -96,8 +102,8 @@ class Snapshot:
 class Onlooker:
     """Another connection to the database of the test."""
 
-    client: Any
-    connection: asyncpg.Connection | None
+    context: TortoiseContext
+    server: Second | None
 
     async def look(self) -> Snapshot:
         """Read everything."""
@@ -109,14 +115,15 @@ class Onlooker:
         )
 
     async def _table(self, name: str, key: str = "id") -> dict[object, Row]:
-        sql = f"SELECT * FROM {name} ORDER BY {key}"
-        if self.connection is not None:
-            rows = [dict(row) for row in await self.connection.fetch(sql)]
+        sql = f"SELECT * FROM {name}"
+        if self.server is not None:
+            rows = await self.server.rows(sql)
         else:
-            with closing(sqlite3.connect(self.client.filename)) as second:
-                second.row_factory = sqlite3.Row
-                rows = [dict(row) for row in second.execute(sql)]
-        return {str(row[key]): row for row in rows}
+            client: Any = root(self.context)
+            with closing(sqlite3.connect(client.filename)) as file:
+                file.row_factory = sqlite3.Row
+                rows = [dict(row) for row in file.execute(sql)]
+        return {str(row[key]): row for row in sorted(rows, key=lambda row: str(row[key]))}
 
 
 @dataclass
@@ -239,7 +246,7 @@ def changes(before: Snapshot, after: Snapshot) -> Counter[str]:
     return +happened
 
 
-@pytest.fixture(params=["file", pytest.param("postgres", marks=needs_postgres)])
+@pytest.fixture(params=SHARED_DATABASES)
 async def stage(
     request: pytest.FixtureRequest, tmp_path: Path, clock: FakeClock
 ) -> AsyncIterator[Stage]:
@@ -248,17 +255,8 @@ async def stage(
     auth = AuthService(User, config, clock=clock)
     backstage = AuthService(User, config, clock=clock, emitter=EventEmitter())
     async with database(request.param, tmp_path, maxsize=1) as context:
-        client: Any = root(context)
-        connection = None
-        if request.param == "postgres":
-            connection = await asyncpg.connect(
-                POSTGRES_URL, server_settings={"search_path": client.schema}
-            )
-        try:
-            yield await Stage.set(context, auth, backstage, Onlooker(client, connection))
-        finally:
-            if connection is not None:
-                await connection.close()
+        async with nullcontext() if request.param == "file" else second(context) as server:
+            yield await Stage.set(context, auth, backstage, Onlooker(context, server))
 
 
 # ---- what is called -------------------------------------------------------------------------
@@ -504,6 +502,15 @@ class Trial:
         return {str(self.stage.other.session.id)} if purges else set()
 
 
+THINNED_OUT = {"psycopg"}
+"""Where every third step is enough, because another driver of the same server takes all of them."""
+
+
+def steps(stage: Stage) -> Iterator[int]:
+    """Return the numbers of the steps at which a call is cut short."""
+    return count(1, 3 if kind_of(stage.context) in THINNED_OUT else 1)
+
+
 # ---- cancellation ---------------------------------------------------------------------------
 
 
@@ -541,7 +548,7 @@ class TestCancellation:
         Every password that is checked is counted, too.
         """
         happened: list[Counter[str]] = []
-        for step in count(1):
+        for step in steps(stage):
             trial = await Trial.prepared(stage, scenario, hasher)
             reached = await cut(trial.work, step)
             happened.append(await trial.check())
@@ -552,7 +559,7 @@ class TestCancellation:
         undone = complete + Counter(ended=complete["opened"] + complete["refreshed"])
         assert all(changed in (Counter(), complete, undone) for changed in cut_short)
         assert not cut_short[0]
-        assert any(cut_short) is bool(complete)
+        assert any(cut_short) is bool(complete) or kind_of(stage.context) in THINNED_OUT
 
 
 # ---- failure --------------------------------------------------------------------------------
@@ -608,7 +615,7 @@ class TestDatabaseFailure:
         self, stage: Stage, scenario: Scenario, hasher: PasswordHasher, times: str
     ) -> None:
         """The error never blames the credentials, nothing changes, and the next call succeeds."""
-        for number in count(1):
+        for number in steps(stage):
             trial = await Trial.prepared(stage, scenario, hasher)
             fails = number.__eq__ if times == "once" else number.__le__
             with failing(stage.context, fails) as calls:

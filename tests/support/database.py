@@ -35,8 +35,17 @@ _psycopg = pytest.param("psycopg", id="psycopg", marks=needs_postgres)
 _mariadb = pytest.param("mariadb", id="mariadb", marks=needs_mariadb)
 SERVERS = [_postgres, _psycopg, _mariadb]
 
+BOTH_BY_POSTGRES = [_postgres, _psycopg]
+"""Both drivers of PostgreSQL, for what it alone has: notifications."""
+
+ONE_BY_EACH_DIALECT = [_postgres, _mariadb]
+"""One driver of each server, for long tests of SQL that the driver does not change."""
+
 DATABASES = [_memory, *SERVERS]
-"""One database of each dialect and driver, for what SQL can change."""
+"""One database of each dialect and driver, for what SQL and drivers can change."""
+
+DIALECTS = [_memory, *ONE_BY_EACH_DIALECT]
+"""One database of each dialect, for many tests of the same statements: drivers are tried elsewhere."""
 
 SHARED_DATABASES = [_file, *SERVERS]
 """Databases that a second connection can open, for what is committed, locked or done by processes.
@@ -84,18 +93,19 @@ async def _on_postgres(statement: str) -> None:
 
 async def on_mariadb(statement: str, *, database: str | None = None) -> list[tuple[Any, ...]]:
     """Run a statement on a connection of its own."""
-    server = urlsplit(MARIADB_URL)
-    own = await asyncmy.connect(
-        host=server.hostname,
-        port=server.port,
-        user=server.username,
-        password=server.password or "",
-        db=database,
-        autocommit=True,
-    )
+    own = await asyncmy.connect(**of_mariadb(database))
     async with own, own.cursor() as cursor:
         await cursor.execute(statement)
         return list(await cursor.fetchall())
+
+
+def of_mariadb(database: str | None) -> dict[str, Any]:
+    """Return what asyncmy needs to connect to a database of MariaDB."""
+    server = urlsplit(MARIADB_URL)
+    return {
+        **{"host": server.hostname, "port": server.port, "user": server.username},
+        **{"password": server.password or "", "db": database, "autocommit": True},
+    }
 
 
 @asynccontextmanager

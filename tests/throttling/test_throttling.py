@@ -15,8 +15,7 @@ from tortoise.exceptions import OperationalError
 from tortoise.transactions import in_transaction
 
 from tests.support.accounts import SECRET
-from tests.support.database import connection_of
-from tests.support.services import POSTGRES_URL, needs_postgres
+from tests.support.database import address
 from tests.support.snippets import run, snippets
 from tests.support.statements import statements
 from tests.support.throttles import (
@@ -86,10 +85,9 @@ def all_statements_at_once(monkeypatch: pytest.MonkeyPatch, callers: int) -> Non
     monkeypatch.setattr(database, "run_statement", together)
 
 
-@needs_postgres
 class TestRaces:
     async def test_all_at_once(
-        self, postgres: TortoiseContext, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
+        self, server: TortoiseContext, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Of fifty attempts whose statements start at the same moment five are checked."""
         throttle = DatabaseThrottle(account=Backoff(free_attempts=BUDGET), clock=clock)
@@ -102,7 +100,7 @@ class TestRaces:
     @pytest.mark.parametrize("before", [1, BUDGET, BURST])
     async def test_after_a_quiet_time(
         self,
-        postgres: TortoiseContext,
+        server: TortoiseContext,
         clock: FakeClock,
         monkeypatch: pytest.MonkeyPatch,
         before: int,
@@ -119,10 +117,9 @@ class TestRaces:
         granted, _ = await burst(DatabaseThrottle(source=limit, clock=clock), attempts)
         assert len(granted) == BUDGET
 
-    async def test_two_processes(self, postgres: TortoiseContext) -> None:
+    async def test_two_processes(self, server: TortoiseContext) -> None:
         """Two processes share one budget."""
-        rows = await connection_of(postgres).execute_query_dict("SELECT current_schema() AS name")
-        url = f"{POSTGRES_URL}?schema={rows[0]['name']}&maxsize=20"
+        url = address(server, maxsize=20)
         granted = await granted_to_processes(["-m", "tests.throttling.test_throttling", url])
         assert sum(granted) == BUDGET
 
@@ -555,9 +552,8 @@ class TestTransaction:
         await refused(throttle, attempt())
         assert await AttemptCount.filter(failures=3).count() == 1
 
-    @needs_postgres
     async def test_counts_for_others_meanwhile(
-        self, postgres: TortoiseContext, clock: FakeClock
+        self, server: TortoiseContext, clock: FakeClock
     ) -> None:
         """Another process reads the count before the transaction ends."""
         limit = Backoff(free_attempts=1)
@@ -785,8 +781,8 @@ class TestPage:
 
 async def _race_in_the_database(url: str) -> None:
     config = {
-        "connections": {"postgres": url},
-        "apps": {"models": {"models": ["tortoise_auth.models"], "default_connection": "postgres"}},
+        "connections": {"default": url},
+        "apps": {"models": {"models": ["tortoise_auth.models"], "default_connection": "default"}},
     }
     async with TortoiseContext() as context:
         await context.init(config=config)

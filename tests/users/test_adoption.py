@@ -16,7 +16,7 @@ from tortoise.transactions import in_transaction
 from tests.support.accounts import EMAIL, NEW_PASSWORD, PASSWORD, SECRET, assert_live
 from tests.support.app import NamedUser, StrUser, User, UuidUser
 from tests.support.concurrency import finished
-from tests.support.database import DATABASES, MODULES, connection_of, database, look
+from tests.support.database import DIALECTS, MODULES, connection_of, database, look
 from tests.support.other_users import FormerUser, MappedUser, SharedEmailUser
 from tests.support.statements import statements
 from tortoise_auth import AbstractUser, AuthConfig, AuthService
@@ -39,7 +39,7 @@ DJANGO = "pbkdf2_sha256$1$salt$" + "A" * 43 + "="
 MD5 = "5f4dcc3b5aa765d61d8327deb882cf99"
 
 
-@pytest.fixture(params=DATABASES)
+@pytest.fixture(params=DIALECTS)
 async def others(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[TortoiseContext]:
     """A database with the tables of the other user models, too."""
     modules = [*MODULES, "tests.support.other_users"]
