@@ -91,6 +91,7 @@ class DatabaseThrottle(CountingThrottle):
         self._account = account
         self._source = source
         self._clock = checked_clock(clock)
+        self._written: dict[tuple[bool, ...], tuple[Statement, Statement]] = {}
 
     async def failed(self, reservation: Reservation) -> None:
         """The password was wrong: what was counted stays, and is not in flight any more."""
@@ -156,8 +157,7 @@ class DatabaseThrottle(CountingThrottle):
 
     async def _take(self, counted: Counted) -> Counted:
         connection = _connection()
-        numbers = self._numbers(counted)
-        statement = attempts.take(numbers)
+        statement, again = self._statements(counted)
         for _ in range(_MAX_TRIES):
             values = {"key": counted.key, "now": self._now()}
             rows = await run_statement(connection, statement, values)
@@ -165,7 +165,7 @@ class DatabaseThrottle(CountingThrottle):
                 at = rows[0]["counted_at"] if counted.limited else -1
                 taken = _Row(counted.key, rows[0]["failures"], counted.limited, at)
                 # It was granted, and counts whatever others have done meanwhile.
-                await _repeat_if_lost(connection, attempts.take_again(numbers), values)
+                await _repeat_if_lost(connection, again, values)
                 return taken
             await self._peek(counted)
         raise TooEarly(self._backoff(counted).initial_delay.total_seconds())
@@ -204,6 +204,14 @@ class DatabaseThrottle(CountingThrottle):
             wait = max(wait, backoff.initial_delay // _MICROSECOND)
         if wait > 0:
             raise TooEarly(wait / 1_000_000, in_flight=None if decided else row.key)
+
+    def _statements(self, counted: Counted) -> tuple[Statement, Statement]:
+        """Return what counts an attempt, and what counts it again; written once for each kind."""
+        kind = (counted.limited, counted.of_account, counted.of_source)
+        if kind not in self._written:
+            numbers = self._numbers(counted)
+            self._written[kind] = attempts.take(numbers), attempts.take_again(numbers)
+        return self._written[kind]
 
     def _numbers(self, counted: Counted) -> dict[str, int]:
         backoff = self._backoff(counted)
