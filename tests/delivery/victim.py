@@ -99,7 +99,9 @@ async def _live(url: str, connection: str, journal: Journal, ready: Connection) 
     async with TortoiseContext() as context:
         await context.init(config=config)
         auth = service(journal)
-        async with auth.relay(lease=LEASE, poll_interval=timedelta(milliseconds=50)):
+        # Each kill costs an attempt, and so does each handler that a busy machine slows down.
+        pause = timedelta(milliseconds=50)
+        async with auth.relay(lease=LEASE, poll_interval=pause, max_attempts=10_000):
             await asyncio.gather(*(_use(auth, email, ready) for email in ACCOUNTS))
 
 
