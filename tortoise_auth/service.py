@@ -147,6 +147,7 @@ class AuthService(Generic[UserT]):
         *,
         context: RequestContext | None = None,
         claims: Mapping[str, object] | None = None,
+        lifetime: timedelta | None = None,
     ) -> AuthResult[UserT]:
         """Check a password and open a session. Emits ``user_login`` or ``user_login_failed``.
 
@@ -156,14 +157,17 @@ class AuthService(Generic[UserT]):
             context: Circumstances of the request, for the session and the event.
             claims: Further claims for this one access token. Warning: a holder of the token can
                 read them, and they stay true until it expires.
+            lifetime: When this session ends whatever happens, if that is before
+                ``AuthConfig.session_lifetime`` is over: for logins without "remember me".
 
         Raises:
             AuthenticationError: One and the same for every reason (OWASP ASVS 6.3.8).
             ThrottledError: Too many attempts; the password was not even looked at.
-            ValueError: *claims* names a claim that is ours or holds what JSON cannot.
+            ValueError: *claims* names a claim that is ours or holds what JSON cannot, or *lifetime*
+                is no timedelta of a second or more.
         """
         return await password_login.login(
-            self._core, self._passwords, identifier, password, context, claims
+            self._core, self._passwords, identifier, password, context, claims, lifetime
         )
 
     @translates_database_errors

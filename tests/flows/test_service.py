@@ -258,6 +258,73 @@ class TestLogin:
         assert events.names == []
 
 
+class TestLifetime:
+    async def test_shortens_the_session(
+        self, auth: AuthService[User], ada: User, clock: FakeClock
+    ) -> None:
+        """The session, its refresh token and its access token end no later, refreshed or not."""
+        lifetime = timedelta(hours=12)
+        ends = clock() + lifetime
+        result = await auth.login(EMAIL, PASSWORD, lifetime=lifetime)
+        assert (await Session.get(id=result.session.id)).expires_at == ends
+        assert result.refresh_expires_at == ends
+        clock.advance(lifetime - timedelta(minutes=5))
+        result = await auth.refresh(result.refresh_token)
+        assert (result.session.expires_at, result.refresh_expires_at) == (ends, ends)
+        assert result.access_expires_at == ends
+        clock.advance(timedelta(minutes=5))
+        with pytest.raises(TokenExpiredError):
+            await auth.refresh(result.refresh_token)
+        with pytest.raises(TokenExpiredError):
+            await auth.authenticate(result.access_token)
+
+    @pytest.mark.parametrize("lifetime", [None, timedelta(days=31), timedelta.max])
+    async def test_never_lengthens_it(
+        self, auth: AuthService[User], ada: User, clock: FakeClock, lifetime: timedelta | None
+    ) -> None:
+        """Without a lifetime, or with a longer one, the session ends when the settings say."""
+        result = await auth.login(EMAIL, PASSWORD, lifetime=lifetime)
+        assert result.session.expires_at == clock() + auth.config.session_lifetime
+        assert result.refresh_expires_at == clock() + auth.config.refresh_token_lifetime
+
+    async def test_idle_lifetime_stays(
+        self, auth: AuthService[User], ada: User, clock: FakeClock
+    ) -> None:
+        """A session that is shorter than the longest one still ends when it lies idle."""
+        result = await auth.login(EMAIL, PASSWORD, lifetime=timedelta(days=10))
+        assert result.refresh_expires_at == clock() + auth.config.refresh_token_lifetime
+
+    @pytest.mark.parametrize(
+        "lifetime",
+        [
+            timedelta(0),
+            timedelta(milliseconds=999),
+            timedelta(days=-1),
+            3600,
+            0,
+            "1",
+            True,
+            object(),
+        ],
+    )
+    async def test_refused(
+        self,
+        db: TortoiseContext,
+        auth: AuthService[User],
+        ada: User,
+        events: Captured,
+        lifetime: Any,
+    ) -> None:
+        """Anything else is a ValueError that says what to pass, before a statement."""
+        events.clear()
+        with (
+            statements(db) as seen,
+            pytest.raises(ValueError, match=r"lifetime= takes a timedelta"),
+        ):
+            await auth.login(EMAIL, PASSWORD, lifetime=lifetime)
+        assert (seen, events.names) == ([], [])
+
+
 class TestIdentifier:
     @pytest.mark.parametrize(
         "typed", ["ada@example.com", "  ADA@Example.COM\n", "ada@EXAMPLE.com", "\tAda@example.com"]

@@ -5,7 +5,7 @@ Each ``type: ignore`` marks a mistake that mypy must find: an ignore it does not
 
 from __future__ import annotations
 
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import assert_type
 from uuid import UUID
 
@@ -59,7 +59,11 @@ async def results(config: AuthConfig) -> None:
     for keep in (result.session, result.session.id, str(result.session.id), None):
         await users.set_password(result.user, "secret", keep=keep)
     await users.login(
-        "ada@example.com", "secret", context=RequestContext(ip="::1"), claims={"a": 1}
+        "ada@example.com",
+        "secret",
+        context=RequestContext(ip="::1"),
+        claims={"a": 1},
+        lifetime=timedelta(hours=1),
     )
 
 

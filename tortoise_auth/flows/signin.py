@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Generic
 
 from tortoise_auth.context import RequestContext
@@ -64,6 +64,7 @@ async def sign_in(
     proof: Proof[UserT],
     context: RequestContext,
     claims: Mapping[str, object] | None,
+    lifetime: timedelta | None = None,
 ) -> AuthResult[UserT] | None:
     """Open a session for a proof. Emits ``user_login``.
 
@@ -75,9 +76,11 @@ async def sign_in(
         The session with its tokens; ``None`` if the proof does not hold any more.
 
     Raises:
-        ValueError: No access token can be made with these claims for this account.
+        ValueError: No access token can be made with these claims for this account, or *lifetime* is
+            no lifetime.
     """
     user = proof.user
+    require_lifetime(lifetime)
     core.tokens.check_extra(
         claims or {}, str(user.pk)
     )  # no session without a token that can be read
@@ -95,6 +98,7 @@ async def sign_in(
                 unit.connection,
                 authenticated_at=proof.proven_at,
                 methods=proof.amr,
+                lifetime=lifetime,
             )
             session_id = str(opened[0].id)
             unit.record(
@@ -110,6 +114,20 @@ async def sign_in(
     # Signed after the commit: no token exists for a session that was rolled back. That it can be
     # signed was checked before.
     return result_of(core, user, *opened, claims)
+
+
+def require_lifetime(lifetime: object) -> None:
+    """Reject what cannot shorten a session.
+
+    Raises:
+        ValueError: It is neither ``None`` nor a timedelta of a second or more.
+    """
+    if lifetime is None:
+        return
+    if not isinstance(lifetime, timedelta) or lifetime < timedelta(seconds=1):
+        raise ValueError(
+            "lifetime= takes a timedelta of a second or more, for example timedelta(hours=12), or None"
+        )
 
 
 class _ProofIsSpentError(Exception):

@@ -6,7 +6,7 @@ import hashlib
 import hmac
 import secrets
 from collections.abc import Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Generic
 from uuid import UUID
 
@@ -57,14 +57,18 @@ class Sessions(Generic[UserT]):
         *,
         authenticated_at: datetime,
         methods: Sequence[str],
+        lifetime: timedelta | None = None,
     ) -> tuple[Session, RefreshToken]:
         """Insert a new session and return it with its first refresh token.
+
+        A *lifetime* that is longer than that of the configuration changes nothing.
 
         Warning: the caller vouches for the user. Only the gate does so, `flows.signin`.
         """
         now = self._clock()
         token = RefreshToken.new()
-        ends = now + self._config.session_lifetime
+        longest = self._config.session_lifetime
+        ends = now + (longest if lifetime is None else min(lifetime, longest))
         session = await Session.create(
             user_table=user_table(self._user_model),
             user_id=str(user.pk),
