@@ -25,7 +25,7 @@ from tortoise_auth.flows import (
     session_upkeep,
 )
 from tortoise_auth.flows.authentication import Authenticated
-from tortoise_auth.flows.core import Core
+from tortoise_auth.flows.core import ClaimsSource, Core
 from tortoise_auth.flows.logout import Revocation
 from tortoise_auth.flows.password_check import PasswordCheck
 from tortoise_auth.flows.signin import AuthResult
@@ -67,6 +67,11 @@ class AuthService(Generic[UserT]):
         throttle: How often passwords may be tried; by default a `DatabaseThrottle`. Warning: with
             ``None`` passwords may be guessed as fast as you can hash.
         clock: The time.
+        claims: A function of a user and a session, plain or async, that returns further claims for an
+            access token: ``lambda user, session: {"role": user.role}``. It is called at each login
+            and each refresh, in the transaction of either, and holds up others if it is slow: what
+            it raises reaches the caller, and then no session is opened and no token is spent.
+            Warning: a holder of the token can read them, and they stay true until it expires.
 
     Raises:
         ConfigurationError: The model is not a concrete subclass of `AbstractUser`, its identifier
@@ -83,6 +88,7 @@ class AuthService(Generic[UserT]):
         policy: PasswordPolicy | None = None,
         throttle: Throttle | Literal["database"] | None = "database",
         clock: Clock = utc_now,
+        claims: ClaimsSource[UserT] | None = None,
     ) -> None:
         self._core = Core(
             user_model,
@@ -92,6 +98,7 @@ class AuthService(Generic[UserT]):
             policy=policy,
             throttle=throttle,
             clock=clock,
+            claims=claims,
         )
         self.user_model = user_model
         self.config = config
@@ -155,15 +162,14 @@ class AuthService(Generic[UserT]):
             identifier: E-mail address, or what ``identifier_field`` names.
             password: As typed. Never trimmed.
             context: Circumstances of the request, for the session and the event.
-            claims: Further claims for this one access token. Warning: a holder of the token can
-                read them, and they stay true until it expires.
+            claims: Further claims for this one access token, before those of the service.
             lifetime: When this session ends whatever happens, if that is before
                 ``AuthConfig.session_lifetime`` is over: for logins without "remember me".
 
         Raises:
             AuthenticationError: One and the same for every reason (OWASP ASVS 6.3.8).
             ThrottledError: Too many attempts; the password was not even looked at.
-            ValueError: *claims* names a claim that is ours or holds what JSON cannot, or *lifetime*
+            ValueError: A claim has a name of ours or holds what JSON cannot, or *lifetime*
                 is no timedelta of a second or more.
         """
         return await password_login.login(
@@ -221,14 +227,15 @@ class AuthService(Generic[UserT]):
         Args:
             refresh_token: The unspent token.
             context: Circumstances of the request.
-            claims: Further claims for the new access token; those given to ``login`` are not kept.
+            claims: Further claims for the new access token, before those of the service; those given
+                to ``login`` are not kept.
 
         Raises:
             TokenInvalidError: It is no refresh token of ours.
             TokenExpiredError: It lay idle for too long, or the session is over.
             TokenRevokedError: The session ended, or the user is inactive or gone.
             TokenReusedError: It was spent before. The session is over.
-            ValueError: *claims* names a claim that is ours or holds what JSON cannot.
+            ValueError: A claim has a name of ours or holds what JSON cannot.
         """
         return await refresh.refresh(self._core, refresh_token, context, claims)
 

@@ -67,6 +67,22 @@ async def results(config: AuthConfig) -> None:
     )
 
 
+def role_of(user: NamedUser, session: Session) -> dict[str, object]:
+    return {"name": user.username, "at": session.generation}
+
+
+async def role_in_time(user: NamedUser, session: Session) -> dict[str, str]:
+    return {"name": user.username}
+
+
+def claims(config: AuthConfig) -> None:
+    AuthService(NamedUser, config, claims=role_of)
+    AuthService(NamedUser, config, claims=role_in_time)
+    AuthService(NamedUser, config, claims=lambda user, session: {"name": user.username})
+    AuthService(User, config, claims=role_of)  # type: ignore[arg-type]
+    AuthService(NamedUser, config, claims={"name": "ada"})  # type: ignore[arg-type]
+
+
 async def models() -> None:
     user = await User.create_user(email="ada@example.com", password="secret", display_name="Ada")
     assert_type(user, User)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Generic
 
 from tortoise_auth.context import RequestContext, current_context
 from tortoise_auth.events.unit_of_work import UnitOfWork
-from tortoise_auth.flows.core import Core
+from tortoise_auth.flows.core import Claims, Core
 from tortoise_auth.flows.password_check import PasswordCheck, Verified
 from tortoise_auth.flows.signin import AuthResult, Proof, require_lifetime, sign_in
 from tortoise_auth.throttling import DatabaseThrottle
@@ -23,7 +22,7 @@ async def login(
     identifier: str,
     password: str,
     context: RequestContext | None,
-    claims: Mapping[str, object] | None,
+    claims: Claims | None,
     lifetime: timedelta | None,
 ) -> AuthResult[UserT]:
     """Check a password and open a session. Emits ``user_login`` or ``user_login_failed``."""
