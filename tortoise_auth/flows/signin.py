@@ -8,7 +8,7 @@ from datetime import datetime, timedelta
 from typing import Generic
 
 from tortoise_auth.context import RequestContext
-from tortoise_auth.events.catalog import UserLogin
+from tortoise_auth.events.catalog import SessionEvicted, UserLogin
 from tortoise_auth.events.unit_of_work import UnitOfWork
 from tortoise_auth.flows.core import Claims, Core
 from tortoise_auth.models import Session
@@ -66,7 +66,7 @@ async def sign_in(
     claims: Claims | None,
     lifetime: timedelta | None = None,
 ) -> AuthResult[UserT] | None:
-    """Open a session for a proof. Emits ``user_login``.
+    """Open a session for a proof. Emits ``user_login``, and ``session_evicted`` for one too many.
 
     The first statement of the transaction decides: it matches no row if the password was changed
     or the account deactivated while the proof was checked. It is a write, because on SQLite a
@@ -92,6 +92,9 @@ async def sign_in(
             stored = await store_login(user, unit, session_version=version, at=core.clock())
             if not stored or not await proof.spend(unit):
                 raise _ProofIsSpentError  # rolls ``last_login`` back
+            async for evicted in core.sessions.evict(user, unit.connection):
+                evicted_id = str(evicted.id)
+                unit.record(core.event(SessionEvicted, user, context, session_id=evicted_id))
             opened = await core.sessions.open(
                 user,
                 context,
