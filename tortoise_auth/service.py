@@ -159,7 +159,7 @@ class AuthService(Generic[UserT]):
         """Check a password and open a session. Emits ``user_login`` or ``user_login_failed``.
 
         Args:
-            identifier: E-mail address, or what ``identifier_field`` names.
+            identifier: E-mail address, or what ``identifier_field`` or ``identifier_fields`` names.
             password: As typed. Never trimmed.
             context: Circumstances of the request, for the session and the event.
             claims: Further claims for this one access token, before those of the service.

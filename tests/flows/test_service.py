@@ -1214,7 +1214,16 @@ class TestDeactivate:
 
 class TestRollback:
     @pytest.mark.parametrize(
-        "method", ["login", "refresh", "logout", "set_password", "deactivate", "create_user"]
+        "method",
+        [
+            "login",
+            "refresh",
+            "logout",
+            "set_password",
+            "deactivate",
+            "service_create_user",
+            "create_user",
+        ],
     )
     async def test_of_the_callers_transaction(
         self, db: TortoiseContext, auth: AuthService[User], ada: User, method: str
@@ -1415,6 +1424,9 @@ class TestDatabaseFailure:
             "deactivate": lambda: auth.deactivate(ada),
             "activate": lambda: auth.activate(bob),
             "purge_expired": auth.purge_expired,
+            "service_create_user": lambda: auth.create_user(
+                email="eve@example.com", password=PASSWORD
+            ),
             "create_user": lambda: User.create_user(email="eve@example.com", password=PASSWORD),
             "user_set_password": lambda: ada.set_password(NEW_PASSWORD),
             "user_check_password": lambda: ada.check_password(PASSWORD),

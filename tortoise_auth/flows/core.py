@@ -259,12 +259,29 @@ def _check_model(user_model: type[AbstractUser]) -> None:
             f"The primary key of {user_model.__name__} may have at most {MAX_SUBJECT_LENGTH} "
             "characters: sessions and access tokens hold it"
         )
-    field = meta.fields_map.get(user_model.identifier_field)
-    if not isinstance(field, CharField | TextField) or not (field.unique or field.pk):
+    _check_identifiers(user_model)
+
+
+def _check_identifiers(user_model: type[AbstractUser]) -> None:
+    named = user_model.identifier_fields
+    name = user_model.__name__
+    if not isinstance(named, tuple | list) or len({*named}) < max(1, len(named)):
         raise ConfigurationError(
-            f"{user_model.__name__}.identifier_field is {user_model.identifier_field!r}; the model "
-            "needs such a field, a CharField with unique=True"
+            f"{name}.identifier_fields takes the names of columns, each once, as a tuple: "
+            'identifier_fields = ("username", "email")'
         )
+    if named[0] != user_model.identifier_field:
+        raise ConfigurationError(
+            f"{name}.identifier_field is {user_model.identifier_field!r}, but the first of "
+            f"{name}.identifier_fields is {named[0]!r}. Name one of the two, or the same column first."
+        )
+    for each in named:
+        field = user_model._meta.fields_map.get(each)
+        if not isinstance(field, CharField | TextField) or not (field.unique or field.pk):
+            which = "identifier_field is" if len(named) == 1 else "identifier_fields has"
+            raise ConfigurationError(
+                f"{name}.{which} {each!r}; the model needs such a field, a CharField with unique=True"
+            )
 
 
 def _longest_key(user_model: type[AbstractUser]) -> int:

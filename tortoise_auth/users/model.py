@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Awaitable, Callable, Collection, Generator, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Generator, Iterable, Mapping, Sequence
 from datetime import datetime
 from functools import partial
 from typing import Any, ClassVar, Generic, Self, TypeVar
@@ -46,6 +46,7 @@ UserT = TypeVar("UserT", bound="AbstractUser")
 
 
 _MAX_SHOWN_LENGTH = 64
+_IDENTIFIERS = {"identifier_field", "identifier_fields"}
 
 
 def _first_session_version() -> int:
@@ -69,8 +70,13 @@ class AbstractUser(Model):
             identifier_field = "username"
             username = fields.CharField(max_length=50, unique=True)
 
+    or, to log in by either, ``identifier_fields = ("username", "email")``. A user name with an ``@``
+    in it is refused then when the account is created.
+
     Attributes:
         identifier_field: The unique column that people log in with.
+        identifier_fields: The unique columns that people log in with, if there are several. The first
+            one is the ``identifier_field``, and each account must have it.
         internal_domains: Domains of e-mail addresses without a place in the public DNS that are
             accepted, too: ``("corp.local", "localhost")``.
         emitter: Where ``set_password`` and ``create_user`` emit their events.
@@ -89,6 +95,7 @@ class AbstractUser(Model):
     """
 
     identifier_field: ClassVar[str] = "email"
+    identifier_fields: ClassVar[Sequence[str]] = ("email",)
     internal_domains: ClassVar[Collection[str]] = ()
     emitter: ClassVar[EventEmitter] = emitter
     password_hasher: ClassVar[PasswordHasher] = PasswordHasher()
@@ -115,12 +122,21 @@ class AbstractUser(Model):
         # What `pydantic_model_creator` makes of the model may be an answer: it has no hash in it.
         exclude = ("password", "session_version")
 
+    def __init_subclass__(cls, **kwargs: object) -> None:
+        super().__init_subclass__(**kwargs)
+        # The nearest class that names either of the two decides about both.
+        own = next(vars(each) for each in cls.__mro__ if vars(each).keys() & _IDENTIFIERS)
+        if "identifier_fields" not in own:
+            cls.identifier_fields = (own["identifier_field"],)
+        elif "identifier_field" not in own and isinstance(own["identifier_fields"], tuple | list):
+            cls.identifier_field = next(iter(own["identifier_fields"]), "")
+
     def __setattr__(self, key: str, value: Any) -> None:  # noqa: ANN401 - as the base class has it
         # What comes from the database does not pass here.
         if key == "password":
             # Here, because the host's column may be of another class.
             require_hash(value, type(self), name=type(self).__name__)
-        elif key in ("email", self.identifier_field) and isinstance(value, str):
+        elif (key == "email" or key in self.identifier_fields) and isinstance(value, str):
             value = self._comparable(key, value) or value
         super().__setattr__(key, value)
 
@@ -189,8 +205,8 @@ class AbstractUser(Model):
 
     @classmethod
     def identifiers(cls) -> tuple[str, ...]:
-        """Return the columns that tell people apart: the identifier and the e-mail address."""
-        return tuple(dict.fromkeys((cls.identifier_field, "email")))
+        """Return the columns that tell people apart: the identifiers and the e-mail address."""
+        return tuple(dict.fromkeys((*cls.identifier_fields, "email")))
 
     @classmethod
     def values_to_create(cls, values: Mapping[str, object]) -> dict[str, object]:
@@ -202,15 +218,27 @@ class AbstractUser(Model):
         """
         refuse_unfit(cls, values)
         identifier = cls.normalize_identifier(values.get(cls.identifier_field))
-        normal = {**values, cls.identifier_field: identifier}
-        if "email" in cls._meta.fields_map and normal.get("email") is not None:
-            normal["email"] = cls._normalized_email(normal["email"])
+        normal: dict[str, object] = {**values, cls.identifier_field: identifier}
+        for name in cls.identifiers():
+            if name != cls.identifier_field and normal.get(name) is not None:
+                normal[name] = cls._normalized(name, normal[name])
+        cls._refuse_lookalikes(normal)
         refuse_misfits(cls, normal)
         return normal
 
     @classmethod
+    def _refuse_lookalikes(cls, values: Mapping[str, object]) -> None:
+        """Refuse user names that look like an address, if people log in by either."""
+        addresses = {name for name in cls.identifier_fields if cls._holds_email(name)}
+        for name in cls.identifier_fields if addresses else ():
+            if name not in addresses and "@" in str(values.get(name)):
+                raise InvalidIdentifierError(
+                    f"That is not a valid {name}: it looks like an e-mail address"
+                )
+
+    @classmethod
     def normalize_identifier(cls, identifier: object) -> str:
-        """Return the one spelling of an identifier, the same at sign-up and at login.
+        """Return the one spelling of ``identifier_field``, the same at sign-up and at login.
 
         An e-mail address: see `normalize_email`. Anything else: NFKC without surrounding white
         space, its case kept, by the rules of RFC 8265 for user names. Override it for other rules.
@@ -218,36 +246,65 @@ class AbstractUser(Model):
         Raises:
             InvalidIdentifierError: It cannot be one.
         """
-        field = cls._meta.fields_map.get(cls.identifier_field)
-        if field is None:
+        if cls.identifier_field not in cls._meta.fields_map:
             raise ConfigurationError(
                 f"{cls.__name__}.identifier_field is {cls.identifier_field!r}, but the model has "
                 "no such field. Add it, with unique=True."
             )
-        limit = getattr(field, "max_length", 255)
-        if cls._holds_email(cls.identifier_field):
-            normal = cls._normalized_email(identifier)
+        return cls._normalized(cls.identifier_field, identifier)
+
+    @classmethod
+    def _normalized(cls, column: str, value: object) -> str:
+        """Return the one spelling of a value for a column of addresses or of user names."""
+        limit = getattr(cls._meta.fields_map.get(column), "max_length", 255)
+        if cls._holds_email(column):
+            normal = normalize_email(value, internal_domains=cls.internal_domains)  # type: ignore[arg-type]
             if len(normal) > limit or not is_storable(normal):
                 raise InvalidIdentifierError("That is not an e-mail address")
             return normal
         try:
-            return normalize_username(identifier, limit)
+            return normalize_username(value, limit)
         except InvalidIdentifierError as error:
-            raise InvalidIdentifierError(
-                f"That is not a valid {cls.identifier_field}: {error}"
-            ) from None
+            raise InvalidIdentifierError(f"That is not a valid {column}: {error}") from None
 
     @classmethod
     def comparable_identifier(cls, identifier: object) -> str | None:
-        """Return what to look up for an identifier typed at login; ``None`` if no row can hold it.
+        """Return what to look up in ``identifier_field`` for what was typed at login.
 
-        By the rules for new accounts, else by milder ones: an account that exists, from an import
+        ``None`` if no row can hold it. By the rules for new accounts, else by milder ones: an account that exists, from an import
         or from before a rule, can log in.
         """
+        return cls.comparable_in(cls.identifier_field, identifier)
+
+    @classmethod
+    def comparable_in(cls, column: str, identifier: object) -> str | None:
+        """Return what to look up in a column of identifiers; see `comparable_identifier`."""
         try:
-            return cls.normalize_identifier(identifier)
+            if column == cls.identifier_field:
+                return cls.normalize_identifier(identifier)  # which the host may override
+            return cls._normalized(column, identifier)
         except InvalidIdentifierError:
-            return cls._comparable(cls.identifier_field, identifier)
+            return cls._comparable(column, identifier)
+
+    @classmethod
+    def comparable_identifiers(cls, identifier: object) -> dict[str, str]:
+        """Return what to look up for an identifier typed at login, by column, addresses first."""
+        found = {}
+        for name in sorted(cls.identifier_fields, key=cls._holds_email, reverse=True):
+            first = name == cls.identifier_field
+            value = (
+                cls.comparable_identifier(identifier)
+                if first
+                else cls.comparable_in(name, identifier)
+            )
+            if value is not None:
+                found[name] = value
+        return found
+
+    def held_identifier(self) -> tuple[str, str]:
+        """Return the first identifier that the account has: its column, and its value."""
+        held = ((name, getattr(self, name)) for name in self.identifier_fields)
+        return next((each for each in held if each[1] is not None), (self.identifier_field, ""))
 
     @classmethod
     def _comparable(cls, column: str, value: object) -> str | None:
@@ -264,10 +321,6 @@ class AbstractUser(Model):
     def _holds_email(cls, column: str) -> bool:
         """Return whether a column holds addresses, whatever field class the host chose for it."""
         return column == "email" or isinstance(cls._meta.fields_map.get(column), EmailField)
-
-    @classmethod
-    def _normalized_email(cls, value: object) -> str:
-        return normalize_email(value, internal_domains=cls.internal_domains)  # type: ignore[arg-type]
 
     @translates_database_errors
     async def set_password(self, raw_password: str) -> None:
