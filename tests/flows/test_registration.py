@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +10,8 @@ from tortoise.context import TortoiseContext
 
 from tests.support.accounts import EMAIL, NEW_PASSWORD, PASSWORD, SECRET
 from tests.support.app import NamedUser, StrUser, User, UuidUser
+from tests.support.database import MODULES, database
+from tests.support.other_users import TimelessUser
 from tests.support.rows import row
 from tortoise_auth import (
     AbstractUser,
@@ -103,6 +106,15 @@ class TestParts:
         assert await (await auth.create_user(email=EMAIL, password=PASSWORD)).check_password(
             PASSWORD
         )
+
+    async def test_model_without_times(self, tmp_path: Path, clock: FakeClock) -> None:
+        """A table that has no time of creation gets none."""
+        modules = [*MODULES, "tests.support.other_users"]
+        async with database("memory", tmp_path, modules=modules):
+            auth = AuthService(TimelessUser, AuthConfig(secret=SECRET), clock=clock)
+            user = await auth.create_user(email=EMAIL, password=PASSWORD)
+            assert "created_at" not in await row(TimelessUser, user.pk)
+            assert (await auth.login(EMAIL, PASSWORD)).user == user
 
     async def test_handler_may_refuse(
         self, db: TortoiseContext, auth: AuthService[User], emitter: EventEmitter

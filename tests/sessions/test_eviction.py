@@ -18,6 +18,7 @@ from tortoise_auth import AuthConfig, AuthResult, AuthService, EventEmitter, Req
 from tortoise_auth.events import SessionEvicted, UserLogout
 from tortoise_auth.exceptions import ConfigurationError, EventError
 from tortoise_auth.models import Session
+from tortoise_auth.sessions import Sessions
 from tortoise_auth.testing import Captured, FakeClock
 
 CONTEXT = RequestContext(ip="203.0.113.7", user_agent="Firefox")
@@ -98,6 +99,25 @@ class TestOneTooMany:
         assert len(unbounded) < len(bounded)
         assert not any("OFFSET" in each for each in unbounded)
         assert events.of(SessionEvicted) == []
+
+
+class TestMeanwhile:
+    async def test_ended_by_another_call(
+        self, ada: User, clock: FakeClock, events: Captured, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A session that ended between the look and its eviction has no second event."""
+        auth = at_most(1, clock)
+        await log_in(auth)
+        revoke = Sessions.revoke
+
+        async def revoke_after_another(self: Any, *arguments: Any) -> bool:
+            await revoke(self, *arguments)
+            return await revoke(self, *arguments)
+
+        monkeypatch.setattr(Sessions, "revoke", revoke_after_another)
+        newest = await log_in(auth)
+        assert events.of(SessionEvicted) == []
+        assert [each.id for each in await auth.sessions(ada)] == [newest.session.id]
 
 
 class TestNotCounted:

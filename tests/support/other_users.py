@@ -80,6 +80,17 @@ class LateNameUser(AbstractUser):
         abstract = False
 
 
+class TimelessUser(AbstractUser):
+    """The table has no times of creation and change."""
+
+    created_at = None  # type: ignore[assignment]
+    updated_at = None  # type: ignore[assignment]
+
+    class Meta(AbstractUser.Meta):
+        table = "app_timeless_user"
+        abstract = False
+
+
 class FormerUser(AbstractUser):
     """The table has the hashes of another program in a column of their own."""
 
