@@ -10,6 +10,7 @@ Example::
     @on("user_login")
     async def audit(user): ...
 
+    await auth.create_user(email="ada@example.com", password="correct horse battery staple")
     result = await auth.login("ada@example.com", "correct horse battery staple")
     user = await auth.authenticate(result.access_token)
 """
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
     from tortoise_auth.keys import SigningKey
     from tortoise_auth.models import app_config
     from tortoise_auth.passwords import PasswordHasher, PasswordPolicy
-    from tortoise_auth.service import AuthResult, AuthService, Revocation
+    from tortoise_auth.service import Authenticated, AuthResult, AuthService, Revocation
     from tortoise_auth.sessions import AccessClaims
     from tortoise_auth.users import AbstractUser
 
@@ -53,6 +54,7 @@ __all__ = [
     "AuthConfig",
     "AuthResult",
     "AuthService",
+    "Authenticated",
     "AuthenticationError",
     "ConfigurationError",
     "EventEmitter",
@@ -94,7 +96,7 @@ _MODULES = {
     "keys": ("SigningKey",),
     "models": ("app_config",),
     "passwords": ("PasswordHasher", "PasswordPolicy"),
-    "service": ("AuthResult", "AuthService", "Revocation"),
+    "service": ("AuthResult", "AuthService", "Authenticated", "Revocation"),
     "sessions": ("AccessClaims",),
     "users": ("AbstractUser",),
 }

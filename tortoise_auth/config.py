@@ -52,6 +52,8 @@ class AuthConfig:
             answered with that successor: for browsers, whose tabs refresh at the same time, and for
             clients that lose answers. 30 seconds are plenty; off by default.
             Warning: within this window a stolen token goes unnoticed (RFC 9700, 4.14.2).
+        max_sessions: How many live sessions an account may have; a login beyond that ends the one
+            used least recently, and emits ``session_evicted``. ``None``: any number.
 
     Raises:
         ConfigurationError: A setting is missing, weak or out of range; the message says what to do.
@@ -65,6 +67,7 @@ class AuthConfig:
     session_lifetime: timedelta = timedelta(days=30)
     leeway: timedelta = timedelta(seconds=10)
     refresh_reuse_grace: timedelta = timedelta(0)
+    max_sessions: int | None = None
 
     def __post_init__(self) -> None:
         Hidden.hide(self, "secret")
@@ -91,6 +94,13 @@ class AuthConfig:
                     f"AuthConfig.{name} must not be shorter than access_token_lifetime "
                     f"({self.access_token_lifetime})"
                 )
+
+        if self.max_sessions is not None and (
+            type(self.max_sessions) is not int or self.max_sessions < 1
+        ):
+            raise ConfigurationError(
+                "AuthConfig.max_sessions must be a whole number of at least 1, or None for any number"
+            )
 
     @cached_property
     def keys(self) -> tuple[SigningKey, ...]:

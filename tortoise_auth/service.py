@@ -21,9 +21,11 @@ from tortoise_auth.flows import (
     password_change,
     password_login,
     refresh,
+    registration,
     session_upkeep,
 )
-from tortoise_auth.flows.core import Core
+from tortoise_auth.flows.authentication import Authenticated
+from tortoise_auth.flows.core import ClaimsSource, Core
 from tortoise_auth.flows.logout import Revocation
 from tortoise_auth.flows.password_check import PasswordCheck
 from tortoise_auth.flows.signin import AuthResult
@@ -33,7 +35,7 @@ from tortoise_auth.sessions import AccessClaims
 from tortoise_auth.throttling import Throttle
 from tortoise_auth.users.model import UserT
 
-__all__ = ["AuthResult", "AuthService", "Revocation"]
+__all__ = ["AuthResult", "AuthService", "Authenticated", "Revocation"]
 
 
 class AuthService(Generic[UserT]):
@@ -43,6 +45,7 @@ class AuthService(Generic[UserT]):
 
         auth = AuthService(User, AuthConfig(secret=os.environ["AUTH_SECRET"]))
 
+        user = await auth.create_user(email="ada@example.com", password="correct horse battery staple")
         result = await auth.login("ada@example.com", "correct horse battery staple")
         user = await auth.authenticate(result.access_token)
         result = await auth.refresh(result.refresh_token)
@@ -64,6 +67,11 @@ class AuthService(Generic[UserT]):
         throttle: How often passwords may be tried; by default a `DatabaseThrottle`. Warning: with
             ``None`` passwords may be guessed as fast as you can hash.
         clock: The time.
+        claims: A function of a user and a session, plain or async, that returns further claims for an
+            access token: ``lambda user, session: {"role": user.role}``. It is called at each login
+            and each refresh, in the transaction of either, and holds up others if it is slow: what
+            it raises reaches the caller, and then no session is opened and no token is spent.
+            Warning: a holder of the token can read them, and they stay true until it expires.
 
     Raises:
         ConfigurationError: The model is not a concrete subclass of `AbstractUser`, its identifier
@@ -80,6 +88,7 @@ class AuthService(Generic[UserT]):
         policy: PasswordPolicy | None = None,
         throttle: Throttle | Literal["database"] | None = "database",
         clock: Clock = utc_now,
+        claims: ClaimsSource[UserT] | None = None,
     ) -> None:
         self._core = Core(
             user_model,
@@ -89,6 +98,7 @@ class AuthService(Generic[UserT]):
             policy=policy,
             throttle=throttle,
             clock=clock,
+            claims=claims,
         )
         self.user_model = user_model
         self.config = config
@@ -110,6 +120,33 @@ class AuthService(Generic[UserT]):
         return self._core.policy
 
     @translates_database_errors
+    async def create_user(
+        self,
+        /,
+        *,
+        password: str | None = None,
+        context: RequestContext | None = None,
+        **values: object,
+    ) -> UserT:
+        """Create an account by the policy, hasher and clock of this service. Emits ``user_registered``.
+
+        Safe to call with a form's fields, and refuses the same ones, as `AbstractUser.create_user`.
+
+        Args:
+            password: The password, or ``None`` for an account that cannot log in with one.
+            context: Circumstances of the request.
+            **values: The columns: ``email=``, your own.
+
+        Raises:
+            InvalidIdentifierError: The e-mail address or user name cannot be one.
+            IdentifierTakenError: There is such an account. Warning: what the visitor reads must not
+                say so (OWASP ASVS 6.3.8).
+            PasswordPolicyError: With every rule that the password breaks.
+            ValueError: A column cannot be set so; the message says which and why.
+        """
+        return await registration.create_user(self._core, password, values, context)
+
+    @translates_database_errors
     async def login(
         self,
         identifier: str,
@@ -117,23 +154,26 @@ class AuthService(Generic[UserT]):
         *,
         context: RequestContext | None = None,
         claims: Mapping[str, object] | None = None,
+        lifetime: timedelta | None = None,
     ) -> AuthResult[UserT]:
         """Check a password and open a session. Emits ``user_login`` or ``user_login_failed``.
 
         Args:
-            identifier: E-mail address, or what ``identifier_field`` names.
+            identifier: E-mail address, or what ``identifier_field`` or ``identifier_fields`` names.
             password: As typed. Never trimmed.
             context: Circumstances of the request, for the session and the event.
-            claims: Further claims for this one access token. Warning: a holder of the token can
-                read them, and they stay true until it expires.
+            claims: Further claims for this one access token, before those of the service.
+            lifetime: When this session ends whatever happens, if that is before
+                ``AuthConfig.session_lifetime`` is over: for logins without "remember me".
 
         Raises:
             AuthenticationError: One and the same for every reason (OWASP ASVS 6.3.8).
             ThrottledError: Too many attempts; the password was not even looked at.
-            ValueError: *claims* names a claim that is ours or holds what JSON cannot.
+            ValueError: A claim has a name of ours or holds what JSON cannot, or *lifetime*
+                is no timedelta of a second or more.
         """
         return await password_login.login(
-            self._core, self._passwords, identifier, password, context, claims
+            self._core, self._passwords, identifier, password, context, claims, lifetime
         )
 
     @translates_database_errors
@@ -148,6 +188,14 @@ class AuthService(Generic[UserT]):
             TokenRevokedError: Its session ended, or the user is inactive or gone.
         """
         return await authentication.authenticate(self._core, access_token)
+
+    @translates_database_errors
+    async def authenticated(self, access_token: str) -> Authenticated[UserT]:
+        """Return the user of an access token with its session and its claims.
+
+        The same check as `authenticate`, the same SQL query, and the same errors.
+        """
+        return await authentication.authenticated(self._core, access_token)
 
     def decode(self, access_token: str) -> AccessClaims:
         """Return what a genuine, unexpired access token says, asking no database.
@@ -179,14 +227,15 @@ class AuthService(Generic[UserT]):
         Args:
             refresh_token: The unspent token.
             context: Circumstances of the request.
-            claims: Further claims for the new access token; those given to ``login`` are not kept.
+            claims: Further claims for the new access token, before those of the service; those given
+                to ``login`` are not kept.
 
         Raises:
             TokenInvalidError: It is no refresh token of ours.
             TokenExpiredError: It lay idle for too long, or the session is over.
             TokenRevokedError: The session ended, or the user is inactive or gone.
             TokenReusedError: It was spent before. The session is over.
-            ValueError: *claims* names a claim that is ours or holds what JSON cannot.
+            ValueError: A claim has a name of ours or holds what JSON cannot.
         """
         return await refresh.refresh(self._core, refresh_token, context, claims)
 

@@ -35,6 +35,7 @@ from tests.support.statements import statements
 from tortoise_auth import (
     AbstractUser,
     AuthConfig,
+    Authenticated,
     AuthenticationError,
     AuthResult,
     AuthService,
@@ -255,6 +256,73 @@ class TestLogin:
             await auth.refresh(result.refresh_token, claims=claims)
         assert await rows(User) == before
         assert events.names == []
+
+
+class TestLifetime:
+    async def test_shortens_the_session(
+        self, auth: AuthService[User], ada: User, clock: FakeClock
+    ) -> None:
+        """The session, its refresh token and its access token end no later, refreshed or not."""
+        lifetime = timedelta(hours=12)
+        ends = clock() + lifetime
+        result = await auth.login(EMAIL, PASSWORD, lifetime=lifetime)
+        assert (await Session.get(id=result.session.id)).expires_at == ends
+        assert result.refresh_expires_at == ends
+        clock.advance(lifetime - timedelta(minutes=5))
+        result = await auth.refresh(result.refresh_token)
+        assert (result.session.expires_at, result.refresh_expires_at) == (ends, ends)
+        assert result.access_expires_at == ends
+        clock.advance(timedelta(minutes=5))
+        with pytest.raises(TokenExpiredError):
+            await auth.refresh(result.refresh_token)
+        with pytest.raises(TokenExpiredError):
+            await auth.authenticate(result.access_token)
+
+    @pytest.mark.parametrize("lifetime", [None, timedelta(days=31), timedelta.max])
+    async def test_never_lengthens_it(
+        self, auth: AuthService[User], ada: User, clock: FakeClock, lifetime: timedelta | None
+    ) -> None:
+        """Without a lifetime, or with a longer one, the session ends when the settings say."""
+        result = await auth.login(EMAIL, PASSWORD, lifetime=lifetime)
+        assert result.session.expires_at == clock() + auth.config.session_lifetime
+        assert result.refresh_expires_at == clock() + auth.config.refresh_token_lifetime
+
+    async def test_idle_lifetime_stays(
+        self, auth: AuthService[User], ada: User, clock: FakeClock
+    ) -> None:
+        """A session that is shorter than the longest one still ends when it lies idle."""
+        result = await auth.login(EMAIL, PASSWORD, lifetime=timedelta(days=10))
+        assert result.refresh_expires_at == clock() + auth.config.refresh_token_lifetime
+
+    @pytest.mark.parametrize(
+        "lifetime",
+        [
+            timedelta(0),
+            timedelta(milliseconds=999),
+            timedelta(days=-1),
+            3600,
+            0,
+            "1",
+            True,
+            object(),
+        ],
+    )
+    async def test_refused(
+        self,
+        db: TortoiseContext,
+        auth: AuthService[User],
+        ada: User,
+        events: Captured,
+        lifetime: Any,
+    ) -> None:
+        """Anything else is a ValueError that says what to pass, before a statement."""
+        events.clear()
+        with (
+            statements(db) as seen,
+            pytest.raises(ValueError, match=r"lifetime= takes a timedelta"),
+        ):
+            await auth.login(EMAIL, PASSWORD, lifetime=lifetime)
+        assert (seen, events.names) == ([], [])
 
 
 class TestIdentifier:
@@ -628,6 +696,35 @@ class TestAuthenticate:
             assert await auth.authenticate(result.access_token) == ada
         assert len(seen) == 1
 
+    async def test_with_session_and_claims(
+        self, db: TortoiseContext, auth: AuthService[User], ada: User
+    ) -> None:
+        """``authenticated`` returns the stored session and the claims, too, in the same statement."""
+        context = RequestContext(ip="203.0.113.7")
+        result = await auth.login(EMAIL, PASSWORD, context=context, claims={"tenant": "blue"})
+        with statements(db) as seen:
+            await auth.authenticate(result.access_token)
+        with statements(db) as seen_again:
+            current = await auth.authenticated(result.access_token)
+        assert seen_again == seen
+        assert type(current) is Authenticated
+        assert current.user == ada
+        assert columns(current.session) == columns(await Session.get(id=result.session.id))
+        assert current.claims == auth.decode(result.access_token)
+        assert current.claims.extra == {"tenant": "blue"}
+
+    async def test_session_of_this_request(
+        self, auth: AuthService[User], ada: User, events: Captured
+    ) -> None:
+        """The session that ``authenticated`` returns is what ``keep`` and ``revoke_session`` take."""
+        result, other = await log_in(auth), await log_in(auth)
+        current = await auth.authenticated(result.access_token)
+        await auth.logout_all(current.user, keep=current.session)
+        await assert_over(auth, other)
+        assert await auth.revoke_session(current.session) == Revocation(1, str(ada.pk))
+        with pytest.raises(TokenRevokedError):
+            await auth.authenticated(result.access_token)
+
     async def test_expired(self, auth: AuthService[User], ada: User, clock: FakeClock) -> None:
         """An access token works until its expiry and the leeway have passed, and no longer."""
         result = await log_in(auth)
@@ -702,6 +799,8 @@ class TestAuthenticate:
             for token in GARBAGE:
                 with pytest.raises(TokenInvalidError):
                     await auth.authenticate(token)
+                with pytest.raises(TokenInvalidError):
+                    await auth.authenticated(token)
                 with pytest.raises(TokenInvalidError):
                     await auth.refresh(token)
                 with pytest.raises(TokenInvalidError):
@@ -1119,7 +1218,16 @@ class TestDeactivate:
 
 class TestRollback:
     @pytest.mark.parametrize(
-        "method", ["login", "refresh", "logout", "set_password", "deactivate", "create_user"]
+        "method",
+        [
+            "login",
+            "refresh",
+            "logout",
+            "set_password",
+            "deactivate",
+            "service_create_user",
+            "create_user",
+        ],
     )
     async def test_of_the_callers_transaction(
         self, db: TortoiseContext, auth: AuthService[User], ada: User, method: str
@@ -1133,6 +1241,9 @@ class TestRollback:
             "logout": lambda: auth.logout(old.access_token),
             "set_password": lambda: auth.set_password(ada, NEW_PASSWORD),
             "deactivate": lambda: auth.deactivate(ada),
+            "service_create_user": lambda: auth.create_user(
+                email="eve@example.com", password=PASSWORD
+            ),
             "create_user": lambda: User.create_user(email="eve@example.com", password=PASSWORD),
         }
         with pytest.raises(RuntimeError, match="undo"):
@@ -1262,6 +1373,7 @@ class TestDatabaseFailure:
             "login_rehash",
             "login_unknown",
             "authenticate",
+            "authenticated",
             "refresh",
             "refresh_reused",
             "logout_access",
@@ -1275,6 +1387,7 @@ class TestDatabaseFailure:
             "deactivate",
             "activate",
             "purge_expired",
+            "service_create_user",
             "create_user",
             "user_set_password",
             "user_check_password",
@@ -1301,6 +1414,7 @@ class TestDatabaseFailure:
             "login_rehash": lambda: log_in(auth),
             "login_unknown": lambda: auth.login("nobody@example.com", PASSWORD),
             "authenticate": lambda: auth.authenticate(result.access_token),
+            "authenticated": lambda: auth.authenticated(result.access_token),
             "refresh": lambda: auth.refresh(result.refresh_token),
             "refresh_reused": lambda: auth.refresh(old.refresh_token),
             "logout_access": lambda: auth.logout(result.access_token),
@@ -1314,6 +1428,9 @@ class TestDatabaseFailure:
             "deactivate": lambda: auth.deactivate(ada),
             "activate": lambda: auth.activate(bob),
             "purge_expired": auth.purge_expired,
+            "service_create_user": lambda: auth.create_user(
+                email="eve@example.com", password=PASSWORD
+            ),
             "create_user": lambda: User.create_user(email="eve@example.com", password=PASSWORD),
             "user_set_password": lambda: ada.set_password(NEW_PASSWORD),
             "user_check_password": lambda: ada.check_password(PASSWORD),

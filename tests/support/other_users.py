@@ -58,6 +58,39 @@ class PlainNamedUser(AbstractUser):
         abstract = False
 
 
+class EitherUser(AbstractUser):
+    """People log in by user name or by address."""
+
+    identifier_fields = ("username", "email")
+    username = ExactCharField(max_length=30, unique=True)
+
+    class Meta(AbstractUser.Meta):
+        table = "app_either_user"
+        abstract = False
+
+
+class LateNameUser(AbstractUser):
+    """People sign up by address, and may choose a user name later."""
+
+    identifier_fields = ("email", "username")
+    username = ExactCharField(max_length=30, unique=True, null=True)
+
+    class Meta(AbstractUser.Meta):
+        table = "app_late_name_user"
+        abstract = False
+
+
+class TimelessUser(AbstractUser):
+    """The table has no times of creation and change."""
+
+    created_at = None  # type: ignore[assignment]
+    updated_at = None  # type: ignore[assignment]
+
+    class Meta(AbstractUser.Meta):
+        table = "app_timeless_user"
+        abstract = False
+
+
 class FormerUser(AbstractUser):
     """The table has the hashes of another program in a column of their own."""
 

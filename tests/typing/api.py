@@ -5,7 +5,7 @@ Each ``type: ignore`` marks a mistake that mypy must find: an ignore it does not
 
 from __future__ import annotations
 
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import assert_type
 from uuid import UUID
 
@@ -14,6 +14,7 @@ from tortoise_auth import (
     AbstractUser,
     AccessClaims,
     AuthConfig,
+    Authenticated,
     AuthResult,
     AuthService,
     EventEmitter,
@@ -29,6 +30,9 @@ async def results(config: AuthConfig) -> None:
     named = AuthService(NamedUser, config)
     assert_type(users, AuthService[User])
     assert_type(named, AuthService[NamedUser])
+    ada = await users.create_user(email="ada@example.com", password="secret", display_name="Ada")
+    assert_type(ada, User)
+    assert_type(await named.create_user(username="ada", context=RequestContext()), NamedUser)
     result = await users.login("ada@example.com", "secret")
     assert_type(result, AuthResult[User])
     assert_type(result.user, User)
@@ -39,6 +43,11 @@ async def results(config: AuthConfig) -> None:
     assert_type(result.refresh_expires_at, datetime)
     assert_type(await users.authenticate(result.access_token), User)
     assert_type(await named.authenticate(result.access_token), NamedUser)
+    current = await named.authenticated(result.access_token)
+    assert_type(current, Authenticated[NamedUser])
+    assert_type(current.user.username, str)
+    assert_type(current.session, Session)
+    assert_type(current.claims, AccessClaims)
     assert_type((await named.refresh(result.refresh_token)).user.username, str)
     assert_type(users.decode(result.access_token), AccessClaims)
     assert_type(await users.logout(result.access_token), Revocation)
@@ -50,8 +59,28 @@ async def results(config: AuthConfig) -> None:
     for keep in (result.session, result.session.id, str(result.session.id), None):
         await users.set_password(result.user, "secret", keep=keep)
     await users.login(
-        "ada@example.com", "secret", context=RequestContext(ip="::1"), claims={"a": 1}
+        "ada@example.com",
+        "secret",
+        context=RequestContext(ip="::1"),
+        claims={"a": 1},
+        lifetime=timedelta(hours=1),
     )
+
+
+def role_of(user: NamedUser, session: Session) -> dict[str, object]:
+    return {"name": user.username, "at": session.generation}
+
+
+async def role_in_time(user: NamedUser, session: Session) -> dict[str, str]:
+    return {"name": user.username}
+
+
+def claims(config: AuthConfig) -> None:
+    AuthService(NamedUser, config, claims=role_of)
+    AuthService(NamedUser, config, claims=role_in_time)
+    AuthService(NamedUser, config, claims=lambda user, session: {"name": user.username})
+    AuthService(User, config, claims=role_of)  # type: ignore[arg-type]
+    AuthService(NamedUser, config, claims={"name": "ada"})  # type: ignore[arg-type]
 
 
 async def models() -> None:

@@ -17,7 +17,7 @@ from tests.support.accounts import EMAIL, NEW_PASSWORD, PASSWORD, SECRET, assert
 from tests.support.app import NamedUser, StrUser, User, UuidUser
 from tests.support.concurrency import finished
 from tests.support.database import DIALECTS, MODULES, connection_of, database, look
-from tests.support.other_users import FormerUser, MappedUser, SharedEmailUser
+from tests.support.other_users import EitherUser, FormerUser, MappedUser, SharedEmailUser
 from tests.support.statements import statements
 from tortoise_auth import AbstractUser, AuthConfig, AuthService
 from tortoise_auth.clock import utc_now
@@ -151,6 +151,16 @@ class TestIdentifiers:
         assert [each["email"] for each in await held(SharedEmailUser)] == [
             *("ada@x.org", "ada@x.org", "", "")
         ]
+
+    async def test_either_identifier(self, others: TortoiseContext) -> None:
+        """Where people log in by name or address, both columns get their spelling."""
+        user = await row(EitherUser, username="\uff21da", email="Ada@Example.com")
+        report = await adopt(EitherUser, apply=True)
+        assert report.normalized == {"username": 1, "email": 1}
+        auth = AuthService(EitherUser, AuthConfig(secret=SECRET))
+        await auth.set_password(await EitherUser.get(pk=user.pk), PASSWORD)
+        for typed in ("Ada", EMAIL):
+            assert (await auth.login(typed, PASSWORD)).user == user
 
     @pytest.mark.parametrize("address", ["", "nonsense", "a b@x.org"])
     async def test_unreadable(self, db: TortoiseContext, address: str) -> None:

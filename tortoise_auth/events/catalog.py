@@ -37,6 +37,7 @@ __all__ = [
     "PasswordChanged",
     "PasswordRehashed",
     "RefreshTokenReused",
+    "SessionEvicted",
     "SessionRefreshed",
     "SessionRevoked",
     "UserActivated",
@@ -192,6 +193,24 @@ class SessionRevoked(UserEvent[UserT]):
     )
 
     session_id: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class SessionEvicted(UserEvent[UserT]):
+    """The session used least recently was ended for a new login (``AuthConfig.max_sessions``).
+
+    Attributes:
+        session_id: The public id of the session that ended.
+    """
+
+    classification = Classification(
+        activity="session.revoke",
+        message="The session used least recently was ended for a new one",
+        signal="session-revoked",
+    )
+
+    session_id: str
+    actor: Actor = "system"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from contextlib import suppress
-from typing import Any, Generic, Literal, TypeVar, get_args
+from inspect import isawaitable
+from typing import Any, Generic, Literal, TypeAlias, TypeVar, get_args
 from uuid import UUID
 
 from tortoise.fields import CharField, TextField
@@ -28,6 +29,10 @@ from tortoise_auth.users import AbstractUser, UserT
 
 EventT = TypeVar("EventT", bound=Event)
 
+Claims: TypeAlias = Mapping[str, object]
+ClaimsSource: TypeAlias = Callable[[UserT, Session], Claims | Awaitable[Claims]]
+"""Returns the further claims of an access token of a user."""
+
 _MAX_TABLE_NAME = 128
 """Characters in ``Session.user_table``."""
 
@@ -41,6 +46,7 @@ class Core(Generic[UserT]):
         emitter, passwords, policy: ``None`` for those of the user model, looked up at each call.
         throttle: How often passwords may be tried; ``"database"`` for a `DatabaseThrottle`.
         clock: The time.
+        claims: Returns the further claims of each access token.
 
     Raises:
         ConfigurationError: A part is of another type, or the model cannot be used.
@@ -56,11 +62,16 @@ class Core(Generic[UserT]):
         policy: PasswordPolicy | None,
         throttle: Throttle | Literal["database"] | None,
         clock: Clock,
+        claims: ClaimsSource[UserT] | None,
     ) -> None:
         _check_model(user_model)
         if not isinstance(config, AuthConfig):
             raise ConfigurationError("AuthService takes an AuthConfig: AuthConfig(secret=...)")
         _check_parts(emitter, passwords, policy, throttle)
+        if claims is not None and not callable(claims):
+            raise ConfigurationError(
+                "AuthService: claims= takes a function of a user and a session that returns a dict"
+            )
         # Address parsing takes 40 ms to import. A program may take them while it starts; the first
         # login would take them from the event loop.
         importlib.import_module("email_validator")
@@ -78,6 +89,7 @@ class Core(Generic[UserT]):
         self._emitter = emitter
         self._passwords = passwords
         self._policy = policy
+        self._claims = claims
 
     @property
     def emitter(self) -> EventEmitter:
@@ -113,6 +125,22 @@ class Core(Generic[UserT]):
             occurred_at=self.clock(),
             **details,
         )
+
+    async def claims_of(self, user: UserT, session: Session, given: Claims | None) -> Claims:
+        """Return the further claims of an access token: those of the service, then *given* ones.
+
+        Raises:
+            ValueError: There is one that is ours, or that JSON cannot hold, or there are too many.
+        """
+        claims = {**(given or {})}
+        if self._claims is not None:
+            asked = self._claims(user, session)
+            if isawaitable(asked):
+                asked = await asked
+            self.tokens.check_extra(asked)
+            claims = {**asked, **claims}
+        self.tokens.check_extra(claims, session.user_id)
+        return claims
 
     def require_own(self, user: UserT, actor: Actor = "user") -> None:
         """Reject an account of another model, whose key means another account here.
@@ -231,12 +259,29 @@ def _check_model(user_model: type[AbstractUser]) -> None:
             f"The primary key of {user_model.__name__} may have at most {MAX_SUBJECT_LENGTH} "
             "characters: sessions and access tokens hold it"
         )
-    field = meta.fields_map.get(user_model.identifier_field)
-    if not isinstance(field, CharField | TextField) or not (field.unique or field.pk):
+    _check_identifiers(user_model)
+
+
+def _check_identifiers(user_model: type[AbstractUser]) -> None:
+    named = user_model.identifier_fields
+    name = user_model.__name__
+    if not isinstance(named, tuple | list) or len({*named}) < max(1, len(named)):
         raise ConfigurationError(
-            f"{user_model.__name__}.identifier_field is {user_model.identifier_field!r}; the model "
-            "needs such a field, a CharField with unique=True"
+            f"{name}.identifier_fields takes the names of columns, each once, as a tuple: "
+            'identifier_fields = ("username", "email")'
         )
+    if named[0] != user_model.identifier_field:
+        raise ConfigurationError(
+            f"{name}.identifier_field is {user_model.identifier_field!r}, but the first of "
+            f"{name}.identifier_fields is {named[0]!r}. Name one of the two, or the same column first."
+        )
+    for each in named:
+        field = user_model._meta.fields_map.get(each)
+        if not isinstance(field, CharField | TextField) or not (field.unique or field.pk):
+            which = "identifier_field is" if len(named) == 1 else "identifier_fields has"
+            raise ConfigurationError(
+                f"{name}.{which} {each!r}; the model needs such a field, a CharField with unique=True"
+            )
 
 
 def _longest_key(user_model: type[AbstractUser]) -> int:

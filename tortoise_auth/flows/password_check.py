@@ -10,6 +10,8 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Generic, TypeVar
 
+from tortoise.expressions import Q
+
 from tortoise_auth.context import RequestContext, sanitize_text
 from tortoise_auth.database import (
     is_missing_table,
@@ -131,7 +133,7 @@ class PasswordCheck(Generic[UserT]):
         connection = self._sessions.connection()
         # Read anew: the object of the caller may be older than the last change of the password.
         user_now = await self._user_model.filter(pk=user.pk).using_db(connection).first()
-        identifier = str(getattr(user, user.identifier_field))
+        _, identifier = user.held_identifier()
         failed = partial(self.change_failed, user, context)
         # A hash that is outdated is about to be replaced by the new password.
         case = _Case(identifier, user_now, context, failed, rehash=False)
@@ -311,11 +313,20 @@ class PasswordCheck(Generic[UserT]):
 
     async def _find_user(self, identifier: str) -> UserT | None:
         connection = self._sessions.connection()
-        normal = self._user_model.comparable_identifier(identifier)
-        if normal is None:
+        wanted = self._user_model.comparable_identifiers(identifier)
+        if not wanted:
             return None
-        matching = self._user_model.filter(**{self._user_model.identifier_field: normal})
-        return await matching.using_db(connection).first()
+        # One statement for every column, so that it takes as long whichever of them has a match.
+        either = Q(*(Q(**{column: value}) for column, value in wanted.items()), join_type=Q.OR)
+        rows = await self._user_model.filter(either).using_db(connection).limit(len(wanted))
+        if len(rows) < 2:
+            return rows[0] if rows else None
+        # A row of before may have as user name what is the address of another account: that is
+        # the owner.
+        owners = (
+            row for column, value in wanted.items() for row in rows if getattr(row, column) == value
+        )
+        return next(owners, None)
 
     async def _verify(
         self, case: _Case[UserT], password: str, stored: str | None
@@ -334,7 +345,7 @@ class PasswordCheck(Generic[UserT]):
         if obstacle is None:
             return
         # The `repr` of a user shows the key. Where that is what people type, it stays out of logs.
-        by_name = self._user_model._meta.pk_attr == self._user_model.identifier_field
+        by_name = self._user_model._meta.pk_attr in self._user_model.identifier_fields
         owner = f"An account of {self._user_model.__name__}" if by_name else repr(user)
         logger.warning(
             "%s has a password hash that no password can match. %s. `set_password` mends it",
@@ -398,9 +409,8 @@ class PasswordCheck(Generic[UserT]):
         """Return what stands for an account: its key and hash, so that a new password starts anew."""
         if user is not None:
             return self._hidden(f"{self._table}:{user.pk}:{stored}")
-        typed = self._user_model.comparable_identifier(identifier)
-        if typed is None:
-            typed = _shown(identifier)
+        wanted = self._user_model.comparable_identifiers(identifier)
+        typed = next(iter(wanted.values()), _shown(identifier))
         # The prefix keeps strangers apart from accounts, whose counters are plain hexadecimal.
         number = int(self._hidden(f"{self._table}:{typed}"), 16) % _STRANGERS
         return f"stranger:{self._table}:{number}"

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Generic
 
 from tortoise_auth.context import RequestContext, current_context
 from tortoise_auth.events.unit_of_work import UnitOfWork
-from tortoise_auth.flows.core import Core
+from tortoise_auth.flows.core import Claims, Core
 from tortoise_auth.flows.password_check import PasswordCheck, Verified
-from tortoise_auth.flows.signin import AuthResult, Proof, sign_in
+from tortoise_auth.flows.signin import AuthResult, Proof, require_lifetime, sign_in
 from tortoise_auth.throttling import DatabaseThrottle
 from tortoise_auth.users import UserT
 from tortoise_auth.users.changes import replace_outdated_hash
@@ -22,16 +22,18 @@ async def login(
     identifier: str,
     password: str,
     context: RequestContext | None,
-    claims: Mapping[str, object] | None,
+    claims: Claims | None,
+    lifetime: timedelta | None,
 ) -> AuthResult[UserT]:
     """Check a password and open a session. Emits ``user_login`` or ``user_login_failed``."""
+    require_lifetime(lifetime)
     core.tokens.check_extra(claims or {})
     context = current_context(context)
     verified = await passwords.check_login(identifier, password, context)
     spending = _Spending(passwords, verified, within=passwords.resetting_in_login)
     try:
         await spending.begin()
-        result = await sign_in(core, spending.proof(core), context, claims)
+        result = await sign_in(core, spending.proof(core), context, claims, lifetime)
     except BaseException:  # rolled back, or cancelled
         if spending.within and not spending.committed:
             passwords.release_later(spending.verified)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from tortoise_auth.context import RequestContext, current_context
 from tortoise_auth.database import is_transaction, root_of, transaction
 from tortoise_auth.events.catalog import RefreshTokenReused, SessionRefreshed
@@ -15,7 +13,7 @@ from tortoise_auth.exceptions import (
     TokenInvalidError,
     TokenReusedError,
 )
-from tortoise_auth.flows.core import Core
+from tortoise_auth.flows.core import Claims, Core
 from tortoise_auth.flows.signin import AuthResult, result_of
 from tortoise_auth.models import Session
 from tortoise_auth.sessions import RefreshToken, SessionWithUser
@@ -29,7 +27,7 @@ async def refresh(
     core: Core[UserT],
     refresh_token: str,
     context: RequestContext | None,
-    claims: Mapping[str, object] | None,
+    claims: Claims | None,
 ) -> AuthResult[UserT]:
     """Spend a refresh token. Emits ``session_refreshed`` or ``refresh_token_reused``.
 
@@ -44,9 +42,9 @@ async def refresh(
         if pair is None:
             raise TokenInvalidError
         core.tokens.check_extra(claims or {}, pair.session.user_id)
-        following = await _exchange(core, pair, presented, context)
-        if following is not None:
-            return result_of(core, pair.user, pair.session, following, claims)
+        exchanged = await _exchange(core, pair, presented, context, claims)
+        if exchanged is not None:
+            return result_of(core, pair.user, pair.session, *exchanged)
         # Another caller was first: the next look sees a spent token.
     # Unless the caller's transaction always reads what was there when it began.
     raise ServiceUnavailableError(
@@ -60,7 +58,8 @@ async def _exchange(
     pair: SessionWithUser[UserT],
     presented: RefreshToken,
     context: RequestContext,
-) -> RefreshToken | None:
+    claims: Claims | None,
+) -> tuple[RefreshToken, Claims] | None:
     session, now = pair.session, core.clock()
     if session.refresh_expires_at <= now or session.expires_at <= now:
         raise TokenExpiredError
@@ -69,11 +68,11 @@ async def _exchange(
         raise await _reused(core, pair, context)
     pair.require_alive(now)
     if not repeated:
-        return await _rotate(core, pair, presented, context)
+        return await _rotate(core, pair, presented, context, claims)
     newest = core.sessions.newest(session, presented)
     if newest is None:  # the signing key was replaced within these seconds: that is no theft
         raise TokenInvalidError
-    return newest
+    return newest, await core.claims_of(pair.user, session, claims)
 
 
 async def _rotate(
@@ -81,14 +80,18 @@ async def _rotate(
     pair: SessionWithUser[UserT],
     presented: RefreshToken,
     context: RequestContext,
-) -> RefreshToken | None:
+    claims: Claims | None,
+) -> tuple[RefreshToken, Claims] | None:
     session, user = pair.session, pair.user
     following: RefreshToken | None = None
+    extra: Claims = {}
     unit = core.unit_of_work()
     try:
         async with unit:
             following = await core.sessions.rotate(session, presented, context, unit)
             if following is not None:
+                # Before the commit: if it raises, the presented token is unspent.
+                extra = await core.claims_of(user, session, claims)
                 unit.record(
                     core.event(
                         SessionRefreshed,
@@ -104,7 +107,7 @@ async def _rotate(
             # and the old one would be taken for a stolen one.
             await core.end_orphan_later(user, session, context)
         raise
-    return following
+    return None if following is None else (following, extra)
 
 
 async def _reused(

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Generic
 
 from tortoise_auth.context import RequestContext
-from tortoise_auth.events.catalog import UserLogin
+from tortoise_auth.events.catalog import SessionEvicted, UserLogin
 from tortoise_auth.events.unit_of_work import UnitOfWork
-from tortoise_auth.flows.core import Core
+from tortoise_auth.flows.core import Claims, Core
 from tortoise_auth.models import Session
 from tortoise_auth.sessions import RefreshToken
 from tortoise_auth.users import UserT
@@ -63,9 +63,10 @@ async def sign_in(
     core: Core[UserT],
     proof: Proof[UserT],
     context: RequestContext,
-    claims: Mapping[str, object] | None,
+    claims: Claims | None,
+    lifetime: timedelta | None = None,
 ) -> AuthResult[UserT] | None:
-    """Open a session for a proof. Emits ``user_login``.
+    """Open a session for a proof. Emits ``user_login``, and ``session_evicted`` for one too many.
 
     The first statement of the transaction decides: it matches no row if the password was changed
     or the account deactivated while the proof was checked. It is a write, because on SQLite a
@@ -75,13 +76,15 @@ async def sign_in(
         The session with its tokens; ``None`` if the proof does not hold any more.
 
     Raises:
-        ValueError: No access token can be made with these claims for this account.
+        ValueError: No access token can be made with the claims for this account, or *lifetime* is
+            no lifetime.
     """
     user = proof.user
-    core.tokens.check_extra(
-        claims or {}, str(user.pk)
-    )  # no session without a token that can be read
+    require_lifetime(lifetime)
+    # No session without a token that can be read, and no transaction for claims that cannot be written.
+    core.tokens.check_extra(claims or {}, str(user.pk))
     opened: tuple[Session, RefreshToken] | None = None
+    extra: Claims = {}
     unit = core.unit_of_work()
     try:
         async with unit:
@@ -89,13 +92,19 @@ async def sign_in(
             stored = await store_login(user, unit, session_version=version, at=core.clock())
             if not stored or not await proof.spend(unit):
                 raise _ProofIsSpentError  # rolls ``last_login`` back
+            async for evicted in core.sessions.evict(user, unit.connection):
+                evicted_id = str(evicted.id)
+                unit.record(core.event(SessionEvicted, user, context, session_id=evicted_id))
             opened = await core.sessions.open(
                 user,
                 context,
                 unit.connection,
                 authenticated_at=proof.proven_at,
                 methods=proof.amr,
+                lifetime=lifetime,
             )
+            # Before the commit: what it raises leaves nothing behind.
+            extra = await core.claims_of(user, opened[0], claims)
             session_id = str(opened[0].id)
             unit.record(
                 core.event(UserLogin, user, context, session_id=session_id, method=proof.method)
@@ -109,7 +118,21 @@ async def sign_in(
         raise
     # Signed after the commit: no token exists for a session that was rolled back. That it can be
     # signed was checked before.
-    return result_of(core, user, *opened, claims)
+    return result_of(core, user, *opened, extra)
+
+
+def require_lifetime(lifetime: object) -> None:
+    """Reject what cannot shorten a session.
+
+    Raises:
+        ValueError: It is neither ``None`` nor a timedelta of a second or more.
+    """
+    if lifetime is None:
+        return
+    if not isinstance(lifetime, timedelta) or lifetime < timedelta(seconds=1):
+        raise ValueError(
+            "lifetime= takes a timedelta of a second or more, for example timedelta(hours=12), or None"
+        )
 
 
 class _ProofIsSpentError(Exception):
@@ -121,7 +144,7 @@ def result_of(
     user: UserT,
     session: Session,
     refresh_token: RefreshToken,
-    claims: Mapping[str, object] | None,
+    claims: Claims,
 ) -> AuthResult[UserT]:
     """Return a session with its refresh token and a new access token."""
     access_token, access_expires_at = core.tokens.issue(
@@ -130,7 +153,7 @@ def result_of(
         session_ends=session.expires_at,
         authenticated_at=session.authenticated_at,
         methods=session.authentication_methods.split(),
-        extra=claims or {},
+        extra=claims,
     )
     return AuthResult(
         user=user,

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import hmac
 import secrets
-from collections.abc import Sequence
-from datetime import datetime
+from collections.abc import AsyncIterator, Sequence
+from datetime import datetime, timedelta
 from typing import Generic
 from uuid import UUID
 
 from tortoise.backends.base.client import BaseDBAsyncClient
 from tortoise.expressions import Q
+from tortoise.queryset import QuerySet
 
 from tortoise_auth.clock import Clock
 from tortoise_auth.config import AuthConfig
@@ -57,14 +58,18 @@ class Sessions(Generic[UserT]):
         *,
         authenticated_at: datetime,
         methods: Sequence[str],
+        lifetime: timedelta | None = None,
     ) -> tuple[Session, RefreshToken]:
         """Insert a new session and return it with its first refresh token.
+
+        A *lifetime* that is longer than that of the configuration changes nothing.
 
         Warning: the caller vouches for the user. Only the gate does so, `flows.signin`.
         """
         now = self._clock()
         token = RefreshToken.new()
-        ends = now + self._config.session_lifetime
+        longest = self._config.session_lifetime
+        ends = now + (longest if lifetime is None else min(lifetime, longest))
         session = await Session.create(
             user_table=user_table(self._user_model),
             user_id=str(user.pk),
@@ -173,6 +178,21 @@ class Sessions(Generic[UserT]):
         live = Session.filter(id=session.id, revoked_at__isnull=True)
         return bool(await live.using_db(connection).update(revoked_at=self._clock()))
 
+    async def evict(self, user: UserT, connection: BaseDBAsyncClient) -> AsyncIterator[Session]:
+        """Make room for one more session of *user*; yield those that ended for it.
+
+        The caller holds the row of the user, so that of two logins one sees the session of the other.
+        Warning: call it before the new session is inserted. A logout everywhere that runs meanwhile
+        holds old sessions and waits for the new one, where InnoDB locks what it reads.
+        """
+        if self._config.max_sessions is None:
+            return
+        live = self._live(user).filter(session_version=user.session_version).using_db(connection)
+        newest_first = live.order_by("-last_used_at", "-id")
+        for session in await newest_first.offset(self._config.max_sessions - 1):
+            if await self.revoke(session, connection):
+                yield session
+
     async def revoke_all(
         self, user: UserT, connection: BaseDBAsyncClient, *, keep: UUID | None = None
     ) -> int:
@@ -212,7 +232,6 @@ class Sessions(Generic[UserT]):
             .using_db(connection)
             .values_list("session_version", flat=True)
         )
-        now = self._clock()
         after = Q()
         if before is not None:
             # By place and not by OFFSET, which skips a session when one before it ends.
@@ -220,18 +239,22 @@ class Sessions(Generic[UserT]):
                 last_used_at=before.last_used_at, id__lt=before.id
             )
         return await (
-            Session.filter(
-                after,
-                user_id=str(user.pk),
-                user_table=user_table(self._user_model),
-                session_version__in=versions,
-                revoked_at__isnull=True,
-                refresh_expires_at__gt=now,
-                expires_at__gt=now,
-            )
+            self._live(user)
+            .filter(after, session_version__in=versions)
             .using_db(connection)
             .order_by("-last_used_at", "-id")
             .limit(limit)
+        )
+
+    def _live(self, user: UserT) -> QuerySet[Session]:
+        """Return the sessions of *user* that have not ended by themselves, whatever their version."""
+        now = self._clock()
+        return Session.filter(
+            user_id=str(user.pk),
+            user_table=user_table(self._user_model),
+            revoked_at__isnull=True,
+            refresh_expires_at__gt=now,
+            expires_at__gt=now,
         )
 
     async def were_opened_from(self, user_id: str, ip: str | None) -> bool:

@@ -166,7 +166,7 @@ class Adoption:
                 "hashes stay where they are"
             )
         self._hash_column = hash_column
-        names = [user_model.identifier_field, "email"]
+        names = user_model.identifiers()
         self._spelling: dict[str, Callable[[object], str | None]] = {
             columns[name]: _spelling(user_model, name) for name in names if name in columns
         }
@@ -414,6 +414,8 @@ def _spelling(user_model: type[AbstractUser], name: str) -> Callable[[object], s
     """Return what finds the spelling under which a column is looked up."""
     if name == user_model.identifier_field:
         return user_model.comparable_identifier
+    if name in user_model.identifier_fields:
+        return partial(user_model.comparable_in, name)
     return partial(_comparable_email, getattr(user_model._meta.fields_map[name], "max_length", 255))
 
 

@@ -168,9 +168,11 @@ async def lock_password(
     """
     # By what people log in with: an account that does not exist has no key, and its statement must
     # be the same.
-    field = user_model.identifier_field  # type: ignore[attr-defined]
-    seen = (getattr(user, name, None) for name in (field, "password", "last_login"))
-    held, password, last_login = seen if user is not None else (identifier or "", "", None)
+    field, held = user_model.identifier_field, identifier or ""  # type: ignore[attr-defined]
+    password, last_login = "", None
+    if user is not None:
+        field, held = user.held_identifier()  # type: ignore[attr-defined]
+        password, last_login = (getattr(user, name) for name in ("password", "last_login"))
     login = {"last_login__isnull": True} if last_login is None else {"last_login": last_login}
     row = user_model.filter(password=password, password_locked_at__isnull=True, **login)
     row = row.filter(**{field: held}).using_db(unit.connection)

@@ -43,6 +43,7 @@ from tortoise_auth.events import (
     NamedEvent,
     PasswordChanged,
     RefreshTokenReused,
+    SessionEvicted,
     SessionRevoked,
     UserActivated,
     UserDeactivated,
@@ -65,6 +66,7 @@ RISC = "https://schemas.openid.net/secevent/risc/event-type/"
 EXPECTED: dict[type[Event], str] = {
     UserLogin: CAEP + "session-established",
     UserLogout: CAEP + "session-revoked",
+    SessionEvicted: CAEP + "session-revoked",
     SessionRevoked: CAEP + "session-revoked",
     RefreshTokenReused: CAEP + "session-revoked",
     PasswordChanged: CAEP + "credential-change",
@@ -201,7 +203,7 @@ class TestSubject:
 
     @pytest.mark.parametrize(
         "kind",
-        [UserLogin, UserLogout, SessionRevoked, RefreshTokenReused],
+        [UserLogin, UserLogout, SessionEvicted, SessionRevoked, RefreshTokenReused],
         ids=lambda kind: kind.name,
     )
     def test_session(self, kind: type[Event]) -> None:
