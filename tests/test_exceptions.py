@@ -14,10 +14,12 @@ from tortoise_auth import exceptions
 from tortoise_auth.exceptions import (
     AuthenticationError,
     ConfigurationError,
+    CrossOriginError,
     EventError,
     EventErrorGroup,
     IdentifierTakenError,
     InvalidIdentifierError,
+    NotAuthenticatedError,
     PasswordPolicyError,
     PolicyFailure,
     ServiceUnavailableError,
@@ -42,10 +44,12 @@ CODES: dict[type[TortoiseAuthError], str] = {
     InvalidIdentifierError: "invalid_identifier",
     IdentifierTakenError: "identifier_taken",
     TokenError: "token_refused",
+    NotAuthenticatedError: "not_authenticated",
     TokenInvalidError: "token_invalid",
     TokenExpiredError: "token_expired",
     TokenRevokedError: "token_revoked",
     TokenReusedError: "token_reused",
+    CrossOriginError: "cross_origin",
     EventError: "event_handler_failed",
     SubscriptionError: "subscription_error",
     ServiceUnavailableError: "service_unavailable",
@@ -182,6 +186,7 @@ class TestMessages:
             "An account with this identifier exists already",
         ]
         assert {str(kind()) for kind in TokenError.__subclasses__()} == {
+            "Log in first",
             "The token is not valid",
             "The token has expired",
             "The session has ended",
