@@ -177,6 +177,7 @@ METHODS: dict[str, Callable[[AuthService[User], AuthResult[User]], Awaitable[obj
     "login": lambda auth, result: auth.login(EMAIL, PASSWORD),
     "login_bad_identifier": lambda auth, result: auth.login("", PASSWORD),
     "authenticate": lambda auth, result: auth.authenticate(result.access_token),
+    "authenticated": lambda auth, result: auth.authenticated(result.access_token),
     "refresh": lambda auth, result: auth.refresh(result.refresh_token),
     "logout": lambda auth, result: auth.logout(result.access_token),
     "logout_refresh": lambda auth, result: auth.logout(result.refresh_token),

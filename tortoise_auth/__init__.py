@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from tortoise_auth.keys import SigningKey
     from tortoise_auth.models import app_config
     from tortoise_auth.passwords import PasswordHasher, PasswordPolicy
-    from tortoise_auth.service import AuthResult, AuthService, Revocation
+    from tortoise_auth.service import Authenticated, AuthResult, AuthService, Revocation
     from tortoise_auth.sessions import AccessClaims
     from tortoise_auth.users import AbstractUser
 
@@ -53,6 +53,7 @@ __all__ = [
     "AuthConfig",
     "AuthResult",
     "AuthService",
+    "Authenticated",
     "AuthenticationError",
     "ConfigurationError",
     "EventEmitter",
@@ -94,7 +95,7 @@ _MODULES = {
     "keys": ("SigningKey",),
     "models": ("app_config",),
     "passwords": ("PasswordHasher", "PasswordPolicy"),
-    "service": ("AuthResult", "AuthService", "Revocation"),
+    "service": ("AuthResult", "AuthService", "Authenticated", "Revocation"),
     "sessions": ("AccessClaims",),
     "users": ("AbstractUser",),
 }

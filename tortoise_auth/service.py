@@ -23,6 +23,7 @@ from tortoise_auth.flows import (
     refresh,
     session_upkeep,
 )
+from tortoise_auth.flows.authentication import Authenticated
 from tortoise_auth.flows.core import Core
 from tortoise_auth.flows.logout import Revocation
 from tortoise_auth.flows.password_check import PasswordCheck
@@ -33,7 +34,7 @@ from tortoise_auth.sessions import AccessClaims
 from tortoise_auth.throttling import Throttle
 from tortoise_auth.users.model import UserT
 
-__all__ = ["AuthResult", "AuthService", "Revocation"]
+__all__ = ["AuthResult", "AuthService", "Authenticated", "Revocation"]
 
 
 class AuthService(Generic[UserT]):
@@ -148,6 +149,14 @@ class AuthService(Generic[UserT]):
             TokenRevokedError: Its session ended, or the user is inactive or gone.
         """
         return await authentication.authenticate(self._core, access_token)
+
+    @translates_database_errors
+    async def authenticated(self, access_token: str) -> Authenticated[UserT]:
+        """Return the user of an access token with its session and its claims.
+
+        The same check as `authenticate`, the same SQL query, and the same errors.
+        """
+        return await authentication.authenticated(self._core, access_token)
 
     def decode(self, access_token: str) -> AccessClaims:
         """Return what a genuine, unexpired access token says, asking no database.

@@ -35,6 +35,7 @@ from tests.support.statements import statements
 from tortoise_auth import (
     AbstractUser,
     AuthConfig,
+    Authenticated,
     AuthenticationError,
     AuthResult,
     AuthService,
@@ -624,6 +625,35 @@ class TestAuthenticate:
             assert await auth.authenticate(result.access_token) == ada
         assert len(seen) == 1
 
+    async def test_with_session_and_claims(
+        self, db: TortoiseContext, auth: AuthService[User], ada: User
+    ) -> None:
+        """``authenticated`` returns the stored session and the claims, too, in the same statement."""
+        context = RequestContext(ip="203.0.113.7")
+        result = await auth.login(EMAIL, PASSWORD, context=context, claims={"tenant": "blue"})
+        with statements(db) as seen:
+            await auth.authenticate(result.access_token)
+        with statements(db) as seen_again:
+            current = await auth.authenticated(result.access_token)
+        assert seen_again == seen
+        assert type(current) is Authenticated
+        assert current.user == ada
+        assert columns(current.session) == columns(await Session.get(id=result.session.id))
+        assert current.claims == auth.decode(result.access_token)
+        assert current.claims.extra == {"tenant": "blue"}
+
+    async def test_session_of_this_request(
+        self, auth: AuthService[User], ada: User, events: Captured
+    ) -> None:
+        """The session that ``authenticated`` returns is what ``keep`` and ``revoke_session`` take."""
+        result, other = await log_in(auth), await log_in(auth)
+        current = await auth.authenticated(result.access_token)
+        await auth.logout_all(current.user, keep=current.session)
+        await assert_over(auth, other)
+        assert await auth.revoke_session(current.session) == Revocation(1, str(ada.pk))
+        with pytest.raises(TokenRevokedError):
+            await auth.authenticated(result.access_token)
+
     async def test_expired(self, auth: AuthService[User], ada: User, clock: FakeClock) -> None:
         """An access token works until its expiry and the leeway have passed, and no longer."""
         result = await log_in(auth)
@@ -698,6 +728,8 @@ class TestAuthenticate:
             for token in GARBAGE:
                 with pytest.raises(TokenInvalidError):
                     await auth.authenticate(token)
+                with pytest.raises(TokenInvalidError):
+                    await auth.authenticated(token)
                 with pytest.raises(TokenInvalidError):
                     await auth.refresh(token)
                 with pytest.raises(TokenInvalidError):
@@ -1258,6 +1290,7 @@ class TestDatabaseFailure:
             "login_rehash",
             "login_unknown",
             "authenticate",
+            "authenticated",
             "refresh",
             "refresh_reused",
             "logout_access",
@@ -1297,6 +1330,7 @@ class TestDatabaseFailure:
             "login_rehash": lambda: log_in(auth),
             "login_unknown": lambda: auth.login("nobody@example.com", PASSWORD),
             "authenticate": lambda: auth.authenticate(result.access_token),
+            "authenticated": lambda: auth.authenticated(result.access_token),
             "refresh": lambda: auth.refresh(result.refresh_token),
             "refresh_reused": lambda: auth.refresh(old.refresh_token),
             "logout_access": lambda: auth.logout(result.access_token),

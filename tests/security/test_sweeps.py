@@ -29,6 +29,7 @@ from tests.support.deliveries import quiet
 from tests.support.services import POSTGRES_URL, needs_postgres
 from tortoise_auth import (
     AuthConfig,
+    Authenticated,
     AuthResult,
     AuthService,
     EventEmitter,
@@ -351,6 +352,9 @@ SCENARIOS: dict[str, Scenario] = {
     ),
     "authenticate": Scenario(
         lambda stage: stage.auth.authenticate(stage.current.access_token), User
+    ),
+    "authenticated": Scenario(
+        lambda stage: stage.auth.authenticated(stage.current.access_token), Authenticated
     ),
     "refresh": Scenario(
         lambda stage: stage.auth.refresh(stage.current.refresh_token, context=HOME),

@@ -14,6 +14,7 @@ from tortoise_auth import (
     AbstractUser,
     AccessClaims,
     AuthConfig,
+    Authenticated,
     AuthResult,
     AuthService,
     EventEmitter,
@@ -39,6 +40,11 @@ async def results(config: AuthConfig) -> None:
     assert_type(result.refresh_expires_at, datetime)
     assert_type(await users.authenticate(result.access_token), User)
     assert_type(await named.authenticate(result.access_token), NamedUser)
+    current = await named.authenticated(result.access_token)
+    assert_type(current, Authenticated[NamedUser])
+    assert_type(current.user.username, str)
+    assert_type(current.session, Session)
+    assert_type(current.claims, AccessClaims)
     assert_type((await named.refresh(result.refresh_token)).user.username, str)
     assert_type(users.decode(result.access_token), AccessClaims)
     assert_type(await users.logout(result.access_token), Revocation)
