@@ -22,6 +22,7 @@ from tortoise_auth.exceptions import (
     NotAuthenticatedError,
     PasswordPolicyError,
     PolicyFailure,
+    ReauthenticationRequiredError,
     ServiceUnavailableError,
     SubscriptionError,
     ThrottledError,
@@ -50,6 +51,7 @@ CODES: dict[type[TortoiseAuthError], str] = {
     TokenRevokedError: "token_revoked",
     TokenReusedError: "token_reused",
     CrossOriginError: "cross_origin",
+    ReauthenticationRequiredError: "reauthentication_required",
     EventError: "event_handler_failed",
     SubscriptionError: "subscription_error",
     ServiceUnavailableError: "service_unavailable",
@@ -57,12 +59,16 @@ CODES: dict[type[TortoiseAuthError], str] = {
 
 FAILURES = [PolicyFailure("too_short", "Too short."), PolicyFailure("common", "Too common.")]
 
-WITH_DETAILS = {ThrottledError, PasswordPolicyError, EventError, EventErrorGroup}
+WITH_DETAILS = {
+    *(ThrottledError, PasswordPolicyError, ReauthenticationRequiredError),
+    *(EventError, EventErrorGroup),
+}
 
 EXAMPLES: list[TortoiseAuthError] = [
     *(kind() for kind in CODES if kind not in WITH_DETAILS),
     *(kind("a text") for kind in CODES if kind not in WITH_DETAILS),
     ThrottledError(1.5),
+    ReauthenticationRequiredError(300),
     PasswordPolicyError(FAILURES),
     EventError("user_login", "greet", ValueError("no")),
     EventErrorGroup("user_login", [EventError("user_login", "greet", ValueError("no"))]),

@@ -15,6 +15,7 @@
     │   ├── TokenExpiredError     genuine, but expired
     │   ├── TokenRevokedError     its session ended, or its user is inactive or deleted
     │   └── TokenReusedError      a refresh token that was already spent
+    ├── ReauthenticationRequiredError  the session is too old for this; log in again
     ├── CrossOriginError          a page of another origin sent a request with our cookies
     ├── EventError                a handler failed, and the error policy is to raise
     │   └── EventErrorGroup       several failed, and the policy is "group"; also an ExceptionGroup
@@ -187,6 +188,25 @@ class TokenReusedError(TokenError):
 
     def __init__(self, message: str = "The refresh token was used before") -> None:
         super().__init__(message)
+
+
+class ReauthenticationRequiredError(TortoiseAuthError):
+    """The session is live, but its owner proved who they are too long ago for this.
+
+    Over HTTP it is a 401 with ``insufficient_user_authentication`` (RFC 9470, 3).
+
+    Attributes:
+        max_age: Seconds that may have passed since then.
+    """
+
+    code = "reauthentication_required"
+
+    def __init__(self, max_age: float) -> None:
+        super().__init__("Log in again to do this")
+        self.max_age = max_age
+
+    def __reduce__(self) -> tuple[type[ReauthenticationRequiredError], tuple[float]]:
+        return type(self), (self.max_age,)
 
 
 class CrossOriginError(TortoiseAuthError):

@@ -40,9 +40,10 @@ async def call(app: Starlette, method: str, path: str, **request: Any) -> Respon
 async def test_snippets_run(sqlite: TortoiseContext) -> None:
     """The snippets are an application that logs in, authenticates and refuses."""
     app = Starlette()
-    namespace: dict[str, Any] = {"app": app, "auth": AuthService(User, AuthConfig(secret=SECRET))}
+    auth = AuthService(User, AuthConfig(secret=SECRET))
+    namespace: dict[str, Any] = {"app": app, "auth": auth, "User": User}
     sources = list(snippets(PAGE))
-    assert len(sources) == 5
+    assert len(sources) == 6
     for source in sources:
         await run(source, namespace, "docs/web.md")
 
@@ -75,6 +76,20 @@ async def test_snippets_run(sqlite: TortoiseContext) -> None:
     assert (bearer.status_code, bearer.headers.get_list("set-cookie")) == (401, [])
     assert bearer.headers["X-Request-ID"]
 
+    api = namespace["api"]
+    tokens = (
+        await call(api, "POST", "/auth/login", json={"identifier": EMAIL, "password": PASSWORD})
+    ).json()
+    headers = {"Authorization": f"Bearer {tokens['access_token']}"}
+    assert (await call(api, "GET", "/hello", headers=headers)).json() == EMAIL
+    ours = {
+        f"{method.upper()} {path}"
+        for path, operations in api.openapi()["paths"].items()
+        for method in operations
+    }
+    stated = {row[0].strip("`") for row in table(PAGE, "FastAPI")}
+    assert stated == ours - {"GET /hello"}
+
 
 def test_addresses() -> None:
     """Each row of the table of hops is what the code says."""
@@ -101,6 +116,7 @@ def test_answers(row: list[str]) -> None:
         "EventError": VETO,
         "EventErrorGroup": EventErrorGroup("user_login", [VETO]),
         "PasswordPolicyError": PasswordPolicyError([]),
+        "ReauthenticationRequiredError": exceptions.ReauthenticationRequiredError(300),
         "ThrottledError": ThrottledError(30),
     }
     answer = answer_to(made.get(name) or getattr(exceptions, name)())

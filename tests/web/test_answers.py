@@ -18,6 +18,7 @@ from tortoise_auth.exceptions import (
     NotAuthenticatedError,
     PasswordPolicyError,
     PolicyFailure,
+    ReauthenticationRequiredError,
     ServiceUnavailableError,
     SubscriptionError,
     ThrottledError,
@@ -32,6 +33,7 @@ from tortoise_auth.web import Cookies, answer_to
 
 BEARER = {"www-authenticate": "Bearer"}
 INVALID = {"www-authenticate": 'Bearer error="invalid_token"'}
+STEP_UP = {"www-authenticate": 'Bearer error="insufficient_user_authentication", max_age="300"'}
 VETO = EventError("user_login", "my_secret_handler", ValueError("internal"))
 POLICY = PasswordPolicyError([PolicyFailure("too_short", "Too short.")])
 
@@ -43,6 +45,7 @@ ANSWERS: list[tuple[TortoiseAuthError, int, dict[str, str], str]] = [
     (TokenExpiredError(), 401, INVALID, "token_expired"),
     (TokenRevokedError(), 401, INVALID, "token_revoked"),
     (TokenReusedError(), 401, INVALID, "token_reused"),
+    (ReauthenticationRequiredError(300), 401, STEP_UP, "reauthentication_required"),
     (CrossOriginError(), 403, {}, "cross_origin"),
     (POLICY, 422, {}, "password_refused"),
     (InvalidIdentifierError("a text"), 422, {}, "invalid_identifier"),

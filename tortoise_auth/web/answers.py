@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from tortoise_auth.exceptions import (
@@ -13,6 +13,7 @@ from tortoise_auth.exceptions import (
     InvalidIdentifierError,
     NotAuthenticatedError,
     PasswordPolicyError,
+    ReauthenticationRequiredError,
     ServiceUnavailableError,
     ThrottledError,
     TokenError,
@@ -52,6 +53,7 @@ _ROWS: dict[type[TortoiseAuthError], _Row] = {
     # Without an error attribute: the request had no credentials (RFC 6750, 3.1).
     NotAuthenticatedError: _Row(401, ("www-authenticate", "Bearer")),
     TokenError: _Row(401, ("www-authenticate", 'Bearer error="invalid_token"')),
+    ReauthenticationRequiredError: _Row(401),
     CrossOriginError: _Row(403),
     PasswordPolicyError: _Row(422),
     InvalidIdentifierError: _Row(422),
@@ -84,12 +86,11 @@ def answer_to(error: BaseException, *, cookies: Cookies | None = None) -> Answer
     headers = [("cache-control", "no-store")]
     if row.header is not None:
         headers.append(row.header)
+    headers.extend(_details(error))
     body: dict[str, object] = {
         "code": row.code or error.code,
         "detail": row.detail or str(error),
     }
-    if isinstance(error, ThrottledError):
-        headers.append(("retry-after", str(max(1, math.ceil(error.retry_after)))))
     if isinstance(error, PasswordPolicyError):
         body["failures"] = [
             {"code": failure.code, "message": failure.message} for failure in error.failures
@@ -97,6 +98,18 @@ def answer_to(error: BaseException, *, cookies: Cookies | None = None) -> Answer
     if cookies is not None and _ends_session(error):
         headers.extend(("set-cookie", value) for value in cookies.clear())
     return Answer(row.status, tuple(headers), body)
+
+
+def _details(error: TortoiseAuthError) -> Iterator[tuple[str, str]]:
+    """Yield the headers that depend on more than the kind of an error."""
+    if isinstance(error, ThrottledError):
+        yield "retry-after", str(max(1, math.ceil(error.retry_after)))
+    if isinstance(error, ReauthenticationRequiredError):
+        yield (
+            "www-authenticate",
+            'Bearer error="insufficient_user_authentication", '
+            f'max_age="{max(0, int(error.max_age))}"',
+        )
 
 
 def _ends_session(error: TortoiseAuthError) -> bool:
