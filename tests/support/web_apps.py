@@ -1,6 +1,7 @@
-"""One application for Starlette and one for Litestar, made of `tortoise_auth.web` alone.
+"""One application for Starlette and one for Litestar, made of `tortoise_auth.web` alone, and one
+for FastAPI.
 
-Both have the same routes. A server loads them: ``uvicorn tests.support.web_apps:starlette_app``.
+The first two have the same routes. A server loads them: ``uvicorn tests.support.web_apps:starlette_app``.
 """
 
 from __future__ import annotations
@@ -8,9 +9,11 @@ from __future__ import annotations
 import os
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
-from typing import Any
+from datetime import timedelta
+from typing import Annotated, Any
 
 import litestar
+from fastapi import Depends, FastAPI
 from litestar.middleware import DefineMiddleware
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
@@ -25,6 +28,7 @@ from tests.support.app import User
 from tortoise_auth import AuthConfig, AuthResult, AuthService
 from tortoise_auth.context import RequestContext, request_context
 from tortoise_auth.exceptions import NotAuthenticatedError, TortoiseAuthError
+from tortoise_auth.integrations.fastapi import Guard, auth_router, install
 from tortoise_auth.testing import cheap_hasher
 from tortoise_auth.web import (
     Cookies,
@@ -34,7 +38,7 @@ from tortoise_auth.web import (
     credentials,
 )
 
-auth = AuthService(User, AuthConfig(secret=SECRET))
+auth = AuthService(User, AuthConfig(secret=SECRET, refresh_reuse_grace=timedelta(seconds=30)))
 cookies = Cookies()
 check = CrossOriginCheck()
 Form = dict[str, str]
@@ -163,3 +167,19 @@ litestar_app = litestar.Litestar(
     exception_handlers={TortoiseAuthError: litestar_refuse},
     lifespan=[lifespan],
 )
+
+
+guard = Guard(auth, cookies)
+fastapi_app = FastAPI(lifespan=lifespan)
+install(fastapi_app, trusted_hops=1)
+fastapi_app.include_router(auth_router(guard), prefix="/auth")
+
+
+@fastapi_app.websocket("/socket")
+async def fastapi_socket(websocket: WebSocket, user: Annotated[User, Depends(guard.user)]) -> None:
+    context = request_context.get(RequestContext())
+    await websocket.accept()
+    await websocket.send_json(
+        {"email": user.email, "ip": context.ip, "request_id": context.request_id}
+    )
+    await websocket.close()

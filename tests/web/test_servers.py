@@ -3,58 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import socket
-import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-from httpx2 import Client
+from httpx2 import Client, Response
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
 from tests.support.accounts import EMAIL, PASSWORD
-from tests.support.snippets import ROOT
-
-LIMIT = 60
-"""Seconds after which a server that does not answer, or does not stop, fails the test."""
+from tests.support.servers import LIMIT, serving
 
 THROUGH_A_PROXY = {"X-Forwarded-For": "1.2.3.4, 203.0.113.7"}
 """What our proxy sends for a client that forges the first element."""
-
-
-@contextmanager
-def serving(app: str, tmp_path: Path) -> Iterator[int]:
-    """Serve an application with uvicorn in a process of its own, and return its port.
-
-    Connections wait in the socket, which is open before the server starts.
-    """
-    with (
-        socket.create_server(("127.0.0.1", 0)) as listening,
-        (tmp_path / "log").open("w") as log,
-    ):
-        server = subprocess.Popen(
-            [sys.executable, "-m", "uvicorn", app, "--fd", str(listening.fileno())],
-            pass_fds=[listening.fileno()],
-            cwd=ROOT,
-            env={
-                **os.environ,
-                "PYTHONPATH": str(ROOT),
-                "DATABASE_URL": f"sqlite://{tmp_path / 'app.sqlite3'}",
-            },
-            stderr=log,
-            stdout=subprocess.DEVNULL,
-        )
-        try:
-            yield listening.getsockname()[1]
-        finally:
-            server.terminate()
-            assert server.wait(LIMIT) in (0, -15), (tmp_path / "log").read_text()
 
 
 def receive(port: int, cookie: str, **headers: str) -> Any:
@@ -136,3 +98,46 @@ def test_under_uvicorn(framework: str, unauthenticated: int, tmp_path: Path) -> 
             "__Host-session=",
             "__Host-session-refresh=",
         ]
+
+
+@pytest.mark.slow
+def test_fastapi_under_uvicorn(tmp_path: Path) -> None:
+    """A browser's session from login to logout, with a WebSocket, and a bearer token beside it."""
+    with (
+        serving("tests.support.web_apps:fastapi_app", tmp_path) as port,
+        Client(
+            base_url=f"http://127.0.0.1:{port}/auth", headers=THROUGH_A_PROXY, timeout=LIMIT
+        ) as client,
+    ):
+        own = {"Origin": f"http://127.0.0.1:{port}"}
+
+        def post(path: str, cookie: str, json: object = None) -> Response:
+            answer = client.post(path, json=json, headers={**own, "Cookie": cookie})
+            client.cookies.clear()  # which the client would not send without TLS
+            return answer
+
+        def jar(answer: Response) -> str:
+            return "; ".join(each.split(";")[0] for each in answer.headers.get_list("set-cookie"))
+
+        login = post("/login", "", {"identifier": EMAIL, "password": PASSWORD})
+        assert login.json()["user"]["email"] == EMAIL
+        cookie = jar(login)
+        message = receive(port, cookie, **own)
+        assert (message["email"], message["ip"]) == (EMAIL, "203.0.113.7")
+        for headers, status in (
+            ({"Origin": "http://127.0.0.1:1"}, 403),
+            ({"Cookie": "__Host-session=x", **own}, 401),
+        ):
+            with pytest.raises(InvalidStatus) as refused:
+                receive(port, headers.pop("Cookie", cookie), **headers)
+            assert refused.value.response.status_code == status
+
+        tabs = [post("/refresh", cookie) for _ in range(3)]
+        assert [each.status_code for each in tabs] == [200, 200, 200]
+        cookie = jar(tabs[0])
+        sessions = client.get("/sessions", headers={"Cookie": cookie}).json()
+        assert [(each["ip"], each["current"]) for each in sessions] == [("203.0.113.7", True)]
+        bearer = {"Authorization": f"Bearer {cookie.split(';')[0].partition('=')[2]}"}
+        assert client.get("/me", headers=bearer).json()["email"] == EMAIL
+        assert post("/logout", cookie).status_code == 204
+        assert client.get("/me", headers=bearer).json()["code"] == "token_revoked"
