@@ -9,7 +9,7 @@ from uuid import UUID
 
 from fastapi.openapi.models import SecurityBase as SecurityModel
 from fastapi.security.base import SecurityBase
-from pydantic import BaseModel, ConfigDict, Field, SecretStr
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, StrictBool
 
 Responses = dict[int | str, dict[str, object]]
 """What ``responses=`` of FastAPI's routers and routes takes."""
@@ -81,7 +81,7 @@ class RefreshForm(_Form):
 class LogoutAllForm(_Form):
     """Whether this session goes on."""
 
-    keep_current: bool = True
+    keep_current: StrictBool = True
 
 
 class PasswordForm(_Form):
