@@ -299,6 +299,15 @@ class TestCookies:
         assert code(answer) == (401, "token_revoked")
         assert not browser.client.cookies
 
+    async def test_logout_ends_all_that_came(self, browser: Site) -> None:
+        """The session of a bearer token and that of the cookies end together."""
+        other = await browser.auth.login(EMAIL, PASSWORD)
+        await browser.post("/login", FORM)
+        answer = await browser.post("/logout", Authorization=f"Bearer {other.access_token}")
+        assert answer.status_code == 204
+        assert not browser.client.cookies
+        assert await Session.filter(revoked_at__isnull=True).count() == 0
+
     async def test_logout_without_a_session(self, browser: Site) -> None:
         """A logout without anything clears the cookies."""
         answer = await browser.post("/logout")
@@ -439,6 +448,7 @@ class TestNothingTypedIsRepeated:
             {"json": {"identifier": [HOSTILE], "password": "x"}},
             {"json": {"identifier": EMAIL, "password": HOSTILE * 1000}},
             {"json": {**FORM, "more": HOSTILE}},
+            {"json": {**FORM, HOSTILE: "more"}},
             {"json": HOSTILE},
             {"data": {"password": HOSTILE}},
             {

@@ -17,7 +17,7 @@ MAX_COOKIE_SIZE = 4096
 """Bytes of name and value together. Browsers drop a larger cookie and report nothing."""
 
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
-_PREFIXES = ("__host-", "__secure-", "__http-", "__host-http-")
+_PREFIXES = ("__host-", "__secure-", "__http-")
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
 # Without `from __future__ import annotations`; see `guard`.
 
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from contextlib import suppress
 from typing import Annotated, Any, Generic
 
@@ -75,9 +75,7 @@ class QuietRoute(APIRoute):
             try:
                 return await handler(request)
             except RequestValidationError as error:
-                wrong = [
-                    {key: each[key] for key in ("loc", "msg", "type")} for each in error.errors()
-                ]
+                wrong = [_without_values(each) for each in error.errors()]
                 return JSONResponse(
                     {"code": "invalid_request", "detail": wrong}, 422, headers=_NO_STORE
                 )
@@ -88,6 +86,13 @@ class QuietRoute(APIRoute):
                 return JSONResponse(body, error.status_code, headers=_NO_STORE)
 
         return quiet
+
+
+def _without_values(error: Mapping[str, Any]) -> dict[str, object]:
+    """Return one error of pydantic with nothing that was typed."""
+    # An unknown field is named by what was typed in its place.
+    loc = error["loc"][:-1] if error["type"] == "extra_forbidden" else error["loc"]
+    return {"loc": loc, "msg": error["msg"], "type": error["type"]}
 
 
 class _Routes(Generic[UserT]):
@@ -209,9 +214,8 @@ class _Routes(Generic[UserT]):
             self._verify_origin(request)
             response = Response(status_code=204, headers=_NO_STORE)
             found = credentials(request.scope)
-            if found is not None:
-                await self._end(found.token)
-            elif self._cookies is not None:
+            await self._end(found.token if found is not None else None)
+            if self._cookies is not None:
                 sent = self._cookies.read(request.scope)
                 await self._end(sent.refresh)
                 await self._end(sent.access)
