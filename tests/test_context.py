@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,10 +13,14 @@ from tests.support.accounts import PASSWORD
 from tests.support.app import User
 from tortoise_auth import AuthService, RequestContext
 from tortoise_auth.context import current_context, request_context
+from tortoise_auth.events import UserLoginFailed
 from tortoise_auth.exceptions import AuthenticationError, TokenReusedError
+from tortoise_auth.models import Session
 from tortoise_auth.testing import Captured
 
-GIVEN = RequestContext(ip="203.0.113.7", user_agent="Firefox", request_id="r-1")
+GIVEN = RequestContext(
+    ip="203.0.113.7", user_agent="Firefox", request_id="r-1", actor_id="9", known_device=True
+)
 EVERY_EVENT = {
     "user_registered",
     "user_login_failed",
@@ -88,8 +94,45 @@ class TestEveryEvent:
 class TestRequestContext:
     def test_is_bounded_and_sanitized(self) -> None:
         """Clients choose most of it, so it is cut, and what no database stores is replaced."""
-        hostile = RequestContext(user_agent="a\0\ud800" * 1000, request_id="r" * 999)
+        hostile = RequestContext(
+            user_agent="a\0\ud800" * 1000, request_id="r" * 999, actor_id="\0" * 999
+        )
         assert hostile.user_agent is not None
         assert hostile.user_agent.startswith("a\ufffd\ufffda")
         assert len(hostile.user_agent) == 255
         assert hostile.request_id == "r" * 128
+        assert hostile.actor_id == "\ufffd" * 255
+
+    @pytest.mark.parametrize("known", [0, 1, "true", "", [], object()])
+    def test_device_is_known_or_not(self, known: Any) -> None:
+        """A value that is neither true nor false is refused, and does not count as either."""
+        with pytest.raises(TypeError, match=r"^RequestContext\(known_device=...\) takes True, "):
+            RequestContext(known_device=known)
+
+    @pytest.mark.parametrize("known", [True, False, None])
+    def test_in_json(self, known: bool | None) -> None:
+        """Actor and device survive JSON, for a durable handler."""
+        context = RequestContext(actor_id="9", known_device=known)
+        event = UserLoginFailed(identifier="ada", reason="not_found", context=context)
+        sent = json.loads(json.dumps(event.to_dict()))
+        assert sent["context"]["actor_id"] == "9"
+        assert sent["context"]["known_device"] is known
+        assert UserLoginFailed.from_dict(sent) == event
+
+    def test_in_json_of_before(self) -> None:
+        """An event that was stored before there was an actor or a device is still read."""
+        event = UserLoginFailed(identifier="ada", reason="not_found", context=GIVEN)
+        stored = event.to_dict()
+        del stored["context"]["actor_id"], stored["context"]["known_device"]
+        read = UserLoginFailed.from_dict(stored)
+        assert read.context == replace(GIVEN, actor_id=None, known_device=None)
+
+    async def test_is_not_in_the_session(
+        self, sqlite: TortoiseContext, auth: AuthService[User]
+    ) -> None:
+        """Actor and device are on the event alone: no column of ours holds them."""
+        await User.create_user(email="ada@example.com", password=PASSWORD)
+        marked = RequestContext(actor_id="actor-7f3a", known_device=True)
+        await auth.login("ada@example.com", PASSWORD, context=marked)
+        (stored,) = await Session.all().values()
+        assert "actor-7f3a" not in str(stored)

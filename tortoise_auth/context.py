@@ -21,23 +21,34 @@ class RequestContext:
             ``X-Forwarded-For`` header.
         user_agent: The client's own description of itself.
         request_id: Correlates events with the application's logs.
+        actor_id: ``str(user.pk)`` of the user who is signed in: which administrator it was, where
+            ``event.actor`` is ``"admin"``.
+        known_device: Whether the account has used this device before, as the application knows it
+            from a cookie of its own; ``None`` if it does not know. It decides nothing.
 
     Raises:
         ValueError: ``ip`` is no address: each spelling would be a source of its own to the throttle.
-        TypeError: It is no text.
+        TypeError: It is no text, or ``known_device`` no bool.
     """
 
     ip: str | None = None
     user_agent: str | None = None
     request_id: str | None = None
+    actor_id: str | None = None
+    known_device: bool | None = None
 
     def __post_init__(self) -> None:
         if self.ip is not None:
             object.__setattr__(self, "ip", normalize_ip(self.ip))
-        for name, limit in (("user_agent", 255), ("request_id", 128)):
+        for name, limit in (("user_agent", 255), ("request_id", 128), ("actor_id", 255)):
             value = getattr(self, name)
             if value is not None:
                 object.__setattr__(self, name, sanitize_text(str(value), limit))
+        if not isinstance(self.known_device, bool | None):
+            raise TypeError(
+                "RequestContext(known_device=...) takes True, False or None, not "
+                f"{type(self.known_device).__name__}"
+            )
 
 
 def normalize_ip(ip: object) -> str:

@@ -76,11 +76,16 @@ def test_sizes_hold() -> None:
         for name in re.findall(r"`([\w.()]+)`", row[0])
     }
     context = RequestContext(
-        ip="2001:cdb8:ffff:ffff:ffff:ffff:ffff:ffff", user_agent=HOSTILE, request_id=HOSTILE
+        ip="2001:cdb8:ffff:ffff:ffff:ffff:ffff:ffff",
+        user_agent=HOSTILE,
+        request_id=HOSTILE,
+        actor_id=HOSTILE,
+        known_device=False,
     )
     assert len(context.ip or "") == limits["event.context.ip"]
     assert len(context.user_agent or "") == limits["event.context.user_agent"]
     assert len(context.request_id or "") == limits["event.context.request_id"]
+    assert len(context.actor_id or "") == limits["event.context.actor_id"]
     assert max(map(len, get_args(Actor))) == limits["event.actor"]
     assert max(map(len, get_args(FailureReason))) == limits["reason"]
     assert max(len(each.name) for each in LIBRARY) == limits["event.name"]

@@ -173,8 +173,14 @@ class TestThereAndBack:
             (Decimal("1.10"), "1.10"),
             (datetime(2026, 1, 1, tzinfo=UTC), "2026-01-01T00:00:00+00:00"),
             (
-                RequestContext(ip="192.0.2.1"),
-                {"ip": "192.0.2.1", "user_agent": None, "request_id": None},
+                RequestContext(ip="192.0.2.1", known_device=False),
+                {
+                    "ip": "192.0.2.1",
+                    "user_agent": None,
+                    "request_id": None,
+                    "actor_id": None,
+                    "known_device": False,
+                },
             ),
             ({1: (True, None)}, {"1": [True, None]}),
             ({"x"}, ["x"]),

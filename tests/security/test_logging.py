@@ -122,12 +122,13 @@ async def test_every_operation_is_emitted(
         request_context.reset(token)
 
 
-@pytest.mark.parametrize("field", ["user_agent", "request_id"])
+@pytest.mark.parametrize("field", ["user_agent", "request_id", "actor_id"])
 async def test_hostile_request_makes_no_line(
     db: TortoiseContext, auth: AuthService[User], emitter: EventEmitter, field: str
 ) -> None:
     """R93: whatever a client sends, an event in a log is one line of printable text."""
-    context = RequestContext(**{field: HOSTILE * 100})
+    values: dict[str, Any] = {field: HOSTILE * 100}
+    context = RequestContext(**values)
     await User.create_user(email=EMAIL, password=PASSWORD)
     with capture(emitter) as events:
         result = await auth.login(EMAIL, PASSWORD, context=context)

@@ -94,6 +94,8 @@ def hostile_events(draw: st.DrawFn) -> Any:
             ip=draw(st.none() | addresses),
             user_agent=draw(texts),
             request_id=draw(texts),
+            actor_id=draw(texts),
+            known_device=draw(st.none() | st.booleans()),
         ),
         occurred_at=draw(st.integers(0, 1 << 40).map(_after_the_epoch)),
         subject_id=draw(texts),

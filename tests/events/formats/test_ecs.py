@@ -187,6 +187,28 @@ class TestUser:
         assert record["related"]["user"] == ["7"]
         assert record["labels"]["actor"] == actor
 
+    def test_administrator(self) -> None:
+        """An administrator that the context names is ``user``, above its target, and related."""
+        context = RequestContext(actor_id="9")
+        record = ecs(sample(UserDeactivated, actor="admin", context=context))
+        assert_conforms(record)
+        assert record["user"] == {"id": "9", "target": {"id": "7"}}
+        assert record["related"]["user"] == ["7", "9"]
+
+    @pytest.mark.parametrize("actor", ["user", "system", "unauthenticated"])
+    def test_signed_in_user_is_no_administrator(self, actor: str) -> None:
+        """Who is signed in is named for what an administrator did, and for nothing else."""
+        context = RequestContext(actor_id="9")
+        assert "9" not in texts(ecs(sample(UserLogout, actor=actor, context=context)))
+
+    @pytest.mark.parametrize(("known", "label"), [(True, "true"), (False, "false")])
+    def test_device(self, known: bool, label: str) -> None:
+        """Whether the device is known is a label, if that was found out."""
+        record = ecs(sample(UserLogin, context=RequestContext(known_device=known)))
+        assert_conforms(record)
+        assert record["labels"]["known_device"] == label
+        assert "known_device" not in ecs(sample(UserLogin))["labels"]
+
     def test_attempt(self) -> None:
         """A failed login names the account by its id and as it was typed, and both are related."""
         record = ecs(sample(UserLoginFailed, reason="bad_password", subject_id=None, user_id="9"))

@@ -28,6 +28,7 @@ from tests.support.standards import (
     variants,
     violations,
 )
+from tortoise_auth import RequestContext
 from tortoise_auth.events import (
     AccountLocked,
     AccountUnlocked,
@@ -215,11 +216,29 @@ class TestDetail:
         assert "is_mfa" not in record
 
     def test_actor(self) -> None:
-        """A user that acts on its own account is the actor; of another actor only the kind is known."""
+        """A user that acts on its own account is the actor; without more only the kind of another."""
         own, other = ocsf(sample(SessionRevoked)), ocsf(sample(SessionRevoked, actor="admin"))
         assert own["actor"] == {"user": {"uid": "7"}}
         assert "actor" not in other
         assert other["unmapped"] == {"actor": "admin"}
+
+    def test_administrator(self) -> None:
+        """An administrator that the context names is the actor; no other event names who is signed in."""
+        context = RequestContext(actor_id="9")
+        record = ocsf(sample(SessionRevoked, actor="admin", context=context))
+        assert_conforms(record)
+        assert record["actor"] == {"user": {"uid": "9"}}
+        assert record["user"] == {"uid": "7"}
+        for actor in ("user", "system", "unauthenticated"):
+            assert "9" not in texts(ocsf(sample(SessionRevoked, actor=actor, context=context)))
+
+    @pytest.mark.parametrize("known", [True, False])
+    def test_device(self, known: bool) -> None:
+        """Whether the device is known is kept, if that was found out."""
+        record = ocsf(sample(UserLogin, context=RequestContext(known_device=known)))
+        assert_conforms(record)
+        assert record["unmapped"]["known_device"] is known
+        assert "known_device" not in ocsf(sample(UserLogin))["unmapped"]
 
     def test_unmapped(self) -> None:
         """What OCSF has no attribute for is kept with its name and type."""

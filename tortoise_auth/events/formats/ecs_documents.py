@@ -48,8 +48,9 @@ def ecs(
 ) -> dict[str, Any]:
     """Return an event as the Elastic Common Schema 9 has it.
 
-    An account to which an administrator or the system did something is ``user.target``, any other
-    is ``user``; ``related.user`` has both.
+    An account to which an administrator or the system did something is ``user.target``, and ``user``
+    the administrator, if ``event.context.actor_id`` is set; any other account is ``user``.
+    ``related.user`` has both.
 
     Args:
         event: See `ocsf`.
@@ -65,6 +66,9 @@ def ecs(
     if classified.resource is None:
         name = reading.identifier(event, unknown=unknown_identifiers)
     account = {"id": reading.account(event), "name": name}
+    administrator = reading.administrator(event)
+    targeted = {"id": administrator, "target": account}
+    related = [*account.values(), administrator]
     record = {
         "@timestamp": event.occurred_at.astimezone(UTC).isoformat(timespec="microseconds"),
         "ecs": {"version": ECS_VERSION},
@@ -78,12 +82,12 @@ def ecs(
             "provider": "tortoise_auth",
             "dataset": "tortoise_auth.events",
         },
-        "user": {"target": account} if event.actor in ("admin", "system") else account,
+        "user": targeted if event.actor in ("admin", "system") else account,
         "source": {"ip": ip, "address": ip},
         "user_agent": {"original": context.user_agent},
         "http": {"request": {"id": context.request_id}},
         "service": {"name": service},
-        "related": {"user": [each for each in account.values() if each], "ip": [ip] if ip else []},
+        "related": {"user": [each for each in related if each], "ip": [ip] if ip else []},
         "labels": _labels(event, classified),
     }
     return reading.tidy(record)

@@ -135,7 +135,8 @@ def ocsf(
 def _subject(event: Event, classified: Classification, unknown: bool) -> dict[str, Any]:
     """Return whom or what the record is about, and which user did it."""
     account = reading.account(event)
-    actor = {"user": {"uid": account}} if event.actor == "user" else None
+    doer = account if event.actor == "user" else reading.administrator(event)
+    actor = {"user": {"uid": doer}}
     if classified.resource is not None:  # this class has no attribute for another user
         thing = reading.resource(event, classified)
         return {"web_resources": [{"name": thing["type"], **thing}], "actor": actor}

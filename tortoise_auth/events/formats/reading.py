@@ -44,6 +44,11 @@ def account(event: Event) -> str | None:
     return event.subject_id or _text(event, "user_id")
 
 
+def administrator(event: Event) -> str | None:
+    """Return the id of the administrator who did it, if one did and the context says which."""
+    return event.context.actor_id if event.actor == "admin" else None
+
+
 def session(event: Event) -> str | None:
     """Return the public id of the session that the event is about."""
     return _text(event, "session_id")
@@ -78,6 +83,7 @@ def details(event: Event, classification: Classification, *more: str) -> dict[st
     if classification.resource is None:
         names = ("everywhere", "generation", "retry_after", "sessions_ended", "actor", *more)
     values = {name: plain(getattr(event, name, None), f"{event.name}.{name}") for name in names}
+    values["known_device"] = event.context.known_device
     return {name: value for name, value in values.items() if value is not None}
 
 
