@@ -32,7 +32,7 @@ async def main() -> None:
         modules={"models": ["__main__", "tortoise_auth.models"]},
     )
     await Tortoise.generate_schemas()
-    await User.create_user(email="ada@example.com", password="correct horse battery staple")
+    await auth.create_user(email="ada@example.com", password="correct horse battery staple")
     result = await auth.login("ada@example.com", "correct horse battery staple")
     result = await auth.refresh(result.refresh_token)
     print("authenticated as", (await auth.authenticate(result.access_token)).email)

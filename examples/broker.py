@@ -96,7 +96,7 @@ async def in_database(folder: Path) -> None:
 async def tour() -> None:
     auth = AuthService(User, AuthConfig(secret=secrets.token_urlsafe(48)))
     password = "correct horse battery staple"
-    await User.create_user(email="ada@example.com", password=password)
+    await auth.create_user(email="ada@example.com", password=password)
     await audit.start()
     await shop.start()
     print(f"Redis at {REDIS_URL}, stream {STREAM}")

@@ -143,7 +143,7 @@ async def sign_up(email: Field, password: Field, display_name: ShortField = "") 
     """Answer the same whether or not there is an account; the owner learns it by mail."""
     text = f"Welcome, {display_name}!"
     try:
-        await User.create_user(email=email, password=password, display_name=display_name)
+        await auth.create_user(email=email, password=password, display_name=display_name)
     except exceptions.IdentifierTakenError:
         text = "You have an account already. Forgot your password?"
     except exceptions.TortoiseAuthError:

@@ -62,7 +62,7 @@ async def log_in_and_die() -> None:
 
     async with database():
         await Tortoise.generate_schemas()
-        await User.create_user(email=EMAIL, password=PASSWORD)
+        await auth.create_user(email=EMAIL, password=PASSWORD)
         await auth.login(EMAIL, PASSWORD)
 
 

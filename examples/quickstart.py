@@ -83,7 +83,7 @@ async def tour() -> None:
     password = "correct horse battery staple"
 
     step("Sign up")
-    await User.create_user(email="Ada@Example.com", password=password, display_name="Ada")
+    await auth.create_user(email="Ada@Example.com", password=password, display_name="Ada")
 
     step("Log in with a wrong password")
     try:

@@ -10,6 +10,7 @@ Example::
     @on("user_login")
     async def audit(user): ...
 
+    await auth.create_user(email="ada@example.com", password="correct horse battery staple")
     result = await auth.login("ada@example.com", "correct horse battery staple")
     user = await auth.authenticate(result.access_token)
 """

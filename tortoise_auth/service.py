@@ -21,6 +21,7 @@ from tortoise_auth.flows import (
     password_change,
     password_login,
     refresh,
+    registration,
     session_upkeep,
 )
 from tortoise_auth.flows.authentication import Authenticated
@@ -44,6 +45,7 @@ class AuthService(Generic[UserT]):
 
         auth = AuthService(User, AuthConfig(secret=os.environ["AUTH_SECRET"]))
 
+        user = await auth.create_user(email="ada@example.com", password="correct horse battery staple")
         result = await auth.login("ada@example.com", "correct horse battery staple")
         user = await auth.authenticate(result.access_token)
         result = await auth.refresh(result.refresh_token)
@@ -109,6 +111,33 @@ class AuthService(Generic[UserT]):
     def policy(self) -> PasswordPolicy:
         """Says which new passwords are accepted."""
         return self._core.policy
+
+    @translates_database_errors
+    async def create_user(
+        self,
+        /,
+        *,
+        password: str | None = None,
+        context: RequestContext | None = None,
+        **values: object,
+    ) -> UserT:
+        """Create an account by the policy, hasher and clock of this service. Emits ``user_registered``.
+
+        Safe to call with a form's fields, and refuses the same ones, as `AbstractUser.create_user`.
+
+        Args:
+            password: The password, or ``None`` for an account that cannot log in with one.
+            context: Circumstances of the request.
+            **values: The columns: ``email=``, your own.
+
+        Raises:
+            InvalidIdentifierError: The e-mail address or user name cannot be one.
+            IdentifierTakenError: There is such an account. Warning: what the visitor reads must not
+                say so (OWASP ASVS 6.3.8).
+            PasswordPolicyError: With every rule that the password breaks.
+            ValueError: A column cannot be set so; the message says which and why.
+        """
+        return await registration.create_user(self._core, password, values, context)
 
     @translates_database_errors
     async def login(

@@ -1161,6 +1161,9 @@ class TestRollback:
             "logout": lambda: auth.logout(old.access_token),
             "set_password": lambda: auth.set_password(ada, NEW_PASSWORD),
             "deactivate": lambda: auth.deactivate(ada),
+            "service_create_user": lambda: auth.create_user(
+                email="eve@example.com", password=PASSWORD
+            ),
             "create_user": lambda: User.create_user(email="eve@example.com", password=PASSWORD),
         }
         with pytest.raises(RuntimeError, match="undo"):
@@ -1304,6 +1307,7 @@ class TestDatabaseFailure:
             "deactivate",
             "activate",
             "purge_expired",
+            "service_create_user",
             "create_user",
             "user_set_password",
             "user_check_password",

@@ -182,6 +182,7 @@ class Stage:
         """Restore an account that has never logged in, with the same sessions."""
         for model in (Session, AttemptCount, OutboxEntry):
             await model.all().delete()
+        await User.exclude(email=EMAIL).delete()
         await User.filter(email=EMAIL).update(**self.stored)
         await Session.bulk_create(self.stored_sessions)
         self.ada = await User.get(email=EMAIL)
@@ -204,6 +205,7 @@ class Stage:
         """Return what the events report, in the terms of `changes`."""
         happened = Counter[str]()
         for event in self.received:
+            happened["created"] += event.name == "user_registered"
             happened["opened"] += event.name == "user_login"
             happened["entered"] += event.name == "user_login"
             happened["refreshed"] += event.name == "session_refreshed"
@@ -227,6 +229,9 @@ def changes(before: Snapshot, after: Snapshot) -> Counter[str]:
         happened["refreshed"] += session["generation"] - old["generation"]
         happened["ended"] += session["revoked_at"] is not None and old["revoked_at"] is None
     for key, user in after.users.items():
+        if key not in before.users:
+            happened["created"] += 1
+            continue
         old = before.users[key]
         raised = user["session_version"] - old["session_version"]
         is_active, was_active = bool(user["is_active"]), bool(old["is_active"])
@@ -324,6 +329,11 @@ LOCKING = Scenario(
     nearly_locked,
 )
 SCENARIOS: dict[str, Scenario] = {
+    "create_user": Scenario(
+        lambda stage: stage.auth.create_user(email="eve@example.com", password=NEW_PASSWORD),
+        User,
+        ("user_registered",),
+    ),
     "login": Scenario(
         lambda stage: stage.auth.login(EMAIL, PASSWORD, context=HOME), AuthResult, ("user_login",)
     ),

@@ -2,37 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import secrets
-from collections.abc import Awaitable, Callable, Collection, Generator, Iterable
+from collections.abc import Awaitable, Callable, Collection, Generator, Iterable, Mapping
 from datetime import datetime
 from functools import partial
 from typing import Any, ClassVar, Generic, Self, TypeVar
 
 from tortoise import fields
 from tortoise.backends.base.client import BaseDBAsyncClient
-from tortoise.exceptions import BaseORMException, IntegrityError, ValidationError
-from tortoise.fields import Field, JSONField
-from tortoise.fields.relational import RelationalField
 from tortoise.models import Model
 
 from tortoise_auth.clock import utc_now
-from tortoise_auth.context import current_context, sanitize_text
-from tortoise_auth.database import (
-    connection_for,
-    is_unique_violation,
-    translates_database_errors,
-    violated_columns,
-)
-from tortoise_auth.events.catalog import PasswordChanged, UserRegistered
+from tortoise_auth.context import current_context
+from tortoise_auth.database import connection_for, translates_database_errors
+from tortoise_auth.events.catalog import PasswordChanged
 from tortoise_auth.events.default import emitter
 from tortoise_auth.events.event_emitter import EventEmitter
 from tortoise_auth.events.unit_of_work import UnitOfWork, pending_values
-from tortoise_auth.exceptions import (
-    ConfigurationError,
-    IdentifierTakenError,
-    InvalidIdentifierError,
-)
+from tortoise_auth.exceptions import ConfigurationError, InvalidIdentifierError
 from tortoise_auth.fields import (
     DatabaseClock,
     EmailField,
@@ -41,27 +28,21 @@ from tortoise_auth.fields import (
     normalize_email,
     require_hash,
 )
-from tortoise_auth.legible import legible, listed
+from tortoise_auth.legible import legible
 from tortoise_auth.models import Session, user_table
 from tortoise_auth.passwords import PasswordHasher, PasswordPolicy, is_usable_hash, unusable_hash
 from tortoise_auth.users.changes import replace_outdated_hash, shared_connection, store_password
+from tortoise_auth.users.creation import (
+    CreationParts,
+    create_account,
+    is_storable,
+    refuse_misfits,
+    refuse_unfit,
+)
 from tortoise_auth.users.identifiers import comparable_username, normalize_username
 
 AnswerT = TypeVar("AnswerT")
 UserT = TypeVar("UserT", bound="AbstractUser")
-
-
-# Mass assignment (CWE-915): one more field in a form must not open or unlock an account.
-_NOT_FOR_FORMS = frozenset(
-    {
-        "is_active",
-        "session_version",
-        "last_login",
-        "password_locked_at",
-        "created_at",
-        "updated_at",
-    }
-)
 
 
 _MAX_SHOWN_LENGTH = 64
@@ -191,30 +172,41 @@ class AbstractUser(Model):
     @classmethod
     @translates_database_errors
     async def _create_user(cls, password: str | None, values: dict[str, object]) -> Self:
-        cls._refuse_unfit(values)
-        values[cls.identifier_field] = cls.normalize_identifier(values.get(cls.identifier_field))
-        if "email" in cls._meta.fields_map and values.get("email") is not None:
-            values["email"] = cls._normalized_email(values["email"])
-        cls._refuse_unstorable(values)
-        cls._refuse_misfits(values)
-        # Hashed before the database knows whether the address is taken: a sign-up takes as long
-        # either way (ASVS 6.3.8).
-        if password is None:
-            hashed = unusable_hash()
-        else:
-            await cls.password_policy.acheck(password, about=cls._words_about(values))
-            hashed = await cls.password_hasher.hash(password)
-        try:
-            async with UnitOfWork(connection_for(cls), cls.emitter) as unit:
-                user = await cls.create(password=hashed, using_db=unit.connection, **values)
-                unit.record(
-                    UserRegistered(user=user, subject_id=str(user.pk), context=current_context())
-                )
-        except (IntegrityError, ValidationError) as error:
-            refusal = await cls._refusal(error)
-        else:
-            return user
-        raise refusal  # outside of `except`: the text of what was caught quotes values
+        parts = CreationParts(
+            policy=cls.password_policy,
+            passwords=cls.password_hasher,
+            emitter=cls.emitter,
+            clock=utc_now,
+        )
+        return await create_account(
+            cls,
+            cls.values_to_create(values),
+            password,
+            identifiers=cls.identifiers(),
+            parts=parts,
+            context=current_context(),
+        )
+
+    @classmethod
+    def identifiers(cls) -> tuple[str, ...]:
+        """Return the columns that tell people apart: the identifier and the e-mail address."""
+        return tuple(dict.fromkeys((cls.identifier_field, "email")))
+
+    @classmethod
+    def values_to_create(cls, values: Mapping[str, object]) -> dict[str, object]:
+        """Return the columns of a new account, checked and normalised.
+
+        Raises:
+            InvalidIdentifierError: The e-mail address or user name cannot be one.
+            ValueError: See `create_user`.
+        """
+        refuse_unfit(cls, values)
+        identifier = cls.normalize_identifier(values.get(cls.identifier_field))
+        normal = {**values, cls.identifier_field: identifier}
+        if "email" in cls._meta.fields_map and normal.get("email") is not None:
+            normal["email"] = cls._normalized_email(normal["email"])
+        refuse_misfits(cls, normal)
+        return normal
 
     @classmethod
     def normalize_identifier(cls, identifier: object) -> str:
@@ -235,7 +227,7 @@ class AbstractUser(Model):
         limit = getattr(field, "max_length", 255)
         if cls._holds_email(cls.identifier_field):
             normal = cls._normalized_email(identifier)
-            if len(normal) > limit or not _is_storable(normal):
+            if len(normal) > limit or not is_storable(normal):
                 raise InvalidIdentifierError("That is not an e-mail address")
             return normal
         try:
@@ -266,7 +258,7 @@ class AbstractUser(Model):
             normal = normalize_email(value, internal_domains=None)  # type: ignore[arg-type]
         except InvalidIdentifierError:
             return None
-        return normal if len(normal) <= limit and _is_storable(normal) else None
+        return normal if len(normal) <= limit and is_storable(normal) else None
 
     @classmethod
     def _holds_email(cls, column: str) -> bool:
@@ -354,75 +346,8 @@ class AbstractUser(Model):
 
     def words_about(self) -> list[str]:
         """Return what a password must not consist of: the e-mail address and the user name."""
-        names = ("email", self.identifier_field)
-        return self._words_about({name: getattr(self, name, None) for name in names})
-
-    @classmethod
-    def _words_about(cls, values: dict[str, object]) -> list[str]:
-        words = (values.get(name) for name in ("email", cls.identifier_field))
+        words = (getattr(self, name, None) for name in self.identifiers())
         return [word for word in words if isinstance(word, str)]
-
-    @classmethod
-    def _refuse_unfit(cls, values: dict[str, object]) -> None:
-        protected = sorted(_NOT_FOR_FORMS & values.keys())
-        if protected:
-            raise ValueError(
-                f"create_user() does not set {listed(protected)}: a form could smuggle it in. "
-                "Set it on the saved user, or use AuthService.deactivate()."
-            )
-        meta = cls._meta
-        settable = meta.fields_db_projection.keys() | meta.fk_fields | meta.o2o_fields
-        if unknown := sorted(values.keys() - settable):
-            raise ValueError(
-                f"{cls.__name__} has no field {listed(unknown)} that create_user() can set. "
-                f"It has: {', '.join(sorted(settable - _NOT_FOR_FORMS))}."
-            )
-
-    @classmethod
-    def _refuse_unstorable(cls, values: dict[str, object]) -> None:
-        unstorable = sorted(
-            name
-            for name, value in values.items()
-            if isinstance(value, str) and not _is_storable(value)
-        )
-        if unstorable:
-            raise ValueError(
-                f"{cls.__name__}: {', '.join(unstorable)} holds a NUL character or a lone "
-                "surrogate, which not every database can store"
-            )
-
-    @classmethod
-    def _refuse_misfits(cls, values: dict[str, object]) -> None:
-        """Refuse values of another type than their column; Tortoise and drivers raise anything for them."""
-        misfits = sorted(
-            name
-            for name, value in values.items()
-            if value is not None and not _fits(cls._meta.fields_map[name], value)
-        )
-        if misfits:
-            raise ValueError(f"{cls.__name__}: {', '.join(misfits)} cannot hold such a value")
-
-    @classmethod
-    async def _refusal(cls, error: IntegrityError | ValidationError) -> Exception:
-        """Return what to raise for a row that was not written; it names columns and no value."""
-        if isinstance(error, ValidationError):
-            name = str(error).partition(":")[0]  # Tortoise puts it before all else
-            column = name if name in cls._meta.fields_db_projection else "a column"
-            return ValueError(f"{cls.__name__}: {column} cannot hold such a value, or needs one")
-        if not is_unique_violation(error):
-            return ValueError(
-                f"{cls.__name__}: the database refuses a value, by a foreign key or a check"
-            )
-        columns = cls._meta.fields_db_projection
-        taken = await violated_columns(error, cls, connection_for(cls))
-        violated = {name for name in columns if columns[name] in taken}
-        # A database that does not say which column it was most likely means the identifier.
-        if not violated or violated & {cls.identifier_field, "email", cls._meta.pk_attr}:
-            return IdentifierTakenError()
-        verb = "has a value" if len(violated) == 1 else "have values"
-        return ValueError(
-            f"{cls.__name__}: {', '.join(sorted(violated))} {verb} that another account has"
-        )
 
 
 class MustBeAwaited(Generic[AnswerT]):
@@ -437,48 +362,3 @@ class MustBeAwaited(Generic[AnswerT]):
 
     def __bool__(self) -> bool:
         raise TypeError(f"{self._method}() must be awaited: `if await user.{self._method}(...)`")
-
-
-def _fits(field: Field[Any], value: object) -> bool:
-    if isinstance(field, RelationalField):
-        return isinstance(value, field.related_model) and value.pk is not None
-    try:
-        if isinstance(field, JSONField):
-            return _is_storable_json(field.to_db_value(value, AbstractUser))
-        held = field.to_python_value(value)
-    except (
-        TypeError,
-        ValueError,
-        AttributeError,
-        ArithmeticError,
-        RecursionError,
-        BaseORMException,
-    ):
-        return False
-    least, most = (field.constraints.get(bound, held) for bound in ("ge", "le"))
-    return not isinstance(held, int) or least <= held <= most
-
-
-def _is_storable(text: str) -> bool:
-    return sanitize_text(text, len(text)) == text
-
-
-def _is_storable_json(text: str | bytes | None) -> bool:
-    """Return whether every database takes JSON: PostgreSQL no NUL, no lone surrogate, no NaN.
-
-    Raises:
-        ValueError: It is no JSON.
-    """
-    todo = [json.loads(text or "null", parse_constant=_refuse_constant)]
-    for each in todo:
-        if isinstance(each, dict):
-            todo += [*each, *each.values()]
-        elif isinstance(each, list):
-            todo += each
-        elif isinstance(each, str) and not _is_storable(each):
-            return False
-    return True
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON")
