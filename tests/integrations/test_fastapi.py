@@ -29,7 +29,7 @@ from tortoise_auth.context import request_context
 from tortoise_auth.exceptions import ConfigurationError
 from tortoise_auth.integrations.fastapi import Guard, auth_router, install, lifespan
 from tortoise_auth.models import Session
-from tortoise_auth.testing import Captured
+from tortoise_auth.testing import Captured, FakeClock
 from tortoise_auth.web import Cookies
 
 HOST = "app.example.com"
@@ -46,8 +46,14 @@ def service(**settings: Any) -> AuthService[User]:
 class Site:
     """An application with the routes of one guard, and a client of it."""
 
-    def __init__(self, cookies: Cookies | None = None, **options: Any) -> None:
-        self.auth = service()
+    def __init__(
+        self,
+        cookies: Cookies | None = None,
+        *,
+        auth: AuthService[User] | None = None,
+        **options: Any,
+    ) -> None:
+        self.auth = auth or service()
         self.guard = Guard(self.auth, cookies)
         self.app = FastAPI()
         install(self.app, trusted_hops=1)
@@ -160,6 +166,14 @@ class TestBearer:
         assert event.context == RequestContext(
             ip="203.0.113.7", user_agent="Firefox", request_id=login.headers["x-request-id"]
         )
+        assert request_context.get(None) is None
+
+    async def test_who_it_was(self, site: Site, events: Captured) -> None:
+        """Events below a guard say who is signed in, and the next request knows nothing of it."""
+        bearer = await site.log_in()
+        await site.post("/logout-all", {"keep_current": False}, **bearer)
+        await site.log_in()
+        assert [event.context.actor_id for event in events] == [None, "1", None]
         assert request_context.get(None) is None
 
 
@@ -298,6 +312,21 @@ class TestCookies:
         answer = await browser.post("/refresh")
         assert code(answer) == (401, "token_revoked")
         assert not browser.client.cookies
+
+    async def test_expired_access(self, account: User) -> None:
+        """An access token that has only expired leaves the cookies, and a refresh mends it."""
+        clock = FakeClock(utc_now())
+        config = AuthConfig(secret=SECRET, refresh_reuse_grace=timedelta(seconds=30))
+        site = Site(Cookies(), auth=AuthService(User, config, clock=clock))
+        async with site.client:
+            login = await site.post("/login", FORM)
+            jar = "; ".join(each.split(";")[0] for each in login.headers.get_list("set-cookie"))
+            site.client.cookies.clear()
+            clock.advance(timedelta(minutes=20))
+            answer = await site.get("/me", Cookie=jar)
+            assert code(answer) == (401, "token_expired")
+            assert "set-cookie" not in answer.headers
+            assert (await site.post("/refresh", Cookie=jar, **OWN_PAGE)).status_code == 200
 
     async def test_logout_ends_all_that_came(self, browser: Site) -> None:
         """The session of a bearer token and that of the cookies end together."""

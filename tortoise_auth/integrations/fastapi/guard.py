@@ -5,6 +5,7 @@
 
 import warnings
 from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import replace
 from datetime import timedelta
 from typing import Annotated, Generic
 
@@ -13,6 +14,7 @@ from fastapi.openapi.models import APIKey, APIKeyIn, HTTPBearer
 from starlette.requests import HTTPConnection
 
 from tortoise_auth.clock import utc_now
+from tortoise_auth.context import request_context
 from tortoise_auth.exceptions import (
     ConfigurationError,
     NotAuthenticatedError,
@@ -111,7 +113,7 @@ class Guard(Generic[UserT]):
                 connection.state.tortoise_auth_cookies = cookies  # for `answer_error`
                 check.verify(connection.scope, cookies)
             try:
-                return await auth.authenticated(found.token)
+                return _noted(await auth.authenticated(found.token))
             except TokenError as error:
                 if found.by_cookie:  # an old cookie must not keep its owner from the login page
                     return error
@@ -170,3 +172,14 @@ class Guard(Generic[UserT]):
             """Show both."""
 
         return either
+
+
+def _noted(found: Authenticated[UserT]) -> Authenticated[UserT]:
+    """Let the events of this request say who is signed in.
+
+    Only below the middleware that `install` adds, since it takes the value back.
+    """
+    context = request_context.get(None)
+    if context is not None:
+        request_context.set(replace(context, actor_id=str(found.user.pk)))
+    return found
