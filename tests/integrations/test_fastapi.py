@@ -27,7 +27,7 @@ from tortoise_auth import AuthConfig, AuthResult, AuthService, EventEmitter, Req
 from tortoise_auth.clock import utc_now
 from tortoise_auth.context import request_context
 from tortoise_auth.exceptions import ConfigurationError
-from tortoise_auth.integrations.fastapi import Guard, auth_router, install, lifespan
+from tortoise_auth.integrations.fastapi import Guard, QuietRoute, auth_router, install, lifespan
 from tortoise_auth.models import Session
 from tortoise_auth.testing import Captured, FakeClock
 from tortoise_auth.web import Cookies
@@ -506,10 +506,16 @@ class TestNothingTypedIsRepeated:
         assert HOSTILE not in answer.text
 
     async def test_routes_of_the_host(self, site: Site) -> None:
-        """What the host's own routes answer stays as it is."""
+        """What the host's own routes answer stays as it is, unless they are to be quiet as well."""
         site.app.get("/number")(number)
-        answer = await site.client.get("/number", params={"value": "x"})
-        assert answer.json()["detail"][0]["input"] == "x"
+        quiet = APIRouter(route_class=QuietRoute)
+        quiet.get("/quiet")(number)
+        site.app.include_router(quiet, prefix="/own")
+        answer = await site.client.get("/number", params={"value": HOSTILE})
+        assert answer.json()["detail"][0]["input"] == HOSTILE
+        answer = await site.client.get("/own/quiet", params={"value": HOSTILE})
+        assert code(answer) == (422, "invalid_request")
+        assert HOSTILE not in answer.text
 
 
 def number(value: int) -> int:

@@ -22,6 +22,6 @@ except ImportError as missing:
 
 from tortoise_auth.integrations.fastapi.application import install, lifespan
 from tortoise_auth.integrations.fastapi.guard import Guard
-from tortoise_auth.integrations.fastapi.router import auth_router
+from tortoise_auth.integrations.fastapi.router import QuietRoute, auth_router
 
-__all__ = ["Guard", "auth_router", "install", "lifespan"]
+__all__ = ["Guard", "QuietRoute", "auth_router", "install", "lifespan"]

@@ -65,7 +65,10 @@ def auth_router(
 
 
 class QuietRoute(APIRoute):
-    """Says what is wrong with a request without repeating it: it may be a password."""
+    """Says what is wrong with a request without repeating it: it may be a password.
+
+    Routes of yours that take secrets can have it, too: ``APIRouter(route_class=QuietRoute)``.
+    """
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """Return the handler of this route."""
