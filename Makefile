@@ -18,7 +18,7 @@ $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "tortoise-auth needs Python 3.11 or newer; choose one with: make PYTHON=python3.12")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
-	$(BIN)/python -m pip install --quiet --editable ".[bcrypt,postgres,psycopg,mysql,cli,faststream,limits]" --group dev
+	$(BIN)/python -m pip install --quiet --editable ".[bcrypt,postgres,psycopg,mysql,cli,fastapi,faststream,limits]" --group dev
 	@touch $@
 
 install: $(STAMP) ## Make .venv with the package and the development tools
@@ -43,7 +43,7 @@ check: $(STAMP) ## All that CI runs: style, layers, types, every test (without s
 	$(PYTEST) $(ARGS)
 
 # What decides who gets in is covered to the last branch.
-DOORS := passwords/* keys config sessions/* service throttling/* flows/* users/*
+DOORS := passwords/* keys config sessions/* service throttling/* flows/* users/* web/*
 
 cov: $(STAMP) ## Branch coverage
 	$(BIN)/coverage erase

@@ -14,12 +14,15 @@ from tortoise_auth import exceptions
 from tortoise_auth.exceptions import (
     AuthenticationError,
     ConfigurationError,
+    CrossOriginError,
     EventError,
     EventErrorGroup,
     IdentifierTakenError,
     InvalidIdentifierError,
+    NotAuthenticatedError,
     PasswordPolicyError,
     PolicyFailure,
+    ReauthenticationRequiredError,
     ServiceUnavailableError,
     SubscriptionError,
     ThrottledError,
@@ -42,10 +45,13 @@ CODES: dict[type[TortoiseAuthError], str] = {
     InvalidIdentifierError: "invalid_identifier",
     IdentifierTakenError: "identifier_taken",
     TokenError: "token_refused",
+    NotAuthenticatedError: "not_authenticated",
     TokenInvalidError: "token_invalid",
     TokenExpiredError: "token_expired",
     TokenRevokedError: "token_revoked",
     TokenReusedError: "token_reused",
+    CrossOriginError: "cross_origin",
+    ReauthenticationRequiredError: "reauthentication_required",
     EventError: "event_handler_failed",
     SubscriptionError: "subscription_error",
     ServiceUnavailableError: "service_unavailable",
@@ -53,12 +59,16 @@ CODES: dict[type[TortoiseAuthError], str] = {
 
 FAILURES = [PolicyFailure("too_short", "Too short."), PolicyFailure("common", "Too common.")]
 
-WITH_DETAILS = {ThrottledError, PasswordPolicyError, EventError, EventErrorGroup}
+WITH_DETAILS = {
+    *(ThrottledError, PasswordPolicyError, ReauthenticationRequiredError),
+    *(EventError, EventErrorGroup),
+}
 
 EXAMPLES: list[TortoiseAuthError] = [
     *(kind() for kind in CODES if kind not in WITH_DETAILS),
     *(kind("a text") for kind in CODES if kind not in WITH_DETAILS),
     ThrottledError(1.5),
+    ReauthenticationRequiredError(300),
     PasswordPolicyError(FAILURES),
     EventError("user_login", "greet", ValueError("no")),
     EventErrorGroup("user_login", [EventError("user_login", "greet", ValueError("no"))]),
@@ -182,6 +192,7 @@ class TestMessages:
             "An account with this identifier exists already",
         ]
         assert {str(kind()) for kind in TokenError.__subclasses__()} == {
+            "Log in first",
             "The token is not valid",
             "The token has expired",
             "The session has ended",

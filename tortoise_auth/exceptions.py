@@ -10,10 +10,13 @@
     ├── InvalidIdentifierError    an e-mail address or user name that cannot be one
     ├── IdentifierTakenError      an account with this identifier exists
     ├── TokenError
+    │   ├── NotAuthenticatedError no token came along
     │   ├── TokenInvalidError     not a token of this service
     │   ├── TokenExpiredError     genuine, but expired
     │   ├── TokenRevokedError     its session ended, or its user is inactive or deleted
     │   └── TokenReusedError      a refresh token that was already spent
+    ├── ReauthenticationRequiredError  the session is too old for this; log in again
+    ├── CrossOriginError          a page of another origin sent a request with our cookies
     ├── EventError                a handler failed, and the error policy is to raise
     │   └── EventErrorGroup       several failed, and the policy is "group"; also an ExceptionGroup
     ├── SubscriptionError         a handler cannot be registered like this
@@ -138,6 +141,15 @@ class TokenError(TortoiseAuthError):
     code = "token_refused"
 
 
+class NotAuthenticatedError(TokenError):
+    """No token came along: neither a bearer token nor a cookie."""
+
+    code = "not_authenticated"
+
+    def __init__(self, message: str = "Log in first") -> None:
+        super().__init__(message)
+
+
 class TokenInvalidError(TokenError):
     """Not a token of this service: malformed, forged, of another kind or for another audience."""
 
@@ -175,6 +187,40 @@ class TokenReusedError(TokenError):
     code = "token_reused"
 
     def __init__(self, message: str = "The refresh token was used before") -> None:
+        super().__init__(message)
+
+
+class ReauthenticationRequiredError(TortoiseAuthError):
+    """The session is live, but its owner proved who they are too long ago for this.
+
+    Over HTTP it is a 401 with ``insufficient_user_authentication`` (RFC 9470, 3).
+
+    Attributes:
+        max_age: Seconds that may have passed since then.
+    """
+
+    code = "reauthentication_required"
+
+    def __init__(self, max_age: float) -> None:
+        super().__init__("Log in again to do this")
+        self.max_age = max_age
+
+    def __reduce__(self) -> tuple[type[ReauthenticationRequiredError], tuple[float]]:
+        return type(self), (self.max_age,)
+
+
+class CrossOriginError(TortoiseAuthError):
+    """A request with our cookies may come from a page of another origin, so it was refused."""
+
+    code = "cross_origin"
+
+    def __init__(
+        self,
+        message: str = (
+            "The request came from another site, or does not say from where. "
+            "Programs and test clients send the header Sec-Fetch-Site: same-origin"
+        ),
+    ) -> None:
         super().__init__(message)
 
 

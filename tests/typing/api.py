@@ -5,9 +5,14 @@ Each ``type: ignore`` marks a mistake that mypy must find: an ignore it does not
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from datetime import datetime, timedelta
 from typing import assert_type
 from uuid import UUID
+
+from fastapi import FastAPI
+from litestar import Litestar
+from litestar.middleware import DefineMiddleware
 
 from tests.support.app import NamedUser, StrUser, User, UuidUser
 from tortoise_auth import (
@@ -22,7 +27,25 @@ from tortoise_auth import (
     Revocation,
     SigningKey,
 )
+from tortoise_auth.integrations.fastapi import Guard, auth_router, install
 from tortoise_auth.models import Session
+from tortoise_auth.web import Cookies, RequestContextMiddleware
+
+
+def dependencies(config: AuthConfig) -> None:
+    guard = Guard(AuthService(User, config), Cookies())
+    assert_type(guard, Guard[User])
+    assert_type(guard.user, Callable[..., Awaitable[User]])
+    assert_type(guard.optional_user, Callable[..., Awaitable[User | None]])
+    assert_type(guard.session, Callable[..., Awaitable[Authenticated[User]]])
+    assert_type(guard.fresh_user(timedelta(minutes=5)), Callable[..., Awaitable[User]])
+    Guard(User)  # type: ignore[arg-type]
+    app = FastAPI()
+    install(app, trusted_hops=1)
+    app.include_router(auth_router(guard), responses=guard.responses)
+    app.add_middleware(RequestContextMiddleware, trusted_hops=1)
+    app.add_middleware(RequestContextMiddleware, trusted_hops="1")  # type: ignore[arg-type]
+    Litestar(middleware=[DefineMiddleware(RequestContextMiddleware, trusted_hops=1)])
 
 
 async def results(config: AuthConfig) -> None:
