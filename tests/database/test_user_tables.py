@@ -127,6 +127,12 @@ def test_our_email_column(new_database: NewDatabase, tmp_path: Path) -> None:
         fill(host, database)
         host.write("shop/models.py", WITH_OUR_EMAIL)
         host.tortoise(database.url, "makemigrations")
+        if database.kind == "mariadb":
+            # Tortoise 1.1.9 writes PostgreSQL's SQL for a type that changes. When this fails, the
+            # page about migrations may drop its warning.
+            with pytest.raises(AssertionError, match="1064"):
+                host.tortoise(database.url, "migrate")
+            return
         is_sqlite = database.kind == "sqlite"
         host.tortoise(database.url + "?foreign_keys=OFF" * is_sqlite, "migrate")
         assert host.tortoise(database.url, "makemigrations") == SILENT

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import statistics
 import threading
 import time
 import warnings
@@ -654,9 +653,9 @@ class TestGrowth:
         seconds_to_register(100, options)
         ratios = [
             seconds_to_register(10_000, options) / seconds_to_register(2_000, options)
-            for _ in range(3)
+            for _ in range(5)
         ]
-        assert statistics.median(ratios) < 12  # quadratic would be 25
+        assert min(ratios) < 12  # quadratic would be 25, however busy the machine is
 
     async def test_ten_thousand_run_in_order(self, emitter: EventEmitter) -> None:
         """All of ten thousand handlers run, in their order."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from tortoise.backends.base.client import BaseDBAsyncClient
+from tortoise.exceptions import IntegrityError
 
 from tortoise_auth.database.dialects.dialect import Dialect, Row, Statement, Values
 
@@ -78,7 +79,7 @@ def take(numbers: Mapping[str, int]) -> Statement:
         numbers,
     )
     insert = _numbered(
-        f"INSERT IGNORE INTO tortoise_auth_attempts {_NEW} VALUES {_FIRST}", _MYSQL, numbers
+        f"INSERT INTO tortoise_auth_attempts {_NEW} VALUES {_FIRST}", _MYSQL, numbers
     )
 
     async def update_or_insert(
@@ -86,9 +87,13 @@ def take(numbers: Mapping[str, int]) -> Statement:
     ) -> list[Row]:
         failures = await connection.execute_insert(*dialect.placed(update, values)) - 1
         if failures < 0:
-            inserted = await dialect.changed(connection, insert, values)
-            failures = numbers["fails"] if inserted else -1
-        return [{"failures": failures, "counted_at": values["now"]}] if failures >= 0 else []
+            try:
+                # No INSERT IGNORE, for which aiomysql prints a warning.
+                await dialect.changed(connection, insert, values)
+            except IntegrityError:
+                return []
+            failures = numbers["fails"]
+        return [{"failures": failures, "counted_at": values["now"]}]
 
     return {"sqlite": upsert, "postgres": upsert, "mysql": update_or_insert}
 

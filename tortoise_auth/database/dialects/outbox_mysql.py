@@ -108,7 +108,9 @@ async def _pairs(dialect: Dialect, connection: BaseDBAsyncClient) -> AsyncIterat
     """Find the pairs that have rows, each by a look into the index."""
     found = await dialect.rows(connection, _FIRST_PAIR, {})
     while found:
-        pair = {name: found[0][name] for name in ("subscription", "user_table")}
+        # The next user table, else the next subscription: in whatever order the two came.
+        subscription, table = min((row["subscription"], row["user_table"]) for row in found)
+        pair = {"subscription": subscription, "user_table": table}
         yield pair
         found = await dialect.rows(connection, _NEXT_PAIR, pair)
 
