@@ -93,9 +93,9 @@ class Session(Model):
             revoked_at__isnull=True,
             expires_at__gt=at,
         ).using_db(using_db)
-        ended = await rest.filter(refresh_expires_at__gt=at).update(revoked_at=at)
-        await rest.update(revoked_at=at)
-        return ended
+        # In this order: what a login or a refresh commits meanwhile is alive, and is counted.
+        await rest.filter(refresh_expires_at__lte=at).update(revoked_at=at)
+        return await rest.update(revoked_at=at)
 
 
 class OutboxRow(Model):

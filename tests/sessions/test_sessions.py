@@ -32,7 +32,7 @@ from tests.support.accounts import (
     signed,
 )
 from tests.support.app import User
-from tests.support.database import DATABASES, MODULES, database
+from tests.support.database import DATABASES, MODULES, connection_of, database
 from tests.support.rows import columns, row
 from tests.support.statements import statements
 from tortoise_auth import (
@@ -897,3 +897,32 @@ def break_once(monkeypatch: pytest.MonkeyPatch, model: type[Any], way: str) -> N
 
 def other_than(character: str) -> str:
     return "B" if character != "B" else "C"
+
+
+async def test_login_while_all_are_ended(
+    db: TortoiseContext,
+    auth: AuthService[User],
+    ada: User,
+    clock: FakeClock,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A session that is opened between the statements that end all is ended, too, and counted."""
+    await log_in(auth)
+    update, meanwhile = QuerySet.update, [lambda: log_in(auth)]
+
+    def update_and_log_in(query: QuerySet[Session], **values: Any) -> Any:
+        updating = update(query, **values)
+
+        async def run() -> int:
+            changed = await updating
+            if meanwhile:
+                await meanwhile.pop()()
+            return int(changed)
+
+        return run()
+
+    monkeypatch.setattr(QuerySet, "update", update_and_log_in)
+    ended = await Session.end_all(
+        user_table="app_user", user_id=str(ada.pk), at=clock(), using_db=connection_of(db)
+    )
+    assert ended == await Session.filter(revoked_at__isnull=False).count() == 2
