@@ -38,7 +38,7 @@ types: $(STAMP) ## mypy, strict, on package, examples and tests
 	$(BIN)/mypy
 
 check: $(STAMP) ## All that CI runs: style, layers, types, every test (without servers: make check DB=sqlite)
-	@echo "Style, layers, types and every test: about 6 minutes on two idle cores. The quick tests alone: make test"
+	@echo "Style, layers, types and every test: about 12 minutes on two idle cores with every server. The quick tests alone: make test"
 	@$(MAKE) --no-print-directory lint types
 	$(PYTEST) $(ARGS)
 
