@@ -77,7 +77,6 @@ class Requirements:
         if model in self._verified:
             return False
         self._expected.add(model)
-        self.prepare()
         return True
 
     async def verify(self, connection: BaseDBAsyncClient) -> None:
